@@ -1,0 +1,151 @@
+"""Clips and images to pixels: probe, choose frames by time, decode, resize. Pure functions.
+
+Legend: F frames, C channels (RGB), H W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import decord
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
+
+# Part of every cache key: raise it whenever the same file could give other pixels than before.
+PIXELS_VERSION = 1
+
+decord.logging.set_level(decord.logging.FATAL)  # faults are reported by clip, in sentences
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Frames, height and width of a training sample; written FxHxW."""
+
+    frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> Resolution:
+        """Raises ValueError with a sentence where `text` is not three whole numbers above zero."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text.strip())
+        if not match:
+            raise ValueError(f"'{text}' is not of the form FxHxW, such as 49x480x720")
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What a clip's container says of it."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+class ClipError(Exception):
+    """A clip that cannot be used, with the reason."""
+
+
+def open_clip(path: Path) -> decord.VideoReader:
+    """Raises ClipError where decord cannot open the file as a video."""
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+    except Exception as error:
+        raise ClipError("cannot be read as a video") from error
+    if len(reader) == 0:
+        raise ClipError("has no frames")
+    return reader
+
+
+def probe(path: Path) -> ClipInfo:
+    """Reads a clip's length, rate and size. Raises ClipError."""
+    reader = open_clip(path)
+    height, width = reader[0].shape[:2]
+    return ClipInfo(len(reader), float(reader.get_avg_fps()), height, width)
+
+
+def choose_frames(info: ClipInfo, count: int, fps: float) -> list[int]:
+    """Indices of the `count` frames that show the clip from its start at `fps` frames a second.
+
+    Frame i of the sample is the source frame nearest in time to i / fps, so that motion keeps its speed whatever the
+    rate of the source; a source slower than `fps` repeats frames.
+
+    Raises:
+        ClipError: the clip is too short.
+    """
+    indices = np.floor(np.arange(count) * (info.fps / fps) + 0.5).astype(int)
+    if indices[-1] >= info.frames:
+        raise ClipError(
+            f"is too short: {info.frames} frames at {info.fps:g} fps are {info.seconds:.2f} s, but {count} frames at "
+            f"{fps:g} fps take {count / fps:.2f} s; use a longer clip, fewer frames in --train_resolution, "
+            f"or a higher --fps"
+        )
+    return indices.tolist()
+
+
+def decode(path: Path, resolution: Resolution, fps: float, mode: str) -> torch.Tensor:
+    """Decodes the chosen frames of a clip at the training resolution.
+
+    Returns:
+        float32 [F, C, H, W] in [-1, 1].
+
+    Raises:
+        ClipError: unreadable, too short, or broken inside.
+    """
+    reader = open_clip(path)
+    height, width = reader[0].shape[:2]
+    info = ClipInfo(len(reader), float(reader.get_avg_fps()), height, width)
+    indices = choose_frames(info, resolution.frames, fps)
+    try:
+        frames = reader.get_batch(indices).asnumpy()
+    except Exception as error:
+        raise ClipError("is damaged: its frames cannot be decoded") from error
+    return to_model_range(resize(torch.from_numpy(frames).movedim(-1, 1), resolution, mode))
+
+
+def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
+    """Reads an image at the training resolution: uint8 [C, H, W]. Raises ClipError where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except Exception as error:
+        raise ClipError("cannot be read as an image") from error
+    return resize(torch.from_numpy(pixels).movedim(-1, 0), resolution, mode)
+
+
+def resize(frames: torch.Tensor, resolution: Resolution, mode: str) -> torch.Tensor:
+    """uint8 [..., C, h, w] -> uint8 [..., C, H, W], antialiased bilinear.
+
+    `stretch` changes the aspect ratio where it differs; `crop` scales until the frame is covered and cuts the centre.
+    """
+    target = [resolution.height, resolution.width]
+    if mode == "crop":
+        height, width = frames.shape[-2:]
+        scale = max(resolution.height / height, resolution.width / width)
+        covering = [max(round(height * scale), resolution.height), max(round(width * scale), resolution.width)]
+        return transforms.center_crop(transforms.resize(frames, covering, antialias=True), target)
+    return transforms.resize(frames, target, antialias=True)
+
+
+def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 [-1, 1], as the pipelines' `VideoProcessor` does."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def stretch(info: ClipInfo, resolution: Resolution) -> float:
+    """How far `stretch` distorts a clip: 0.05 where one side is drawn out by 5 % against the other."""
+    ratio = (info.width / info.height) / (resolution.width / resolution.height)
+    return max(ratio, 1 / ratio) - 1

@@ -1,0 +1,205 @@
+"""Fine-tunes CogVideoX: `train_ddp_t2v.sh` and its siblings start this through accelerate.
+
+arguments -> preflight -> latent cache -> model -> optimizer -> loop -> checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+
+from dataset.cached_dataset import CachedDataset, SampleStream, batches, stream_seed
+from dataset.latent_cache import LatentCache
+from dataset.precompute import Share, precompute_clips, precompute_prompts
+from utils import components, encoders
+from utils.args import parse_args
+from utils.checkpoint import Checkpoints, Progress, write_args
+from utils.conditioning import predict_velocity
+from utils.errors import UserError, told_to_the_user
+from utils.loss import draw, velocity_loss
+from utils.metrics import Metrics, quarter_means
+from utils.optimizer import make_lr_scheduler, make_optimizer
+from utils.preflight import RunPlan, describe, preflight
+from utils.schedule import is_due
+from utils.trainable import make_trainable, trained_parameters, weight_dtype
+from utils.validation import validate
+
+Result = TypeVar("Result")
+
+
+def main() -> None:
+    args = parse_args()
+    processes = PartialState(
+        cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout)
+    )
+    plan = on_main_process(processes, preflight, args, processes.num_processes)
+    processes.print(describe(plan, processes.num_processes))
+    if args.output.dry_run:
+        processes.print(json.dumps(plan.args.as_dict(), indent=2))
+        return
+    if processes.is_main_process:
+        write_args(plan.args, plan.args.output.output_dir)
+    fill_cache(processes, plan)
+    if not args.data.precompute_only:
+        train(plan)
+
+
+def on_main_process(processes: PartialState, function: Callable[..., Result], *args: Any) -> Result:
+    """Calls a function on the main process and gives its result, or its UserError, to every process."""
+    outcome: list[Any] = [None]
+    if processes.is_main_process:
+        try:
+            outcome = [function(*args)]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def fill_cache(processes: PartialState, plan: RunPlan) -> None:
+    """Encodes what the cache lacks, each process its share. Raises UserError with all clips that could not be encoded."""
+    args, device = plan.args, processes.device
+    cache, share = LatentCache(plan.cache_dir), Share(processes.process_index, processes.num_processes)
+    load_prompt_encoder = partial(encoders.prompt_encoder, plan.model_dir, device, plan.form.max_text_seq_length)
+    load_pixel_encoders = partial(
+        encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
+    )
+    precompute_prompts(cache, plan.prompts, load_prompt_encoder, share)
+    faults = precompute_clips(
+        cache,
+        plan.samples + plan.validation,
+        plan.keys + plan.validation_keys,
+        load_pixel_encoders,
+        share,
+        args.data.train_resolution,
+        args.data.fps,
+        args.data.resize_mode,
+        args.system.num_workers,
+    )
+    processes.wait_for_everyone()
+    if faults := gather_object(faults):
+        raise UserError([*faults, "The clips above cannot be used; every other clip is encoded and kept in the cache."])
+
+
+def train(plan: RunPlan) -> None:
+    args, form = plan.args, plan.form
+    output_dir = args.output.output_dir
+    set_seed(args.training.seed)
+    accelerator = Accelerator(
+        mixed_precision=args.training.mixed_precision,
+        gradient_accumulation_steps=args.training.gradient_accumulation_steps,
+        log_with=None if args.output.report_to == "none" else args.output.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+
+    # ---- model: read once more from the checkpoint where full fine-tuning goes on
+    sft_weights = plan.resume_from if args.model.training_type == "sft" else None
+    transformer = components.load_transformer(sft_weights or plan.model_dir, weight_dtype(args))
+    make_trainable(transformer, args)
+    parameters = trained_parameters(transformer)
+    accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
+    alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
+
+    # ---- optimizer and schedule; the schedule is stepped here, once an update
+    optimizer = make_optimizer(parameters, args.training)
+    lr_scheduler = make_lr_scheduler(optimizer, args.training, plan.total_steps)
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+
+    # ---- resume
+    progress = Progress()
+    checkpoints = Checkpoints(accelerator, transformer, args, lr_scheduler, progress)
+    if plan.resume_from is not None:
+        checkpoints.load(plan.resume_from)
+    metrics = Metrics(accelerator, output_dir, args.as_dict(), progress.step, plan.total_steps)
+
+    # ---- data: one endless stream, entered where the run stands
+    seed, batch_size = args.training.seed, args.training.batch_size
+    dataset = CachedDataset(
+        LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed
+    )
+    stream = SampleStream(
+        len(dataset), batch_size, accelerator.process_index, accelerator.num_processes, seed, progress.samples_seen
+    )
+    loader = batches(dataset, stream, args.system.num_workers, args.system.pin_memory)
+
+    # ---- the loop: one micro-batch a turn
+    if plan.validation and progress.step == 0:
+        validate(accelerator, transformer, alphas_cumprod, plan, 0, metrics)  # what the base does, to compare with
+    losses, timesteps = [], []
+    while progress.step < plan.total_steps:
+        batch = next(loader)
+        with accelerator.accumulate(model):
+            drawn = draw(
+                form,
+                batch["video"].to(accelerator.device, non_blocking=True),
+                batch["image"].to(accelerator.device, non_blocking=True) if "image" in batch else None,
+                [stream_seed(seed, number) for number in batch["number"]],
+                len(alphas_cumprod),
+                args.data.image_dropout,
+            )
+            predict = partial(
+                predict_velocity,
+                model,
+                form,
+                prompt_embeds=batch["prompt"].to(accelerator.device, non_blocking=True),
+                image_latents=drawn.image_latents,
+                dtype=plan.compute_dtype,
+            )
+            loss = velocity_loss(predict, alphas_cumprod, drawn.latents, drawn.timesteps, drawn.noise)
+            stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
+            accelerator.backward(loss.mean())
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.training.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        timesteps.append(drawn.timesteps)
+        progress.samples_seen += batch_size * accelerator.num_processes
+        if not accelerator.sync_gradients or accelerator.optimizer_step_was_skipped:
+            continue
+
+        # ---- an update is done
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        progress.step += 1
+        all_losses, all_timesteps = accelerator.gather((torch.cat(losses), torch.cat(timesteps)))
+        losses, timesteps = [], []
+        mean_loss = all_losses.mean().item()
+        metrics.log(
+            progress.step,
+            loss=mean_loss,
+            learning_rate=learning_rate,
+            grad_norm=float(grad_norm),
+            **quarter_means(all_losses, all_timesteps, len(alphas_cumprod), "loss"),
+        )
+        metrics.advance(loss=mean_loss, lr=learning_rate)
+        if plan.validation and is_due(progress.step, args.validation.validation_steps, plan.total_steps):
+            validate(accelerator, transformer, alphas_cumprod, plan, progress.step, metrics)
+        if is_due(progress.step, args.checkpoint.checkpointing_steps, plan.total_steps):
+            checkpoints.save(progress.step)
+    accelerator.print(metrics.close(progress.step))
+
+
+def stop_if_not_finite(loss: torch.Tensor, timesteps: torch.Tensor, samples: list[Any], step: int) -> None:
+    """Raises UserError before a loss that is not finite can reach a weight."""
+    for value, timestep, sample in zip(loss.tolist(), timesteps.tolist(), samples, strict=True):
+        if value != value or value == float("inf"):
+            raise UserError(
+                f"The loss is {value} at step {step + 1}, sample {sample}, timestep {timestep}. The last checkpoint is "
+                "sound; go on from it with a lower --learning_rate or --mixed_precision bf16, or look at the sample.",
+                on_every_rank=False,
+            )
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        main()

@@ -1,0 +1,273 @@
+"""The command line: every option is written once, as a field of a frozen dataclass with its help and its check.
+
+`parse_args` builds the parser from the fields, so a part that needs an option adds a field here and nothing else.
+What can be judged from the values alone is checked here; what needs a file or a model's config is in `preflight`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from dataset.video import Resolution
+from utils.errors import UserError
+
+
+def option(default: Any = MISSING, *, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def positive(group: Any, *names: str) -> Iterator[str]:
+    """Yields a fault for each named field that is set and not above zero."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"--{name} is {value}; it must be above 0."
+
+
+def unit_interval(group: Any, *names: str) -> Iterator[str]:
+    """Yields a fault for each named field outside [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(group, name) < 1:
+            yield f"--{name} is {getattr(group, name)}; it must be at least 0 and below 1."
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    model_path: str = option(help="folder of a CogVideoX checkpoint in the diffusers format, or its id on the model hub")
+    model_type: Literal["t2v", "i2v"] = option(help="t2v: text to video; i2v: image and text to video")
+    training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: all weights")
+
+    def faults(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(frozen=True)
+class OutputArgs:
+    output_dir: Path = option(help="checkpoints, metrics.jsonl, the resolved arguments and validation videos go here")
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", help="metric trackers")
+    dry_run: bool = option(False, help="do every check, print the plan of the run, and stop")
+
+    def faults(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    data_root: Path = option(help="data folder: line files with one sample a line, and the clips")
+    caption_column: str = option("prompts.txt", help="file below --data_root with one caption a line")
+    video_column: str = option("videos.txt", help="file below --data_root with one clip a line, relative to it")
+    image_column: str | None = option(
+        None, help="i2v: file below --data_root with one image a line; without it the clip's first frame is used"
+    )
+    id_token: str = option("", help="put before every prompt, in training and in validation")
+    train_resolution: Resolution = option(Resolution(49, 480, 720), help="FxHxW: frames (8N+1), height, width")
+    resize_mode: Literal["stretch", "crop"] = option(
+        "stretch", help="stretch: to the exact size; crop: keep the aspect ratio, cut the centre"
+    )
+    fps: float | None = option(None, help="frames a second at which clips are sampled; default: the model's own")
+    cache_dir: Path | None = option(None, help="latent cache; default: latent/ in the folder that holds the clips")
+    precompute_only: bool = option(False, help="fill the latent cache and stop")
+    caption_dropout: float = option(0.0, help="share of samples trained with the empty prompt")
+    image_dropout: float = option(0.0, help="i2v: share of samples trained with an empty image condition")
+
+    def faults(self) -> Iterator[str]:
+        if self.train_resolution.frames % 8 != 1:
+            below = max(self.train_resolution.frames // 8 * 8 + 1, 9)
+            yield (
+                f"--train_resolution {self.train_resolution}: {self.train_resolution.frames} frames; "
+                f"the number must be 8N+1, such as {below} or {below + 8}."
+            )
+        yield from positive(self, "fps")
+        yield from unit_interval(self, "caption_dropout", "image_dropout")
+
+
+@dataclass(frozen=True)
+class TrainingArgs:
+    train_epochs: int = option(10, help="passes over the dataset; --train_steps overrides it")
+    train_steps: int | None = option(None, help="optimizer updates")
+    seed: int = option(42, help="of sample order, noise, timesteps and adapter initialisation")
+    batch_size: int = option(1, help="samples a process and micro-batch")
+    gradient_accumulation_steps: int = option(1, help="micro-batches an optimizer update")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, help="default: bf16; fp16 for CogVideoX-2b on a GPU"
+    )
+    learning_rate: float = option(1e-4, help="peak learning rate; the same on any number of processes")
+    optimizer: Literal["adamw", "adam"] = option("adamw", help="adamw: decoupled weight decay")
+    beta1: float = option(0.9, help="Adam: decay of the mean of gradients")
+    beta2: float = option(0.95, help="Adam: decay of the mean of squared gradients")
+    epsilon: float = option(1e-8, help="Adam: added to the denominator")
+    weight_decay: float = option(1e-4, help="weight decay")
+    max_grad_norm: float = option(1.0, help="gradients are clipped to this norm; 0 switches clipping off")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"] = option(
+        "constant_with_warmup", help="counted in optimizer updates"
+    )
+    lr_warmup_steps: int = option(100, help="optimizer updates until the peak learning rate")
+    gradient_checkpointing: bool = option(True, help="recompute each block in the backward pass: far less memory")
+
+    def faults(self) -> Iterator[str]:
+        yield from positive(
+            self, "train_epochs", "train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "epsilon"
+        )
+        yield from unit_interval(self, "beta1", "beta2")
+        for name in ("seed", "weight_decay", "max_grad_norm", "lr_warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"--{name} is {getattr(self, name)}; it must not be negative."
+
+
+@dataclass(frozen=True)
+class LoraArgs:
+    rank: int = option(128, help="rank of the adapters; 64 or more for a new concept")
+    lora_alpha: float | None = option(None, help="strength is lora_alpha / rank; default: rank; rank/2 also works, 1 badly")
+    target_modules: tuple[str, ...] = option(
+        ("to_q", "to_k", "to_v", "to_out.0"), help="names of the linear layers that get an adapter"
+    )
+
+    @property
+    def alpha(self) -> float:
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
+    def faults(self) -> Iterator[str]:
+        yield from positive(self, "rank", "lora_alpha")
+
+
+@dataclass(frozen=True)
+class SystemArgs:
+    num_workers: int = option(4, help="processes that decode clips and read the cache; 0: none")
+    pin_memory: bool = option(True, help="page-locked host memory for faster copies to the GPU")
+    nccl_timeout: int = option(1800, help="seconds that processes wait for one another")
+    enable_slicing: bool = option(True, help="VAE: one sample of a batch at a time")
+    enable_tiling: bool = option(True, help="VAE: one tile of the picture at a time; far less memory")
+
+    def faults(self) -> Iterator[str]:
+        yield from positive(self, "nccl_timeout")
+        if self.num_workers < 0:
+            yield f"--num_workers is {self.num_workers}; it must not be negative."
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    checkpointing_steps: int = option(500, help="optimizer updates between checkpoints; one is always made at the end")
+    checkpointing_limit: int | None = option(None, help="checkpoints kept; the oldest goes once a new one stands")
+    resume_from_checkpoint: str | None = option(None, help="folder of a checkpoint, or 'latest'")
+
+    def faults(self) -> Iterator[str]:
+        yield from positive(self, "checkpointing_steps", "checkpointing_limit")
+
+
+@dataclass(frozen=True)
+class ValidationArgs:
+    do_validation: bool = option(False, help="generate the validation folder's prompts as training goes on")
+    validation_dir: Path | None = option(None, help="validation folder, of the same form as the data folder")
+    validation_steps: int = option(500, help="optimizer updates between validations")
+    validation_prompts: str = option("prompts.txt", help="file below --validation_dir with one prompt a line")
+    validation_images: str | None = option(
+        None, help="i2v: file below --validation_dir with one image a line; without it the clips' first frames are used"
+    )
+    gen_fps: float | None = option(None, help="frames a second of the generated videos; default: the model's own")
+    num_inference_steps: int = option(50, help="denoising steps of a validation video")
+    guidance_scale: float = option(6.0, help="classifier-free guidance of a validation video")
+
+    def faults(self) -> Iterator[str]:
+        if self.do_validation and self.validation_dir is None:
+            yield "--do_validation true needs --validation_dir, a folder with prompts."
+        yield from positive(self, "validation_steps", "gen_fps", "num_inference_steps")
+
+
+@dataclass(frozen=True)
+class Args:
+    """The resolved command line of one run."""
+
+    model: ModelArgs
+    output: OutputArgs
+    data: DataArgs
+    training: TrainingArgs
+    lora: LoraArgs
+    system: SystemArgs
+    checkpoint: CheckpointArgs
+    validation: ValidationArgs
+
+    def __post_init__(self) -> None:
+        faults = [fault for group in fields(self) for fault in getattr(self, group.name).faults()]
+        if self.data.image_column is not None and self.model.model_type == "t2v":
+            faults.append("--image_column is for --model_type i2v; a text-to-video model takes no image.")
+        if faults:
+            raise UserError(faults)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Groups of plain values, ready for JSON."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of sixty flags first, and the sentence that matters below it
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def parse_bool(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return values[text.lower()]
+
+
+def parse_resolution(text: str) -> Resolution:
+    try:
+        return Resolution.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _how_to_parse(annotation: Any) -> dict[str, Any]:
+    """The argparse keywords of a field's type."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # X | None
+        annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
+    if annotation is bool:
+        return {"type": parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+    if annotation is Resolution:
+        return {"type": parse_resolution, "metavar": "FxHxW"}
+    if typing.get_origin(annotation) is Literal:
+        return {"choices": typing.get_args(annotation)}
+    if typing.get_origin(annotation) is tuple:
+        return {"nargs": "+", "type": typing.get_args(annotation)[0]}
+    return {"type": annotation}
+
+
+def add_options(parser: argparse.ArgumentParser, group_type: type) -> None:
+    """Adds one flag for each field of a dataclass of `option`s."""
+    hints = typing.get_type_hints(group_type)
+    for spec in fields(group_type):
+        default = {"required": True} if spec.default is MISSING else {"default": spec.default}
+        parser.add_argument(
+            f"--{spec.name}", help=spec.metadata["help"], **default, **_how_to_parse(hints[spec.name])
+        )
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    return _Parser(description=description, allow_abbrev=False)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parses the command line of `train.py`.
+
+    Raises:
+        UserError: for an unknown flag, a value of the wrong form, or values that exclude each other.
+    """
+    parser = make_parser("Fine-tunes CogVideoX; usually started by one of the train_*.sh scripts.")
+    group_types = {name: hint for name, hint in typing.get_type_hints(Args).items()}
+    for name, group_type in group_types.items():
+        add_options(parser.add_argument_group(name), group_type)
+    values = vars(parser.parse_args(argv))
+    groups = {}
+    for name, group_type in group_types.items():
+        chosen = {spec.name: values[spec.name] for spec in fields(group_type)}
+        groups[name] = group_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+    return Args(**groups)

@@ -1,0 +1,128 @@
+"""Loading and releasing the parts of a checkpoint; each in the dtype in which it is stored, unless told otherwise."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import T5EncoderModel, T5Tokenizer
+
+from utils.errors import UserError
+from utils.model_form import COMPONENTS
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def resolve_model_dir(model_path: str) -> Path:
+    """A folder stays as it is; an id on the model hub is downloaded into the hub's cache, once.
+
+    Raises:
+        UserError: the id cannot be downloaded.
+    """
+    is_hub_id = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
+    if Path(model_path).is_dir() or not is_hub_id:
+        return Path(model_path).expanduser()
+    try:
+        return Path(snapshot_download(model_path, allow_patterns=[f"{name}/*" for name in COMPONENTS]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model_path {model_path}: there is no such folder, and the model hub did not give it ({reason})."
+        ) from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first tensor of a component's safetensors."""
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as weights:
+        name = next(iter(weights.keys()))
+        return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
+
+
+def identity(folder: Path, **settings: Any) -> str:
+    """A digest that changes with a component's files or settings.
+
+    Small files are read whole; of large ones the size and 256 evenly spaced blocks, which any retraining changes.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            if size <= 2**26:
+                digest.update(file.read())
+                continue
+            for block in range(256):
+                file.seek(block * (size - 2**16) // 255)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()[:32]
+
+
+def load_vae(model_dir: Path, device: torch.device, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
+    folder = model_dir / "vae"
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=stored_dtype(folder)).to(device)
+    if slicing:
+        vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
+    return vae.requires_grad_(False).eval()
+
+
+def load_tokenizer(model_dir: Path) -> T5Tokenizer:
+    return T5Tokenizer.from_pretrained(model_dir / "tokenizer")
+
+
+def load_text_encoder(model_dir: Path, device: torch.device) -> T5EncoderModel:
+    folder = model_dir / "text_encoder"
+    encoder = T5EncoderModel.from_pretrained(folder, dtype=stored_dtype(folder)).to(device)
+    return encoder.requires_grad_(False).eval()
+
+
+def load_transformer(model_dir: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel.from_pretrained(model_dir / "transformer", torch_dtype=dtype)
+
+
+def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
+    """The checkpoint's noise schedule in the sampler that validation and demo share.
+
+    "trailing" spacing starts at the last timestep, where the rescaled schedule has no signal left; the other spacings
+    begin below it and ask the model for something it never saw from pure noise (arXiv:2305.08891, section 3.3).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a config saved by the DDIM scheduler has the same fields
+        return CogVideoXDPMScheduler.from_pretrained(model_dir / "scheduler", timestep_spacing="trailing")
+
+
+def make_pipeline(task: str, **components: Any) -> CogVideoXPipeline | CogVideoXImageToVideoPipeline:
+    """The pipeline that generates for a task; components not given are absent."""
+    pipeline = CogVideoXImageToVideoPipeline if task == "i2v" else CogVideoXPipeline
+    return pipeline(**{**dict.fromkeys(COMPONENTS), **components})
+
+
+@contextmanager
+def released(*models: torch.nn.Module) -> Iterator[None]:
+    """Frees the models' memory, on the device and on the host, when the block ends."""
+    try:
+        yield
+    finally:
+        for model in models:
+            model.to("meta")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

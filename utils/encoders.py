@@ -1,0 +1,70 @@
+"""Pixels to VAE moments, prompts to embeddings. Each encoder is read, used and released within its own block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from dataset.precompute import PixelEncoders
+from utils import components
+
+# Noise levels kept of each condition image; a training step picks one of them.
+IMAGE_NOISE_DRAWS = 4
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+    """float32 [F, C, H, W] in [-1, 1] -> moments (mean and log-variance on channels) [2C, F, H, W], the VAE's dtype."""
+    pixels = pixels.movedim(0, 1)[None].to(vae.device, vae.dtype)  # [F, C, H, W] -> [1, C, F, H, W]
+    return vae.encode(pixels).latent_dist.parameters[0].cpu()
+
+
+@torch.no_grad()
+def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+    """Encodes a condition image under several draws of pixel noise.
+
+    The noise, log sigma ~ N(-3, 0.5), keeps the model from copying the image into every frame (CogVideoX,
+    arXiv:2408.06072, section 2.2; after Stable Video Diffusion).
+
+    Args:
+        pixels: float32 [C, H, W] in [-1, 1].
+
+    Returns:
+        moments [IMAGE_NOISE_DRAWS, 2C, 1, H, W] in the VAE's dtype.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moments = []
+    for _ in range(IMAGE_NOISE_DRAWS):
+        sigma = torch.exp(torch.randn((), generator=generator) * 0.5 - 3.0)
+        noisy = pixels + sigma * torch.randn(pixels.shape, generator=generator)
+        moments.append(encode_video(vae, noisy[None]))
+    return torch.stack(moments)
+
+
+@torch.no_grad()
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int, prompt: str
+) -> torch.Tensor:
+    """Prompt -> [S, D] in the text encoder's dtype; padded or cut to S tokens, as `_get_t5_prompt_embeds` does."""
+    tokens = tokenizer(prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0][0].cpu()
+
+
+@contextmanager
+def prompt_encoder(model_dir: Path, device: torch.device, max_length: int) -> Iterator[Callable[[str], torch.Tensor]]:
+    text_encoder = components.load_text_encoder(model_dir, device)
+    with components.released(text_encoder):
+        yield partial(encode_prompt, components.load_tokenizer(model_dir), text_encoder, max_length)
+
+
+@contextmanager
+def pixel_encoders(model_dir: Path, device: torch.device, slicing: bool, tiling: bool) -> Iterator[PixelEncoders]:
+    vae = components.load_vae(model_dir, device, slicing, tiling)
+    with components.released(vae):
+        yield PixelEncoders(partial(encode_video, vae), partial(encode_image, vae))

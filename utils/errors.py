@@ -1,0 +1,38 @@
+"""Mistakes of the user, told in sentences: no traceback, exit code 2, everything that is wrong in one go."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """One or more sentences for the user; each names the flag or the file and line, what was found, what is right.
+
+    Args:
+        faults: the sentence, or all of them.
+        on_every_rank: every process finds the same faults, so that rank 0 alone need speak. False for what only one
+            process can see, such as a loss that is not finite.
+    """
+
+    def __init__(self, faults: str | Iterable[str], on_every_rank: bool = True) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.on_every_rank = on_every_rank
+        super().__init__("\n".join(self.faults))
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Turns a `UserError` into its sentences on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not error.on_every_rank:
+            for fault in error.faults:
+                print(f"error: {fault}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)

@@ -1,0 +1,31 @@
+"""Optimizer and learning-rate schedule, both counted in optimizer updates whatever the number of processes."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from utils.args import TrainingArgs
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], args: TrainingArgs) -> torch.optim.Optimizer:
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    return kind(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.beta1, args.beta2),
+        eps=args.epsilon,
+        weight_decay=args.weight_decay,
+    )
+
+
+def make_lr_scheduler(
+    optimizer: torch.optim.Optimizer, args: TrainingArgs, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Is to be stepped once an update and not to be given to accelerate, which would step it once a process."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )

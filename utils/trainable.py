@@ -1,0 +1,50 @@
+"""What of the transformer is trained, and in which dtype."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from utils.args import Args
+from utils.components import DTYPES
+
+
+def weight_dtype(args: Args) -> torch.dtype:
+    """The dtype in which the transformer is read: half precision under adapters, float32 where it is trained itself."""
+    return DTYPES[args.training.mixed_precision] if args.model.training_type == "lora" else torch.float32
+
+
+def make_trainable(transformer: CogVideoXTransformer3DModel, args: Args) -> None:
+    """Freezes or frees weights in place. Adapters are float32 whatever the dtype of the frozen base."""
+    if args.model.training_type == "lora":
+        transformer.requires_grad_(False)
+        torch.manual_seed(args.training.seed)  # the same adapters on every rank
+        transformer.add_adapter(lora_config(args))
+        cast_training_params(transformer, torch.float32)
+    if args.training.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+
+
+def lora_config(args: Args) -> LoraConfig:
+    return LoraConfig(
+        r=args.lora.rank,
+        lora_alpha=args.lora.alpha,
+        target_modules=list(args.lora.target_modules),
+        init_lora_weights=True,
+    )
+
+
+def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def unknown_targets(config: dict, target_modules: tuple[str, ...]) -> list[str]:
+    """Those of `target_modules` that name no linear layer of a transformer with this config. Needs no weights."""
+    with init_empty_weights():
+        transformer = CogVideoXTransformer3DModel.from_config(config)
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
