@@ -36,9 +36,7 @@ Result = TypeVar("Result")
 
 def main() -> None:
     args = parse_args()
-    processes = PartialState(
-        cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout)
-    )
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout))
     plan = on_main_process(processes, preflight, args, processes.num_processes)
     processes.print(describe(plan, processes.num_processes))
     if args.output.dry_run:
@@ -66,7 +64,7 @@ def on_main_process(processes: PartialState, function: Callable[..., Result], *a
 
 
 def fill_cache(processes: PartialState, plan: RunPlan) -> None:
-    """Encodes what the cache lacks, each process its share. Raises UserError with all clips that could not be encoded."""
+    """Encodes what the cache lacks, each process its share. Raises UserError with all clips that cannot be used."""
     args, device = plan.args, processes.device
     cache, share = LatentCache(plan.cache_dir), Share(processes.process_index, processes.num_processes)
     load_prompt_encoder = partial(encoders.prompt_encoder, plan.model_dir, device, plan.form.max_text_seq_length)
@@ -102,8 +100,10 @@ def train(plan: RunPlan) -> None:
     )
 
     # ---- model: read once more from the checkpoint where full fine-tuning goes on
-    sft_weights = plan.resume_from if args.model.training_type == "sft" else None
-    transformer = components.load_transformer(sft_weights or plan.model_dir, weight_dtype(args))
+    goes_on = plan.resume_from is not None and args.model.training_type == "sft"
+    transformer = components.load_transformer(
+        (plan.resume_from if goes_on else plan.model_dir) / "transformer", weight_dtype(args)
+    )
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
@@ -123,9 +123,7 @@ def train(plan: RunPlan) -> None:
 
     # ---- data: one endless stream, entered where the run stands
     seed, batch_size = args.training.seed, args.training.batch_size
-    dataset = CachedDataset(
-        LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed
-    )
+    dataset = CachedDataset(LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed)
     stream = SampleStream(
         len(dataset), batch_size, accelerator.process_index, accelerator.num_processes, seed, progress.samples_seen
     )

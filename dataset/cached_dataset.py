@@ -1,8 +1,8 @@
 """Cached entries to batches, in an order that depends on the seed and on nothing else.
 
 The samples of a run form one endless stream: the dataset in a new random order each epoch, one epoch after the other.
-Sample n of the stream has its order, noise and timestep from (seed, n) alone. However the stream is dealt out, to ranks,
-micro-batches or a resumed run, every sample meets the same noise; resuming needs to know one number, n.
+Sample n of the stream has its order, noise and timestep from (seed, n) alone. However the stream is dealt out, to
+ranks, micro-batches or a resumed run, every sample meets the same noise; resuming needs to know one number, n.
 """
 
 from __future__ import annotations

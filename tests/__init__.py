@@ -1,0 +1,1 @@
+import utils  # noqa: F401  (before any test imports diffusers: see utils/torchvision_cpu.py)

@@ -1,6 +1,6 @@
 """Tiny CogVideoX checkpoints with random weights: real classes, real files, only the sizes are tiny.
 
-    python -m tests.tiny_models 2b examples/tiny_model
+    python -m tests.tiny_models 2b examples/tiny_model 17x64x64
 
 The production code loads them like any other checkpoint. Each is one of the five published forms.
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 import sentencepiece
 import torch
-
-from utils import torchvision_cpu  # noqa: F401, I001  (before diffusers)
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from dataset.video import Resolution
 
 TEXT_WIDTH = 32
 ROTARY = {"use_rotary_positional_embeddings": True}
@@ -119,4 +119,5 @@ def build_text_side(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(sys.argv[1], Path(sys.argv[2]))
+    size = Resolution.parse(sys.argv[3])
+    build(sys.argv[1], Path(sys.argv[2]), (size.frames, size.height, size.width))

@@ -14,10 +14,12 @@ import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from dataset.video import Resolution
 from utils.errors import UserError
+
+Group = TypeVar("Group")
 
 
 def option(default: Any = MISSING, *, help: str) -> Any:
@@ -41,7 +43,9 @@ def unit_interval(group: Any, *names: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    model_path: str = option(help="folder of a CogVideoX checkpoint in the diffusers format, or its id on the model hub")
+    model_path: str = option(
+        help="folder of a CogVideoX checkpoint in the diffusers format, or its id on the model hub"
+    )
     model_type: Literal["t2v", "i2v"] = option(help="t2v: text to video; i2v: image and text to video")
     training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: all weights")
 
@@ -125,7 +129,9 @@ class TrainingArgs:
 @dataclass(frozen=True)
 class LoraArgs:
     rank: int = option(128, help="rank of the adapters; 64 or more for a new concept")
-    lora_alpha: float | None = option(None, help="strength is lora_alpha / rank; default: rank; rank/2 also works, 1 badly")
+    lora_alpha: float | None = option(
+        None, help="strength is lora_alpha / rank; default: rank; rank/2 also works, 1 badly"
+    )
     target_modules: tuple[str, ...] = option(
         ("to_q", "to_k", "to_v", "to_out.0"), help="names of the linear layers that get an adapter"
     )
@@ -246,13 +252,26 @@ def add_options(parser: argparse.ArgumentParser, group_type: type) -> None:
     hints = typing.get_type_hints(group_type)
     for spec in fields(group_type):
         default = {"required": True} if spec.default is MISSING else {"default": spec.default}
-        parser.add_argument(
-            f"--{spec.name}", help=spec.metadata["help"], **default, **_how_to_parse(hints[spec.name])
-        )
+        parser.add_argument(f"--{spec.name}", help=spec.metadata["help"], **default, **_how_to_parse(hints[spec.name]))
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False)
+
+
+def collect(values: dict[str, Any], group_type: type) -> Any:
+    """A dataclass from the parsed values of its fields."""
+    chosen = {spec.name: values[spec.name] for spec in fields(group_type)}
+    return group_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()})
+
+
+def parse_group(parser: argparse.ArgumentParser, group_type: type[Group], argv: list[str] | None = None) -> Group:
+    """Parses a command line whose options are one dataclass. Raises UserError."""
+    add_options(parser, group_type)
+    group = collect(vars(parser.parse_args(argv)), group_type)
+    if faults := list(group.faults()):
+        raise UserError(faults)
+    return group
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -262,12 +281,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         UserError: for an unknown flag, a value of the wrong form, or values that exclude each other.
     """
     parser = make_parser("Fine-tunes CogVideoX; usually started by one of the train_*.sh scripts.")
-    group_types = {name: hint for name, hint in typing.get_type_hints(Args).items()}
+    group_types = typing.get_type_hints(Args)
     for name, group_type in group_types.items():
         add_options(parser.add_argument_group(name), group_type)
     values = vars(parser.parse_args(argv))
-    groups = {}
-    for name, group_type in group_types.items():
-        chosen = {spec.name: values[spec.name] for spec in fields(group_type)}
-        groups[name] = group_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
-    return Args(**groups)
+    return Args(**{name: collect(values, group_type) for name, group_type in group_types.items()})

@@ -1,10 +1,10 @@
 """Checkpoints that are complete or absent, and resuming from them.
 
-    checkpoint-N/                            N optimizer updates
-        pytorch_lora_weights.safetensors     LoRA: the adapters, for `load_lora_weights` of diffusers
-        transformer/                         SFT: the whole transformer, for `from_pretrained`
-        args.json                            the resolved arguments
-        training_state/                      what only resuming needs: adapters as trained, optimizer, schedule, RNG
+checkpoint-N/                            N optimizer updates
+    pytorch_lora_weights.safetensors     LoRA: the adapters, for `load_lora_weights` of diffusers
+    transformer/                         SFT: the whole transformer, for `from_pretrained`
+    args.json                            the resolved arguments
+    training_state/                      what only resuming needs: adapters as trained, optimizer, schedule, RNG
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from utils.args import Args
 from utils.errors import UserError
+from utils.lora import save_lora
 from utils.trainable import lora_config
 
 ARGS_FILE = "args.json"
@@ -70,7 +70,7 @@ class Checkpoints:
     ) -> None:
         self.accelerator, self.transformer, self.args = accelerator, transformer, args
         accelerator.register_for_checkpointing(*objects)
-        # The weights are written below in the formats that users load; accelerate would add a copy with the frozen base.
+        # The weights are written below in the formats that users load; accelerate would add a copy, frozen base and all
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
@@ -110,33 +110,9 @@ class Checkpoints:
                 {name: tensor.contiguous() for name, tensor in state.items()},
                 folder / TRAINING_STATE / ADAPTERS_AS_TRAINED,
             )
-            save_lora_weights(state, self.args, folder)
+            save_lora(state, lora_config(self.args), folder)
         else:
             self.transformer.save_pretrained(folder / "transformer")
-
-
-def save_lora_weights(state: dict[str, torch.Tensor], args: Args, folder: Path) -> None:
-    """Writes adapters in the diffusers format, at the strength they were trained with.
-
-    The strength alpha / rank is multiplied into the B matrices, and the metadata state alpha = rank. So a loader that
-    reads the metadata and one that does not (older diffusers, ComfyUI: both take alpha = rank) apply the same weights;
-    `lora_scale` 1.0 is the trained strength everywhere. The alpha of the training is in `args.json`.
-
-    Args:
-        state: peft's names, `....lora_A.weight` [rank, in] and `....lora_B.weight` [out, rank], float32.
-    """
-    strength = args.lora.alpha / args.lora.rank
-    folded = {name: tensor * strength if ".lora_B." in name else tensor for name, tensor in state.items()}
-    metadata = lora_config(args).to_dict() | {"lora_alpha": args.lora.rank}
-    CogVideoXPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers={name: tensor.contiguous() for name, tensor in folded.items()},
-        transformer_lora_adapter_metadata={name: value for name, value in metadata.items() if _is_plain(value)},
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | list | set)
 
 
 def write_args(args: Args, folder: Path) -> None:

@@ -18,8 +18,11 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
 )
+from diffusers.utils import export_to_video
 from huggingface_hub import snapshot_download
+from PIL import Image
 from safetensors import safe_open
 from transformers import T5EncoderModel, T5Tokenizer
 
@@ -27,6 +30,11 @@ from utils.errors import UserError
 from utils.model_form import COMPONENTS
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIPELINES = {
+    "t2v": CogVideoXPipeline,
+    "i2v": CogVideoXImageToVideoPipeline,
+    "v2v": CogVideoXVideoToVideoPipeline,
+}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -76,7 +84,7 @@ def identity(folder: Path, **settings: Any) -> str:
 
 def load_vae(model_dir: Path, device: torch.device, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
     folder = model_dir / "vae"
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=stored_dtype(folder)).to(device)
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=stored_dtype(folder)).to(device)
     if slicing:
         vae.enable_slicing()
     if tiling:
@@ -94,8 +102,19 @@ def load_text_encoder(model_dir: Path, device: torch.device) -> T5EncoderModel:
     return encoder.requires_grad_(False).eval()
 
 
-def load_transformer(model_dir: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    return CogVideoXTransformer3DModel.from_pretrained(model_dir / "transformer", torch_dtype=dtype)
+def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype)
+
+
+def find_transformer(path: Path) -> Path:
+    """The transformer folder that `path` is or holds. Raises UserError where there is none."""
+    for folder in (path / "transformer", path):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"--transformer_path {path}: neither it nor a transformer/ inside it holds a config.json. Give the folder "
+        "checkpoint-N of a full fine-tuning run, or a transformer in the diffusers format."
+    )
 
 
 def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
@@ -109,10 +128,9 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
         return CogVideoXDPMScheduler.from_pretrained(model_dir / "scheduler", timestep_spacing="trailing")
 
 
-def make_pipeline(task: str, **components: Any) -> CogVideoXPipeline | CogVideoXImageToVideoPipeline:
-    """The pipeline that generates for a task; components not given are absent."""
-    pipeline = CogVideoXImageToVideoPipeline if task == "i2v" else CogVideoXPipeline
-    return pipeline(**{**dict.fromkeys(COMPONENTS), **components})
+def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
+    """Writes an mp4."""
+    export_to_video(frames, str(path), fps=fps)
 
 
 @contextmanager

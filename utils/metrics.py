@@ -25,7 +25,9 @@ class Metrics:
         step: updates already done; lines of a later step, left by a run that was killed, are dropped.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, config: dict[str, Any], step: int, total: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, config: dict[str, Any], step: int, total: int
+    ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / METRICS_FILE
         self.started, self.first_step = time.perf_counter(), step
@@ -37,7 +39,9 @@ class Metrics:
             "cogvideox-finetune",
             {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in flat.items()},
         )
-        self.bar = tqdm(total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process)
+        self.bar = tqdm(
+            total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process
+        )
 
     def log(self, step: int, **values: float) -> None:
         if not self.accelerator.is_main_process:
@@ -108,8 +112,9 @@ def _step_of(line: str) -> float:
 
 def _add_gif(writer: Any, tag: str, path: Path, prompt: str, fps: float, step: int) -> None:
     """Adds a clip as an animated picture; `SummaryWriter.add_video` would need moviepy for the same."""
-    from dataset.video import open_clip
     from tensorboard.compat.proto.summary_pb2 import Summary
+
+    from dataset.video import open_clip
 
     frames = [Image.fromarray(frame) for frame in open_clip(path).get_batch(range(len(open_clip(path)))).asnumpy()]
     gif = io.BytesIO()

@@ -52,6 +52,12 @@ class ModelForm:
         return bool(self.transformer.get("use_learned_positional_embeddings"))
 
     @property
+    def positions(self) -> str:
+        if self.has_learned_positions:
+            return "rotary and learned"
+        return "rotary" if self.has_rotary_positions else "sincos"
+
+    @property
     def has_ofs(self) -> bool:
         return self.transformer.get("ofs_embed_dim") is not None
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.manifest import Sample, read_manifest
-from dataset.video import ClipError, ClipInfo, Resolution, choose_frames, load_image, probe, stretch
+from dataset.survey import Survey, survey
 from utils import components
 from utils.args import Args
 from utils.checkpoint import choose_checkpoint
@@ -30,8 +28,6 @@ from utils.model_form import ModelForm, read_form
 from utils.schedule import total_updates
 from utils.trainable import unknown_targets
 
-# A clip drawn out by more than this is worth a word.
-STRETCH_WORTH_A_WORD = 0.03
 Found = TypeVar("Found")
 
 
@@ -51,7 +47,7 @@ class RunPlan:
     model_dir: Path
     form: ModelForm
     samples: list[Sample]
-    clips: list[ClipInfo]
+    survey: Survey
     keys: list[SampleKeys]
     validation: list[Sample]
     validation_keys: list[SampleKeys]
@@ -97,13 +93,17 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     found.of(check_writable, args.output.output_dir)
     resume_from = found.of(choose_checkpoint, args)
     if args.checkpoint.resume_from_checkpoint == "latest" and resume_from is None:
-        found.notes.append(f"--resume_from_checkpoint latest: no checkpoint in {args.output.output_dir} yet; starting anew.")
+        found.notes.append(
+            f"--resume_from_checkpoint latest: no checkpoint in {args.output.output_dir} yet; starting anew."
+        )
 
     samples = found.of(read_training_samples, args) or []
     validation = found.of(read_validation_samples, args) or []
     fps = args.data.fps or 8.0  # the default is the model's own; without a model anything serves to look for faults
-    clips = check_clips(samples, args, fps, found)
-    check_clips(validation, args, fps, found)
+    data = args.data
+    surveys = [survey(part, data.train_resolution, fps, data.resize_mode) for part in (samples, validation)]
+    found.faults += [fault for one in surveys for fault in one.faults]
+    found.notes += surveys[0].notes
     if found.faults:
         raise UserError(found.faults)
 
@@ -125,7 +125,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         model_dir=model_dir,
         form=form,
         samples=samples,
-        clips=clips,
+        survey=surveys[0],
         keys=encoding.sample_keys(samples),
         validation=validation,
         validation_keys=encoding.sample_keys(validation),
@@ -172,7 +172,11 @@ def model_faults(args: Args, form: ModelForm) -> list[str]:
         )
     elif precision == "fp16" and not torch.cuda.is_available():
         faults.append("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        precision == "bf16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
     faults += form.resolution_faults(args.data.train_resolution, "--train_resolution")
     if args.model.training_type == "lora":
@@ -232,43 +236,6 @@ def read_validation_samples(args: Args) -> list[Sample]:
     return samples
 
 
-def check_clips(samples: list[Sample], args: Args, fps: float, found: _Findings) -> list[ClipInfo]:
-    """Probes every clip and image in threads. Adds faults by line, and notes on what is worth a word of the whole."""
-    resolution = args.data.train_resolution
-
-    def check(sample: Sample) -> ClipInfo | str | None:
-        at_fault = sample.video
-        try:
-            info = None
-            if sample.video is not None:
-                info = probe(sample.video)
-                choose_frames(info, resolution.frames, fps)
-            if sample.image is not None:
-                at_fault = sample.image
-                load_image(sample.image, Resolution(1, 16, 16), "stretch")
-            return info
-        except ClipError as error:
-            return f"{at_fault} (line {sample.line}) {error}."
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(check, samples))
-    found.faults += [result for result in results if isinstance(result, str)]
-    clips = [(sample, info) for sample, info in zip(samples, results, strict=True) if isinstance(info, ClipInfo)]
-    if clips and args.data.resize_mode == "stretch":
-        distorted = [(stretch(info, resolution), sample) for sample, info in clips]
-        beyond = [pair for pair in distorted if pair[0] > STRETCH_WORTH_A_WORD]
-        if beyond:
-            worst, sample = max(beyond, key=lambda pair: pair[0])
-            found.notes.append(
-                f"{len(beyond)} of {len(clips)} clips are stretched to {resolution.height}x{resolution.width}, the worst "
-                f"by {worst:.0%} ({sample.video}); --resize_mode crop keeps the aspect ratio."
-            )
-    slower = sum(info.fps < fps - 0.5 for _, info in clips)
-    if slower:
-        found.notes.append(f"{slower} of {len(clips)} clips have fewer than {fps:g} frames a second; frames are repeated.")
-    return [info for _, info in clips]
-
-
 def common_folder(samples: list[Sample]) -> Path:
     """The folder that holds the clips."""
     return Path(os.path.commonpath([sample.video.parent for sample in samples]))
@@ -298,21 +265,15 @@ def describe(plan: RunPlan, num_processes: int) -> str:
     args, form = plan.args, plan.form
     resolution = args.data.train_resolution
     video_tokens, text_tokens = form.tokens(resolution)
-    sizes = Counter(f"{info.width}x{info.height} at {info.fps:g} fps" for info in plan.clips)
-    used = resolution.frames / args.data.fps
-    shown = sum(min(used, info.seconds) for info in plan.clips) / sum(info.seconds for info in plan.clips)
-    positions = "rotary and learned" if form.has_learned_positions else "rotary" if form.has_rotary_positions else "sincos"
     per_update = args.training.batch_size * args.training.gradient_accumulation_steps * num_processes
     lines = [
-        f"Model: {form.task}, CogVideoX{'1.5' if form.is_v1_5 else ' 1.0'}, {positions} positions, {plan.model_dir}",
+        f"Model: {form.task}, CogVideoX{'1.5' if form.is_v1_5 else ' 1.0'}, {form.positions} positions, {plan.model_dir}",
         f"Training: {args.model.training_type}, {args.training.mixed_precision}, {plan.total_steps} steps of "
-        f"{per_update} samples ({args.training.batch_size} x {args.training.gradient_accumulation_steps} accumulation x "
-        f"{num_processes} processes), {plan.total_steps * per_update / len(plan.samples):.1f} epochs",
+        f"{per_update} samples ({args.training.batch_size} x {args.training.gradient_accumulation_steps} accumulation "
+        f"x {num_processes} processes), {plan.total_steps * per_update / len(plan.samples):.1f} epochs",
         f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens",
-        f"Dataset: {len(plan.samples)} clips, {len({s.prompt for s in plan.samples})} distinct prompts; "
-        + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
-        + (f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""),
-        f"Frames: {resolution.frames} at {args.data.fps:g} a second are {used:.2f} s of each clip ({shown:.0%} of all time)",
+        f"Dataset: {len(plan.samples)} samples, {len({sample.prompt for sample in plan.samples})} distinct prompts; "
+        + plan.survey.summary(resolution, args.data.fps),
         f"Validation: {len(plan.validation)} prompts" if plan.validation else "Validation: off",
         f"Latent cache: {plan.cache_dir}",
     ]

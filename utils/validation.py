@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.utils import export_to_video
 from PIL import Image
 
 from dataset.cached_dataset import stream_seed
@@ -128,7 +127,9 @@ def generate(
     vae = components.load_vae(plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling)
     scheduler = components.load_scheduler(plan.model_dir)
     with components.released(vae):
-        pipeline = components.make_pipeline(plan.form.task, vae=vae, transformer=transformer, scheduler=scheduler)
+        pipeline = components.PIPELINES[plan.form.task](
+            tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+        )
         pipeline.set_progress_bar_config(desc=f"Validation at step {step}", leave=False, disable=share.rank != 0)
         for number, (sample, keys) in mine:
             image = {}
@@ -147,7 +148,7 @@ def generate(
                 **image,
             ).frames[0]
             path = folder / f"{number:03d}.mp4"
-            export_to_video(video, str(path), fps=args.validation.gen_fps)
+            components.write_video(video, path, args.validation.gen_fps)
             yield path, sample.prompt
 
 

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Fine-tunes a CogVideoX image-to-video model on one machine, one process a GPU (DDP).
+#
+#   bash train_ddp_i2v.sh                                    with the values below
+#   bash train_ddp_i2v.sh --learning_rate 5e-5 --rank 64     flags given here win over the lines below
+#   NUM_PROCESSES=2 bash train_ddp_i2v.sh                    two processes instead of one a visible GPU
+#   bash train_ddp_i2v.sh --dry_run                          checks everything, prints the plan, trains nothing
+#
+# `python train.py --help` explains every flag.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MODEL_ARGS=(
+    --model_path "THUDM/CogVideoX-5b-I2V"  # folder or hub id; also: CogVideoX1.5-5B-I2V
+    --model_type "i2v"                      # must suit the checkpoint
+    --training_type "lora"                  # lora: adapters, smallest memory; sft: all weights, several times as much
+)
+
+OUTPUT_ARGS=(
+    --output_dir "outputs/i2v-lora"         # a new folder for every run; holds checkpoints, metrics.jsonl, videos
+    --report_to "tensorboard"               # tensorboard, wandb, all or none; metrics.jsonl is written in any case
+)
+
+DATA_ARGS=(
+    --data_root "data"                      # the data folder: the line files below and the clips they name
+    --caption_column "prompts.txt"          # one caption a line
+    --video_column "videos.txt"             # one clip a line, relative to the data folder
+    # --image_column "images.txt"           # one image a line; without it the clips' first frames are used
+    --id_token ""                           # a rare word put before every caption; helps to bind a new concept
+    --train_resolution "49x480x720"         # frames x height x width; 81x768x1360 for CogVideoX1.5-5B-I2V
+    --resize_mode "stretch"                 # crop: keep the aspect ratio of clips of another shape
+    --caption_dropout 0.0                   # 0.1: keeps the model good without a prompt, at guidance above 1
+)
+
+TRAIN_ARGS=(
+    --train_epochs 10                       # passes over the clips; --train_steps N counts optimizer updates instead
+    --batch_size 1                          # samples a GPU; raise it only if memory is left over
+    --gradient_accumulation_steps 1         # 2-8: a larger effective batch at the same memory; smoother, slower updates
+    --mixed_precision "bf16"                # fp16 for CogVideoX-2b, bf16 for every other model
+    --learning_rate 1e-4                    # try 5e-5 to 5e-4 for LoRA, 1e-5 to 2e-5 for sft
+    --lr_scheduler "constant_with_warmup"   # cosine: goes to zero at the end, for runs of known length
+    --lr_warmup_steps 100                   # updates until the full learning rate; fewer for short runs
+    --optimizer "adamw"
+    --weight_decay 1e-4
+    --max_grad_norm 1.0                     # lower it if the loss jumps
+    --gradient_checkpointing true           # false: faster, but needs several times the memory
+    --seed 42                               # order of clips, noise, timesteps and first adapters
+)
+
+LORA_ARGS=(
+    --rank 128                              # 64 or more for a new concept; the file and the memory grow with it
+    # --lora_alpha 64                       # strength is alpha / rank; default: rank; rank/2 also works, 1 badly
+    --target_modules to_q to_k to_v to_out.0
+)
+
+SYSTEM_ARGS=(
+    --num_workers 4                         # processes that decode clips and read the cache; 0 on very small machines
+    --pin_memory true
+    --nccl_timeout 1800                     # seconds that processes wait for each other; raise it for huge datasets
+)
+
+CHECKPOINT_ARGS=(
+    --checkpointing_steps 100               # updates between checkpoints; one is always made at the end
+    --checkpointing_limit 3                 # checkpoints kept
+    --resume_from_checkpoint latest         # goes on where a stopped run was; starts anew if there is none
+)
+
+VALIDATION_ARGS=(
+    --do_validation false                   # true: sample videos and held-out loss; costs a few minutes each time
+    --validation_dir "data/validation"      # a folder of the same form as the data folder
+    --validation_steps 100                  # updates between validations
+    # --validation_images "images.txt"      # one image a line; without it the clips' first frames are used
+    --num_inference_steps 50                # of a validation video
+)
+
+python "$HERE/utils/launch.py" \
+    --config_file "$HERE/configs/accelerate_ddp.yaml" \
+    ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
+    "$HERE/train.py" \
+    "${MODEL_ARGS[@]}" "${OUTPUT_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${LORA_ARGS[@]}" \
+    "${SYSTEM_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${VALIDATION_ARGS[@]}" "$@"
