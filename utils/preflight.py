@@ -267,7 +267,8 @@ def describe(plan: RunPlan, num_processes: int) -> str:
     video_tokens, text_tokens = form.tokens(resolution)
     per_update = args.training.batch_size * args.training.gradient_accumulation_steps * num_processes
     lines = [
-        f"Model: {form.task}, CogVideoX{'1.5' if form.is_v1_5 else ' 1.0'}, {form.positions} positions, {plan.model_dir}",
+        f"Model: {form.task}, CogVideoX{'1.5' if form.is_v1_5 else ' 1.0'}, {form.positions} positions, "
+        f"{plan.model_dir}",
         f"Training: {args.model.training_type}, {args.training.mixed_precision}, {plan.total_steps} steps of "
         f"{per_update} samples ({args.training.batch_size} x {args.training.gradient_accumulation_steps} accumulation "
         f"x {num_processes} processes), {plan.total_steps * per_update / len(plan.samples):.1f} epochs",

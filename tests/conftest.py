@@ -1,0 +1,83 @@
+"""What the tests share: tiny checkpoints of all forms, a data folder, and a way to run the scripts as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import FORMS, build
+
+ROOT = Path(__file__).resolve().parents[1]
+T2V_FORMS = [form for form in FORMS if "i2v" not in form]
+I2V_FORMS = [form for form in FORMS if "i2v" in form]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """form -> folder of a tiny checkpoint, made once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def get(form: str, sample: tuple[int, int, int] = (9, 64, 64)) -> Path:
+        path = folder / f"{form}-{'x'.join(map(str, sample))}"
+        return path if path.exists() else build(form, path, sample)
+
+    return get
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder of eight clips, free to be changed."""
+    return shutil.copytree(ROOT / "examples" / "dataset", tmp_path / "data", ignore=shutil.ignore_patterns("latent"))
+
+
+@pytest.fixture
+def validation(tmp_path: Path) -> Path:
+    """A validation folder of two clips, free to be changed."""
+    return shutil.copytree(
+        ROOT / "examples" / "validation", tmp_path / "validation", ignore=shutil.ignore_patterns("latent")
+    )
+
+
+def arguments(model: Path, data: Path, output: Path, *more: object, task: str = "t2v") -> list[str]:
+    """A short float32 LoRA run; `more` wins."""
+    return [
+        *("--model_path", str(model), "--model_type", task, "--data_root", str(data), "--output_dir", str(output)),
+        *("--train_resolution", "9x64x64", "--mixed_precision", "no", "--rank", "8", "--num_workers", "1"),
+        *("--lr_warmup_steps", "2", "--learning_rate", "1e-3", "--report_to", "none"),
+        *map(str, more),
+    ]
+
+
+def run(script: str, *args: str, processes: int | None = None, **kwargs: object) -> subprocess.CompletedProcess:
+    """Runs a script of the project from elsewhere, as a user would, and returns what it printed."""
+    return subprocess.run(
+        [*("bash" if script.endswith(".sh") else "python",), str(ROOT / script), *args],
+        env=environment(processes),
+        cwd="/",
+        text=True,
+        capture_output=True,
+        timeout=600,
+        **kwargs,
+    )
+
+
+def environment(processes: int | None) -> dict[str, str]:
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return env | ({"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"} if processes else {})
+
+
+def succeed(script: str, *args: str, processes: int | None = None) -> str:
+    """Runs a script and returns its output; a failure shows all of it."""
+    done = run(script, *args, processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,150 @@
+"""The latent cache: what is in it, what makes a new entry, and how it survives damage."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.latent_cache import DamagedEntry, Encoding, LatentCache
+from dataset.manifest import read_manifest
+from dataset.precompute import PixelEncoders, Share, precompute_clips, precompute_prompts
+from dataset.video import Resolution, decode
+from utils import components, encoders
+
+SIZE = Resolution(9, 64, 64)
+CPU = torch.device("cpu")
+
+
+def encoding(**changes) -> Encoding:
+    facts = {"resolution": SIZE, "fps": 8.0, "resize_mode": "stretch", "vae": "v", "text_encoder": "t"}
+    return Encoding(**{**facts, "with_images": True, **changes})
+
+
+def samples_of(data: Path):
+    return read_manifest(data, "prompts.txt", "videos.txt", None)
+
+
+def fill(cache, samples, keys, load_encoders, share=Share(0, 1), workers=0):  # noqa: B008
+    return precompute_clips(cache, samples, keys, load_encoders, share, SIZE, 8.0, "stretch", workers)
+
+
+@contextmanager
+def constant_encoders():
+    yield PixelEncoders(lambda pixels: pixels[0, :1].clone(), lambda pixels, seed: pixels[:1].clone())
+
+
+def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
+    model_dir, samples, cache = tiny("1.5-i2v"), samples_of(data), LatentCache(tmp_path / "cache")
+    keys = encoding().sample_keys(samples)
+    assert fill(cache, samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == []
+    vae = components.load_vae(model_dir, CPU, True, True)
+    pixels = decode(samples[3].video, SIZE, 8.0, "stretch")
+    expected = vae.encode(pixels.movedim(0, 1)[None]).latent_dist.parameters[0]
+    assert torch.equal(cache.read(keys[3].video), expected)
+    images = cache.read(keys[3].image)
+    assert images.shape == (encoders.IMAGE_NOISE_DRAWS, 32, 1, 8, 8)
+    # noised by sigma about exp(-3): near the clean picture's moments, and each a little different
+    clean = vae.encode(pixels[:1].movedim(0, 1)[None]).latent_dist.parameters[0]
+    distances = (images - clean).abs().mean((1, 2, 3, 4)) / clean.abs().mean()
+    assert 0 < distances.min() < distances.max() < 1 and len(set(distances.tolist())) == len(distances)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    model_dir, cache = tiny("5b"), LatentCache(tmp_path)
+    prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
+    precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26), Share(0, 1))
+    pipeline = CogVideoXPipeline.from_pretrained(model_dir)
+    for name, text in prompts.items():
+        expected, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=26)
+        torch.testing.assert_close(cache.read(name), expected[0], rtol=0, atol=1e-5)
+
+
+def test_keys_cover_what_changes_the_bytes(data):
+    samples = samples_of(data)
+    first = encoding().sample_keys(samples)
+    for change in ({"vae": "w"}, {"resize_mode": "crop"}, {"resolution": Resolution(9, 64, 80)}):
+        other = encoding(**change).sample_keys(samples)
+        assert all(a.video != b.video and a.image != b.image for a, b in zip(first, other, strict=True))
+    for change in ({"fps": 4.0}, {"resolution": Resolution(17, 64, 64)}):  # do not touch the first frame
+        other = encoding(**change).sample_keys(samples)
+        assert all(a.video != b.video and a.image == b.image for a, b in zip(first, other, strict=True))
+    assert encoding(text_encoder="u").sample_keys(samples)[0].prompt != first[0].prompt
+    samples[0].video.write_bytes(samples[1].video.read_bytes())  # the content counts, not the name
+    changed = encoding().sample_keys(samples)
+    assert changed[0].video == first[1].video and changed[2:] == first[2:]
+
+
+def test_identity_follows_weights_and_settings(tiny, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny("5b") / "vae", tmp_path / "vae")
+    first = components.identity(folder, tiling=True)
+    assert first == components.identity(tiny("5b") / "vae", tiling=True) != components.identity(folder, tiling=False)
+    weights = bytearray((folder / "diffusion_pytorch_model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    assert components.identity(folder, tiling=True) != first
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage"])
+def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
+    samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
+    keys = encoding().sample_keys(samples)
+    fill(cache, samples, keys, constant_encoders)
+    path = cache.path(keys[2].video)
+    whole = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        flipped = whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
+        path.write_bytes({"truncated": whole[:-5], "flipped": flipped, "emptied": b"", "garbage": b"x" * 99}[damage])
+    with pytest.raises(DamagedEntry):
+        cache.read(keys[2].video)
+    untouched = cache.path(keys[1].video).stat().st_mtime_ns
+    fill(cache, samples, keys, constant_encoders)
+    assert path.read_bytes() == whole
+    assert cache.path(keys[1].video).stat().st_mtime_ns == untouched
+
+
+def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
+    samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
+    whole = samples[1].video.read_bytes()
+    samples[1].video.write_bytes(whole[: len(whole) // 2])
+    samples[4].video.write_bytes(b"nothing")
+    keys = encoding().sample_keys(samples)
+
+    @contextmanager
+    def overflowing():
+        def video(pixels):  # clip 6 is given latents that are not finite
+            value = torch.inf if pixels.equal(decode(samples[6].video, SIZE, 8.0, "stretch")) else 1.0
+            return torch.full((1, 1), value)
+
+        yield PixelEncoders(video, lambda pixels, seed: torch.ones(1))
+
+    faults = fill(cache, samples, keys, overflowing, workers=1)
+    for number, fault in zip((1, 4, 6), faults, strict=True):
+        assert f"{samples[number].video} (line {number + 1})" in fault
+    assert "not finite" in faults[2]
+    intact = [cache.is_intact(key.video) for key in keys]
+    assert intact == [True, False, True, True, False, True, False, True]
+
+
+def test_ranks_share_the_work_and_idle_ones_read_no_encoder(data, tmp_path):
+    samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
+    keys = encoding().sample_keys(samples)
+    for rank in range(3):
+        fill(cache, samples, keys, constant_encoders, Share(rank, 3))
+    assert all(cache.is_intact(key.video) and cache.is_intact(key.image) for key in keys)
+
+    def never():
+        raise AssertionError("an encoder was read for nothing")
+
+    for rank in range(12):  # more ranks than clips, and nothing left to do
+        assert fill(cache, samples, keys, never, Share(rank, 12)) == []
+        precompute_prompts(cache, {}, never, Share(rank, 12))
+    assert not list(cache.folder.glob(".*"))  # nothing is left lying aside

@@ -1,0 +1,48 @@
+"""Order of samples and due-ness of events: small predicates on which resuming and counting rest."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from dataset.cached_dataset import SampleStream, stream_seed
+from utils.schedule import is_due, total_updates
+
+
+def places(batch_size, rank, world_size, start=0, count=12):
+    stream = SampleStream(5, batch_size, rank, world_size, 3, start)
+    return list(islice(iter(stream), count))
+
+
+def test_every_epoch_holds_every_sample_once_in_a_new_order():
+    flat = [place for (place,) in places(1, 0, 1, count=15)]
+    epochs = [[place.index for place in flat[start : start + 5]] for start in (0, 5, 10)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [place.number for place in flat] == list(range(15))
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 2), (2, 1), (3, 2)])
+def test_the_stream_is_the_same_however_it_is_dealt_out(batch_size, world_size):
+    ranks = [places(batch_size, rank, world_size, count=6) for rank in range(world_size)]
+    dealt = [place for turn in zip(*ranks, strict=True) for batch in turn for place in batch]
+    assert dealt == [place for (place,) in places(1, 0, 1, count=len(dealt))]
+
+
+def test_the_stream_goes_on_where_it_was_left():
+    whole = places(2, 1, 2, count=8)
+    assert whole[3:] == places(2, 1, 2, start=3 * 4, count=5)
+
+
+def test_seeds_differ():
+    assert len({stream_seed(seed, number) for seed in range(20) for number in range(500)}) == 10_000
+
+
+def test_due_after_every_nth_update_and_the_last_and_never_before_the_first():
+    assert [step for step in range(11) if is_due(step, 4, 10)] == [4, 8, 10]
+
+
+def test_planned_updates():
+    assert total_updates(7, 10, 100, 4) == 7
+    assert total_updates(None, 3, 10, 4) == 8  # 30 samples in updates of 4
