@@ -119,6 +119,9 @@ def train(plan: RunPlan) -> None:
     checkpoints = Checkpoints(accelerator, transformer, args, lr_scheduler, progress)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
+    if progress.step >= plan.total_steps:
+        accelerator.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
+        return
     metrics = Metrics(accelerator, output_dir, args.as_dict(), progress.step, plan.total_steps)
 
     # ---- data: one endless stream, entered where the run stands

@@ -68,8 +68,7 @@ def run(script: str, *args: str, processes: int | None = None, **kwargs: object)
 
 
 def environment(processes: int | None) -> dict[str, str]:
-    env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    return env | ({"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"} if processes else {})
+    return os.environ | ({"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"} if processes else {})
 
 
 def succeed(script: str, *args: str, processes: int | None = None) -> str:

@@ -1,0 +1,122 @@
+"""The strength of a LoRA is that of its training, wherever it is loaded; what does not match is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import arguments
+from utils import components
+from utils.args import parse_args
+from utils.conditioning import predict_velocity
+from utils.errors import UserError
+from utils.lora import WEIGHTS_FILE, load_lora, save_lora
+from utils.model_form import read_form
+from utils.preflight import resolve
+from utils.trainable import lora_config, make_trainable
+
+
+@pytest.fixture
+def trained(tiny, data, tmp_path):
+    """(form name, alpha) -> base folder, form, transformer as trained (its adapters do something), LoRA folder."""
+
+    def train(form_name: str, alpha: float):
+        model_dir = tiny(form_name)
+        form = read_form(model_dir)
+        args = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, task=form.task)
+        args = resolve(parse_args(args), form)
+        transformer = components.load_transformer(model_dir / "transformer", torch.float32)
+        make_trainable(transformer, args)
+        with torch.no_grad():
+            for name, weight in transformer.named_parameters():
+                if ".lora_B." in name:
+                    weight.normal_(std=0.5)
+        save_lora(get_peft_model_state_dict(transformer), lora_config(args), tmp_path / "lora")
+        return model_dir, form, transformer.eval(), tmp_path / "lora"
+
+    return train
+
+
+def answer(transformer, form) -> torch.Tensor:
+    """For one latent, timestep and prompt."""
+    generator = torch.Generator().manual_seed(0)
+    frames = 3 + form.frames_to_pad(3)
+    noisy, image = torch.randn(2, 1, frames, 16, 8, 8, generator=generator)
+    prompt = torch.randn(1, form.max_text_seq_length, 32, generator=generator)
+    with torch.no_grad():
+        image = image if form.task == "i2v" else None
+        return predict_velocity(transformer, form, noisy, torch.tensor([500]), prompt, image, torch.float32)
+
+
+@pytest.mark.parametrize(("form_name", "alpha"), [("2b", 3), ("5b", 24), ("1.5-i2v", 4)])
+@pytest.mark.parametrize("metadata", [True, False])
+def test_the_pipeline_applies_the_strength_of_the_training(trained, form_name, alpha, metadata):
+    """Also a loader that knows nothing of metadata and takes alpha = rank, as older diffusers and ComfyUI do."""
+    model_dir, form, transformer, folder = trained(form_name, alpha)
+    if not metadata:
+        save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    pipeline = components.PIPELINES[form.task].from_pretrained(model_dir)
+    base = answer(pipeline.transformer, form)
+    pipeline.load_lora_weights(folder)
+    in_training, loaded = answer(transformer, form), answer(pipeline.transformer, form)
+    assert (in_training - base).abs().max() > 0.1
+    torch.testing.assert_close(loaded, in_training, rtol=0, atol=1e-5)
+
+
+def test_the_demo_applies_any_scale(trained):
+    model_dir, form, transformer, folder = trained("5b", 4)
+
+    def at_scale(scale):
+        fresh = components.load_transformer(model_dir / "transformer", torch.float32)
+        assert load_lora(fresh, folder, scale) == 2 * 4  # blocks x target modules
+        return answer(fresh, form)
+
+    torch.testing.assert_close(at_scale(1.0), answer(transformer, form), rtol=0, atol=1e-5)
+    base = answer(components.load_transformer(model_dir / "transformer", torch.float32), form)
+    torch.testing.assert_close(at_scale(0.0), base, rtol=0, atol=1e-6)
+    assert (at_scale(0.5) - at_scale(1.0)).abs().max() > 0.01
+
+
+def renamed(state: dict, count: int) -> dict:
+    return {name.replace("attn1", "attention") if n < count else name: w for n, (name, w) in enumerate(state.items())}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: renamed(state, 99), "no adapter module matches"),
+        (lambda state: renamed(state, 1), "1 of 16 tensors do not belong"),
+        (lambda state: {name: weight[:, :3] for name, weight in state.items()}, "do not belong|no adapter module"),
+        (lambda state: {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "no adapter module matches"),
+        (lambda state: {}, "nothing at all"),
+    ],
+)
+def test_files_that_do_not_match_are_refused(trained, change, message):
+    model_dir, _, _, folder = trained("5b", 4)
+    save_file(
+        {name: weight.contiguous() for name, weight in change(load_file(folder / WEIGHTS_FILE)).items()},
+        folder / WEIGHTS_FILE,
+    )
+    fresh = components.load_transformer(model_dir / "transformer", torch.float32)
+    with pytest.raises(UserError, match=message):
+        load_lora(fresh, folder, 1.0)
+
+
+def test_a_missing_file_names_the_checkpoints_there_are(trained, tmp_path: Path):
+    model_dir, _, _, folder = trained("5b", 4)
+    folder.rename(tmp_path / "checkpoint-40")
+    fresh = components.load_transformer(model_dir / "transformer", torch.float32)
+    with pytest.raises(UserError, match="it has checkpoint-40"):
+        load_lora(fresh, tmp_path, 1.0)
+
+
+def test_adapters_are_float32_over_a_half_precision_base(tiny, data, tmp_path):
+    args = arguments(tiny("5b"), data, tmp_path, "--mixed_precision", "bf16")
+    transformer = components.load_transformer(tiny("5b") / "transformer", torch.bfloat16)
+    make_trainable(transformer, parse_args(args))
+    kinds = {(".lora_" in name, p.requires_grad, p.dtype) for name, p in transformer.named_parameters()}
+    assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}

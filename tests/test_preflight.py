@@ -1,0 +1,150 @@
+"""Mistakes of many kinds: each is a sentence that names the flag or the file and line; all come together."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from tests.conftest import arguments, run
+from utils.args import parse_args
+from utils.errors import UserError
+from utils.preflight import preflight
+
+
+def faults_of(*args) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        preflight(parse_args(list(map(str, args))), 1)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("form", "more", "message"),
+    [
+        ("2b", ["--model_type", "i2v"], "--model_type i2v: .* is a t2v checkpoint .* use --model_type t2v"),
+        ("5b-i2v", ["--model_type", "t2v"], "--model_type t2v: .* is a i2v checkpoint"),
+        ("5b", ["--mixed_precision", "fp16"], "--mixed_precision fp16: .* use bf16"),
+        ("2b", ["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
+        ("2b", ["--train_resolution", "10x64x64"], "--train_resolution 10x64x64: .* 8N\\+1, such as 9 or 17"),
+        ("2b", ["--train_resolution", "9x72x64"], "multiples of 16; height 72 \\(use 64 or 80\\)"),
+        ("2b", ["--train_resolution", "9x64"], "'9x64' is not of the form FxHxW"),
+        ("5b-i2v", ["--train_resolution", "9x80x64", "--model_type", "i2v"], "learned positions .* must be 64x64"),
+        ("1.5", ["--train_resolution", "9x64x80"], "rotary table ends at 64x64"),
+        ("2b", ["--train_resolution", "49x64x64"], "line 8\\) is too short: 17 frames at 8 fps are 2.12 s"),
+        ("2b", ["--target_modules", "to_q", "to_x"], "--target_modules to_x: the transformer has no linear layer"),
+        ("2b", ["--pin_memory", "yes"], "--pin_memory: 'yes' is neither true nor false"),
+        ("2b", ["--rank", "0"], "--rank is 0; it must be above 0"),
+        ("2b", ["--learning_rate", "nan"], "--learning_rate is nan"),
+        ("2b", ["--batchsize", "2"], "unrecognized arguments: --batchsize"),
+        ("2b", ["--lr_scheduler", "sine"], "--lr_scheduler: invalid choice: 'sine'"),
+        ("2b", ["--image_column", "images.txt"], "--image_column is for --model_type i2v"),
+        ("2b", ["--caption_column", "captions.txt"], "captions.txt: there is no such file"),
+        ("2b", ["--data_root", "/nowhere"], "--data_root /nowhere: there is no such folder"),
+        ("2b", ["--model_path", "/nowhere"], "--model_path /nowhere: there is no such folder"),
+        ("2b", ["--model_path", "no-one/nothing"], "no-one/nothing: there is no such folder, and the model hub"),
+        ("2b", ["--output_dir", "/proc/here"], "--output_dir /proc/here cannot be written to"),
+        ("2b", ["--output_dir", "/etc/hostname/here"], "--output_dir /etc/hostname/here cannot be written to"),
+        ("2b", ["--resume_from_checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
+        ("2b", ["--do_validation"], "--do_validation true needs --validation_dir"),
+        ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),
+    ],
+)
+def test_each_mistake_is_told_in_one_sentence(tiny, data, tmp_path, form, more, message):
+    faults = faults_of(*arguments(tiny(form), data, tmp_path / "out", *more))
+    assert any(re.search(message, fault) for fault in faults), faults
+    assert all("\n" not in fault for fault in faults)
+
+
+def test_all_mistakes_come_together(tiny, data, tmp_path):
+    (data / "prompts.txt").write_text("one\n\nthree\n")
+    (data / "videos.txt").write_text("videos/red_circle_left_white.mp4\nvideos/none.mp4\nprompts.txt\nx.mp4\n")
+    options = [
+        "--model_type",
+        "i2v",
+        "--train_resolution",
+        "9x50x64",
+        "--output_dir",
+        "/proc/x",
+        "--target_modules",
+        "q",
+    ]
+    faults = faults_of(*arguments(tiny("2b"), data, tmp_path, *options))
+    for part in ("--model_type", "--train_resolution", "--output_dir", "--target_modules", "same number of lines"):
+        assert any(part in fault for fault in faults), part
+    assert any("prompts.txt, line 2: the line is empty" in fault for fault in faults)
+    assert any("videos.txt, line 2: there is no file" in fault for fault in faults)
+    assert any("videos.txt, line 4: there is no file" in fault for fault in faults)
+
+
+def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tmp_path):
+    (data / "videos" / "red_circle_left_white.mp4").write_bytes(b"no video")
+    (data / "images.txt").write_text("prompts.txt\n" * 8)
+    faults = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, "--image_column", "images.txt", task="i2v"))
+    assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in faults)
+    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 7
+    (validation / "videos.txt").unlink()
+    faults = faults_of(
+        *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation
+    )
+    assert any("needs an image a prompt" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: shutil.rmtree(model / "vae"), "the folder vae/ is missing"),
+        (lambda model: (model / "transformer" / "config.json").unlink(), "config.json is missing"),
+        (lambda model: (model / "vae" / "config.json").write_text("{"), "cannot be read as JSON"),
+        (
+            lambda model: (model / "transformer" / "config.json").write_text('{"_class_name": "Flux"}'),
+            "describes a Flux",
+        ),
+        (lambda model: next((model / "text_encoder").glob("*.safetensors")).unlink(), "holds no .safetensors file"),
+    ],
+)
+def test_incomplete_checkpoints_are_told_before_weights_are_read(tiny, data, tmp_path, damage, message):
+    model = shutil.copytree(tiny("2b"), tmp_path / "model")
+    damage(model)
+    assert any(message in fault for fault in faults_of(*arguments(model, data, tmp_path / "out")))
+
+
+def test_no_space_for_the_cache_is_told(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    assert "the latent cache needs" in faults_of(*arguments(tiny("2b"), data, tmp_path))[0]
+
+
+def test_booleans_mean_what_they_say(tiny, data, tmp_path):
+    for text, value in (("False", False), ("false", False), ("TRUE", True), ("true", True)):
+        args = parse_args(arguments(tiny("2b"), data, tmp_path, "--pin_memory", text))
+        assert args.system.pin_memory is value
+
+
+def test_defaults_follow_the_model(tiny, data, tmp_path):
+    plain = ["--model_path", tiny("1.5"), "--model_type", "t2v", "--data_root", data, "--output_dir", tmp_path]
+    plan = preflight(parse_args(list(map(str, [*plain, "--train_resolution", "9x64x64"]))), 2)
+    assert (plan.args.data.fps, plan.args.validation.gen_fps) == (16, 16)
+    assert plan.args.lora.lora_alpha == plan.args.lora.rank == 128
+    assert plan.args.training.mixed_precision == "bf16"
+    assert plan.total_steps == 40  # 10 epochs of 8 clips, 2 a step
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_no_trace(tiny, data, tmp_path):
+    out = tmp_path / "out"
+    args = arguments(tiny("5b"), data, out, "--id_token", "SKS", "--train_steps", "5", "--dry_run")
+    done = run("train_ddp_t2v.sh", *args, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "5 steps of 2 samples" in done.stdout and "48 video and 26 text tokens" in done.stdout
+    assert "8 samples, 8 distinct prompts" in done.stdout
+    shown = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert shown["lora"]["lora_alpha"] == 8 and shown["data"]["id_token"] == "SKS"
+    assert not out.exists() and not (data / "videos" / "latent").exists()
+
+
+@pytest.mark.parametrize(("processes", "more"), [(1, ["--rank", "many"]), (2, ["--train_resolution", "9x60x60"])])
+def test_scripts_end_with_a_sentence_and_code_2(tiny, data, tmp_path, processes, more):
+    done = run("train_ddp_t2v.sh", *arguments(tiny("5b"), data, tmp_path, *more), processes=processes)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1

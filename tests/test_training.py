@@ -1,0 +1,190 @@
+"""Whole runs through the launch scripts: every form, any number of processes, killed and resumed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, arguments, environment, read_metrics, run, succeed
+from tests.tiny_models import FORMS
+from utils.checkpoint import ADAPTERS_AS_TRAINED, TRAINING_STATE
+from utils.lora import WEIGHTS_FILE
+
+
+def adapters(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / TRAINING_STATE / ADAPTERS_AS_TRAINED)
+
+
+def assert_equal(ours, theirs) -> None:
+    """Bit for bit, through nested dicts and lists."""
+    if torch.is_tensor(theirs):
+        assert torch.equal(ours, theirs)
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert_equal(ours[name], theirs[name])
+    elif isinstance(theirs, list | tuple):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_equal(one, other)
+    else:
+        assert ours == theirs
+
+
+def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
+    """Adapters, optimizer, schedule, progress and loss log are the same to the last bit."""
+    one, other = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
+    assert_equal(adapters(one), adapters(other))
+    assert_equal(load_file(one / WEIGHTS_FILE), load_file(other / WEIGHTS_FILE))
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        states = [torch.load(path / TRAINING_STATE / name, weights_only=True) for path in (one, other)]
+        assert_equal(*states)
+    assert read_metrics(ours) == read_metrics(theirs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains_with_validation_and_generates(tiny, data, validation, tmp_path, form):
+    """Through the script of its task, two processes on two clips of validation, and then through the demo."""
+    task = "i2v" if "i2v" in form else "t2v"
+    out = tmp_path / "out"
+    steps = ["--train_steps", 4, "--checkpointing_steps", 2, "--checkpointing_limit", 1]
+    checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 3, "--num_inference_steps", 2]
+    more = [*steps, *checks, "--report_to", "tensorboard", "--id_token", "SKS", "--caption_dropout", 0.5]
+    succeed(f"train_ddp_{task}.sh", *arguments(tiny(form), data, out, *more, task=task), processes=2)
+
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]  # the limit is kept
+    assert any(weight.abs().max() > 0 for name, weight in adapters(out / "checkpoint-4").items() if "lora_B" in name)
+    videos = sorted(str(path.relative_to(out / "validation")) for path in out.glob("validation/*/*.mp4"))
+    assert videos == [f"step-{step}/{number:03d}.mp4" for step in (0, 3, 4) for number in (0, 1)]
+    log = read_metrics(out)
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in log if "held_out_loss" in line] == [0, 3, 4]
+    assert all(f"held_out_loss_quarter_{q}" in log[0] for q in (1, 2, 3, 4))
+    assert all(any(name.startswith("loss_quarter_") for name in line) for line in log if "loss" in line)
+    assert list(out.glob("logs/*/events.out.tfevents.*"))
+
+    image = [] if task == "t2v" else ["--image_or_video_path", str(ROOT / "tests" / "first_frame.png")]
+    options = [
+        "--prompt",
+        "SKS a red circle",
+        "--num_inference_steps",
+        "2",
+        "--output_path",
+        str(tmp_path / "demo.mp4"),
+    ]
+    lora = ["--lora_path", str(out / "checkpoint-4")]
+    printed = succeed("cli_demo.py", "--model_path", str(tiny(form)), *options, *lora, *image)
+    assert "8 adapter modules matched" in printed and f"Generating {task}, 9x64x64" in printed
+    assert (tmp_path / "demo.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_six_steps_are_three_and_three(tiny, data, tmp_path, processes):
+    """Mid-epoch, shuffled, with accumulation and dropout; the second half is a process of its own."""
+
+    def train(out: Path, steps: int, *more: str) -> None:
+        options = ["--train_steps", steps, "--checkpointing_steps", 3, "--gradient_accumulation_steps", 2]
+        options += ["--caption_dropout", 0.3, *more]
+        succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=processes)
+
+    train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 3)
+    train(tmp_path / "parts", 6, "--resume_from_checkpoint", str(tmp_path / "parts" / "checkpoint-3"))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", 6)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny, data, tmp_path):
+    options = ["--train_steps", 60, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2]
+
+    def command(out: Path) -> list[str]:
+        return arguments(tiny("2b"), data, out, *options)
+
+    succeed("train_ddp_t2v.sh", *command(tmp_path / "whole"), processes=1)
+    killed = tmp_path / "killed"
+    with subprocess.Popen(
+        ["bash", str(ROOT / "train_ddp_t2v.sh"), *command(killed)],
+        env=environment(1),
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while not (killed / "checkpoint-5").exists() and process.poll() is None:
+            time.sleep(0.01)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family)
+    done = max(int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*"))
+    assert 5 <= done < 60
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a line cut short
+    succeed("train_ddp_t2v.sh", *command(killed), processes=1)
+    assert_same_run(killed, tmp_path / "whole", 60)
+
+
+def test_two_processes_are_one_with_accumulation(tiny, data, tmp_path):
+    """The same samples, noise and learning rates; gradients that differ by the order of a sum."""
+    for processes, accumulation in ((1, 2), (2, 1)):
+        options = ["--train_steps", 4, "--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine"]
+        out = tmp_path / str(processes)
+        succeed("train_ddp_i2v.sh", *arguments(tiny("1.5-i2v"), data, out, *options, task="i2v"), processes=processes)
+    one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
+    assert [line["learning_rate"] for line in one] == [line["learning_rate"] for line in two]
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
+    expected = adapters(tmp_path / "1" / "checkpoint-4")
+    for name, weight in adapters(tmp_path / "2" / "checkpoint-4").items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)  # four updates of up to 1e-3 each
+
+
+def test_full_fine_tuning_saves_a_transformer_that_loads_and_resumes(tiny, data, tmp_path):
+    def train(out: Path, steps: int, *more: str) -> None:
+        options = ["--training_type", "sft", "--train_steps", steps, "--checkpointing_steps", 2, *more]
+        succeed("train_ddp_t2v.sh", *arguments(tiny("1.5"), data, out, *options), processes=1)
+
+    train(tmp_path / "whole", 4)
+    train(tmp_path / "parts", 2)
+    train(tmp_path / "parts", 4, "--resume_from_checkpoint", "latest")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    one, other = (load_file(tmp_path / run / "checkpoint-4" / weights) for run in ("whole", "parts"))
+    assert_equal(one, other)
+    assert not torch.equal(one["proj_out.weight"], load_file(tiny("1.5") / weights)["proj_out.weight"])
+    options = ["--prompt", "a square", "--num_inference_steps", "2", "--output_path", str(tmp_path / "demo.mp4")]
+    transformer = ["--transformer_path", str(tmp_path / "parts" / "checkpoint-4")]
+    succeed("cli_demo.py", "--model_path", str(tiny("1.5")), *options, *transformer)
+
+
+def test_a_run_does_not_overwrite_or_continue_another(tiny, data, tmp_path):
+    out, first = tmp_path / "out", ["--train_steps", 2, "--seed", 1]
+    succeed("train.py", *arguments(tiny("5b"), data, out, *first))
+    again = run("train.py", *arguments(tiny("5b"), data, out, *first))
+    assert again.returncode == 2 and "already holds checkpoint-2" in again.stderr
+    other = [*first, "--rank", 4, "--resume_from_checkpoint", "latest"]
+    other_rank = run("train.py", *arguments(tiny("5b"), data, out, *other))
+    assert other_rank.returncode == 2 and "--rank is 4, but" in other_rank.stderr
+    finished = succeed("train.py", *arguments(tiny("5b"), data, out, *first, "--resume_from_checkpoint", "latest"))
+    assert "nothing is left to do" in finished
+
+
+def test_bad_clips_end_the_run_and_changed_ones_are_encoded_anew(tiny, data, tmp_path):
+    clip = data / "videos" / "blue_circle_up_white.mp4"
+    whole = clip.read_bytes()
+    clip.write_bytes(whole[: len(whole) * 2 // 3])
+    options = arguments(tiny("5b"), data, tmp_path / "out", "--precompute_only")
+    failed = run("train_ddp_t2v.sh", *options, processes=2)
+    assert failed.returncode == 2 and f"{clip} (line 3)" in failed.stderr and "Traceback" not in failed.stderr
+    clip.write_bytes(whole)
+    succeed("train_ddp_t2v.sh", *options, processes=2)
+    assert len(list((data / "videos" / "latent").glob("video-*"))) == 8
+    shutil.copy(data / "videos" / "red_square_left_white.mp4", clip)
+    succeed("train_ddp_t2v.sh", *options, processes=1)
+    assert len(list((data / "videos" / "latent").glob("video-*"))) == 8  # the copy's content was there already
+
+
+def test_a_loss_that_is_not_finite_names_sample_and_timestep(tiny, data, tmp_path):
+    done = run("train.py", *arguments(tiny("5b"), data, tmp_path, "--train_steps", 30, "--learning_rate", 1e30))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "The loss is nan at step" in done.stderr and "timestep" in done.stderr and ".mp4" in done.stderr
