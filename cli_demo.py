@@ -19,7 +19,7 @@ from dataset.video import ClipError, Resolution, decode, load_image, probe
 from utils import components
 from utils.args import make_parser, option, parse_group, positive
 from utils.errors import UserError, told_to_the_user
-from utils.lora import load_lora
+from utils.lora import find_lora, load_lora
 from utils.model_form import ModelForm, read_form
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,6 +126,12 @@ def check(args: DemoArgs, form: ModelForm, task: str, resolution: Resolution) ->
         faults.append("--image_or_video_path is given, but t2v takes none; give --generate_type v2v or leave it out.")
     if args.lora_path is not None and args.transformer_path is not None:
         faults.append("--lora_path and --transformer_path exclude each other: adapters belong to their own base.")
+    for path, find in ((args.lora_path, find_lora), (args.transformer_path, components.find_transformer)):
+        try:
+            if path is not None:
+                find(path)
+        except UserError as error:
+            faults += error.faults
     if faults:
         raise UserError(faults)
 

@@ -53,7 +53,7 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, scale: float
     Raises:
         UserError: there is no such file, it holds no adapters, or some do not belong to this transformer.
     """
-    file = _find_file(path)
+    file = find_lora(path)
     modules = _checked_modules(transformer, file)
     state, metadata = CogVideoXPipeline.lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
     CogVideoXPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
@@ -63,7 +63,8 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, scale: float
     return matched
 
 
-def _find_file(path: Path) -> Path:
+def find_lora(path: Path) -> Path:
+    """The weights file that `path` is or holds. Raises UserError where there is none."""
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.is_file():
         return file

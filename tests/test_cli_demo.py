@@ -1,0 +1,75 @@
+"""The demo beyond what the training tests run of it: video to video, sizes, and mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+import cli_demo
+from dataset.video import probe
+from tests.conftest import ROOT, run, succeed
+from utils import components
+
+CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
+FRAME = str(ROOT / "tests" / "first_frame.png")
+
+
+@pytest.mark.parametrize(
+    ("form", "more", "size"),
+    [
+        ("2b", ["--generate_type", "v2v", "--image_or_video_path", CLIP], (9, 64, 64, 8)),
+        ("1.5", ["--generate_type", "v2v", "--image_or_video_path", CLIP], (8, 64, 64, 16)),
+        ("1.5-i2v", ["--image_or_video_path", FRAME, "--width", "48", "--num_frames", "17"], (17, 64, 48, 16)),
+        ("5b", ["--height", "96", "--fps", "12", "--dtype", "bf16", "--enable_tiling", "false"], (9, 96, 64, 12)),
+    ],
+)
+def test_videos_have_the_native_or_the_wanted_size(tiny, tmp_path, form, more, size):
+    output = tmp_path / "new" / "demo.mp4"
+    options = ["--prompt", "a red circle", "--num_inference_steps", "3", "--output_path", str(output), *more]
+    succeed("cli_demo.py", "--model_path", str(tiny(form)), *options)
+    info = probe(output)
+    assert (info.frames, info.height, info.width, info.fps) == size
+
+
+def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
+    """The published configs of 1.5 state 2400x2400, where the pipelines would run out of memory by default."""
+    args = cli_demo.DemoArgs(prompt="", model_path="")
+    form = cli_demo.read_form(tiny("1.5", (81, 2400, 2400)))
+    assert str(cli_demo.choose_resolution(args, form, "t2v")) == "81x768x1360"
+
+
+@pytest.mark.parametrize(
+    ("form", "more", "message"),
+    [
+        ("2b", ["--generate_type", "i2v"], "--generate_type i2v needs a i2v checkpoint"),
+        ("5b-i2v", [], "i2v needs --image_or_video_path"),
+        ("5b-i2v", ["--image_or_video_path", CLIP], "cannot be read as an image"),
+        ("2b", ["--image_or_video_path", FRAME], "t2v takes none"),
+        ("2b", ["--generate_type", "v2v", "--image_or_video_path", FRAME + "x"], "cannot be read as a video"),
+        ("2b", ["--num_frames", "12"], "must be 8N+1"),
+        ("2b", ["--height", "100"], "multiples of 16"),
+        ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no pytorch_lora_weights.safetensors"),
+        ("2b", ["--transformer_path", "/nowhere"], "--transformer_path /nowhere"),
+        ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
+        ("2b", ["--strength", "1.5"], "--strength is 1.5"),
+    ],
+)
+def test_mistakes_are_told_before_weights_are_read(tiny, tmp_path, monkeypatch, capsys, form, more, message):
+    monkeypatch.setattr(components, "load_transformer", None)
+    monkeypatch.setattr("sys.argv", ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(form)), *more])
+    with pytest.raises(SystemExit) as ended, cli_demo.told_to_the_user():
+        cli_demo.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mistake_ends_the_demo_with_code_2(tiny):
+    done = run("cli_demo.py", "--model_path", str(tiny("2b")), "--promt", "x")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_hub_id_is_downloaded_and_used(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(components, "snapshot_download", lambda name, **_: asked.append(name) or str(tiny("2b")))
+    assert components.resolve_model_dir("THUDM/CogVideoX-2b") == tiny("2b")
+    assert asked == ["THUDM/CogVideoX-2b"]
