@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 
 from dataset.cached_dataset import CachedDataset, SampleStream, batches, stream_seed
 from dataset.latent_cache import LatentCache
@@ -26,7 +32,8 @@ from utils.errors import UserError, told_to_the_user
 from utils.loss import draw, velocity_loss
 from utils.metrics import Metrics, quarter_means
 from utils.optimizer import make_lr_scheduler, make_optimizer
-from utils.preflight import RunPlan, describe, preflight
+from utils.plan import RunPlan, describe
+from utils.preflight import preflight
 from utils.schedule import is_due
 from utils.trainable import make_trainable, trained_parameters, weight_dtype
 from utils.validation import validate
@@ -38,7 +45,7 @@ def main() -> None:
     args = parse_args()
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout))
     plan = on_main_process(processes, preflight, args, processes.num_processes)
-    processes.print(describe(plan, processes.num_processes))
+    processes.print(describe(plan))
     if args.output.dry_run:
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
         return
@@ -96,6 +103,7 @@ def train(plan: RunPlan) -> None:
         mixed_precision=args.training.mixed_precision,
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         log_with=None if args.output.report_to == "none" else args.output.report_to,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
 
@@ -136,6 +144,7 @@ def train(plan: RunPlan) -> None:
     if plan.validation and progress.step == 0:
         validate(accelerator, transformer, alphas_cumprod, plan, 0, metrics)  # what the base does, to compare with
     losses, timesteps = [], []
+    metrics.start_lap()
     while progress.step < plan.total_steps:
         batch = next(loader)
         with accelerator.accumulate(model):
@@ -180,6 +189,7 @@ def train(plan: RunPlan) -> None:
             loss=mean_loss,
             learning_rate=learning_rate,
             grad_norm=float(grad_norm),
+            step_s=metrics.lap(),
             **quarter_means(all_losses, all_timesteps, len(alphas_cumprod), "loss"),
         )
         metrics.advance(loss=mean_loss, lr=learning_rate)
@@ -187,6 +197,7 @@ def train(plan: RunPlan) -> None:
             validate(accelerator, transformer, alphas_cumprod, plan, progress.step, metrics)
         if is_due(progress.step, args.checkpoint.checkpointing_steps, plan.total_steps):
             checkpoints.save(progress.step)
+        metrics.start_lap()
     accelerator.print(metrics.close(progress.step))
 
 

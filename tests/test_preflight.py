@@ -46,6 +46,7 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--model_path", "no-one/nothing"], "no-one/nothing: there is no such folder, and the model hub"),
         ("2b", ["--output_dir", "/proc/here"], "--output_dir /proc/here cannot be written to"),
         ("2b", ["--output_dir", "/etc/hostname/here"], "--output_dir /etc/hostname/here cannot be written to"),
+        ("2b", ["--cache_dir", "/proc/here"], "--cache_dir /proc/here cannot be written to"),
         ("2b", ["--resume_from_checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
         ("2b", ["--do_validation"], "--do_validation true needs --validation_dir"),
         ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),

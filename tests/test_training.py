@@ -55,6 +55,7 @@ def test_every_form_trains_with_validation_and_generates(tiny, data, validation,
     out = tmp_path / "out"
     steps = ["--train_steps", 4, "--checkpointing_steps", 2, "--checkpointing_limit", 1]
     checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 3, "--num_inference_steps", 2]
+    checks += ["--mixed_precision", "bf16" if form.startswith("5b") else "no"]
     more = [*steps, *checks, "--report_to", "tensorboard", "--id_token", "SKS", "--caption_dropout", 0.5]
     succeed(f"train_ddp_{task}.sh", *arguments(tiny(form), data, out, *more, task=task), processes=2)
 

@@ -82,9 +82,11 @@ def identity(folder: Path, **settings: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_vae(model_dir: Path, device: torch.device, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
+def load_vae(
+    model_dir: Path, device: torch.device, slicing: bool, tiling: bool, dtype: torch.dtype | None = None
+) -> AutoencoderKLCogVideoX:
     folder = model_dir / "vae"
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=stored_dtype(folder)).to(device)
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype or stored_dtype(folder)).to(device)
     if slicing:
         vae.enable_slicing()
     if tiling:

@@ -7,6 +7,7 @@ lines about a child process that failed, and exit with 1.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 def main() -> int:
     args = launch_command_parser().parse_args()
     args.num_processes = args.num_processes or max(torch.cuda.device_count(), 1)
+    # accelerate would give each process one thread; clips are encoded on the CPU where there is no GPU
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // args.num_processes, 1)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Metrics:
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / METRICS_FILE
-        self.started, self.first_step = time.perf_counter(), step
+        self.laps: list[float] = []
         if accelerator.is_main_process:
             _drop_after(self.path, step)
         # trackers take numbers and strings only
@@ -42,6 +43,15 @@ class Metrics:
         self.bar = tqdm(
             total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
+
+    def start_lap(self) -> None:
+        """Time from here on belongs to the next update."""
+        self.lap_started = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds that the update took, without validation and checkpoints before it."""
+        self.laps.append(time.perf_counter() - self.lap_started)
+        return self.laps[-1]
 
     def log(self, step: int, **values: float) -> None:
         if not self.accelerator.is_main_process:
@@ -70,9 +80,8 @@ class Metrics:
         """Ends the trackers; returns the closing line."""
         self.bar.close()
         self.accelerator.end_training()
-        updates = step - self.first_step
-        seconds = (time.perf_counter() - self.started) / max(updates, 1)
-        return f"Done: step {step}, {updates} updates in this run, {seconds:.3g} s a step, {peak_memory()}."
+        seconds = statistics.median(self.laps)
+        return f"Done: step {step}, {len(self.laps)} updates in this run, {seconds:.3g} s a step, {peak_memory()}."
 
 
 def peak_memory() -> str:

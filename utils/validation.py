@@ -25,7 +25,7 @@ from utils import components
 from utils.conditioning import predict_velocity
 from utils.loss import draw, velocity_loss
 from utils.metrics import QUARTERS, Metrics, quarter_means
-from utils.preflight import RunPlan
+from utils.plan import RunPlan
 
 
 def validate(
@@ -124,7 +124,10 @@ def generate(
     mine = share.of(enumerate(zip(plan.validation, plan.validation_keys, strict=True)))
     if not mine:
         return
-    vae = components.load_vae(plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling)
+    # the pipelines hand the VAE tensors of the prompt embeddings' dtype
+    vae = components.load_vae(
+        plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling, plan.compute_dtype
+    )
     scheduler = components.load_scheduler(plan.model_dir)
     with components.released(vae):
         pipeline = components.PIPELINES[plan.form.task](

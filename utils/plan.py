@@ -1,0 +1,155 @@
+"""A run that nothing speaks against: everything resolved, every cache entry named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dataset.latent_cache import Encoding, LatentCache, SampleKeys
+from dataset.manifest import Sample
+from dataset.survey import Survey
+from utils import components
+from utils.args import Args
+from utils.encoders import IMAGE_NOISE_DRAWS
+from utils.errors import UserError
+from utils.model_form import ModelForm
+from utils.schedule import total_updates
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What preflight found and every later part of the run goes by.
+
+    Attributes:
+        args: with every default that depends on the model filled in.
+        keys, validation_keys: the cache entries of `samples` and `validation`, in their order.
+        prompts: entry name -> text, of every prompt of the run, the empty one included.
+        resume_from: the checkpoint to go on from.
+        notes: what the user should know though it stops nothing.
+    """
+
+    args: Args
+    model_dir: Path
+    form: ModelForm
+    samples: list[Sample]
+    survey: Survey
+    keys: list[SampleKeys]
+    validation: list[Sample]
+    validation_keys: list[SampleKeys]
+    prompts: dict[str, str]
+    empty_prompt: str
+    cache_dir: Path
+    resume_from: Path | None
+    samples_per_step: int
+    num_processes: int
+    notes: list[str]
+
+    @property
+    def total_steps(self) -> int:
+        training = self.args.training
+        return total_updates(training.train_steps, training.train_epochs, len(self.samples), self.samples_per_step)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return components.DTYPES[self.args.training.mixed_precision]
+
+
+def make_plan(
+    args: Args,
+    model_dir: Path,
+    form: ModelForm,
+    samples: list[Sample],
+    validation: list[Sample],
+    found: Survey,
+    resume_from: Path | None,
+    num_processes: int,
+    notes: list[str],
+) -> RunPlan:
+    """Names the cache entries and counts the steps of a run that has been checked.
+
+    Raises:
+        UserError: the cache does not fit on its disk.
+    """
+    encoding = Encoding(
+        args.data.train_resolution,
+        args.data.fps,
+        args.data.resize_mode,
+        vae=components.identity(model_dir / "vae", tiling=args.system.enable_tiling),
+        text_encoder=components.identity(
+            model_dir / "text_encoder",
+            tokenizer=components.identity(model_dir / "tokenizer"),
+            length=form.max_text_seq_length,
+        ),
+        with_images=form.task == "i2v",
+    )
+    cache_dir = args.data.cache_dir or common_folder(samples) / "latent"
+    training = args.training
+    plan = RunPlan(
+        args=replace(args, data=replace(args.data, cache_dir=cache_dir)),
+        model_dir=model_dir,
+        form=form,
+        samples=samples,
+        survey=found,
+        keys=encoding.sample_keys(samples),
+        validation=validation,
+        validation_keys=encoding.sample_keys(validation),
+        prompts={encoding.prompt_key(text): text for text in ["", *(s.prompt for s in samples + validation)]},
+        empty_prompt=encoding.prompt_key(""),
+        cache_dir=cache_dir,
+        resume_from=resume_from,
+        samples_per_step=training.batch_size * training.gradient_accumulation_steps * num_processes,
+        num_processes=num_processes,
+        notes=notes,
+    )
+    check_disk_space(plan)
+    return plan
+
+
+def common_folder(samples: list[Sample]) -> Path:
+    """The folder that holds the clips."""
+    return Path(os.path.commonpath([sample.video.parent for sample in samples]))
+
+
+def check_disk_space(plan: RunPlan) -> None:
+    """Raises UserError where the entries that the cache lacks will not fit on its disk."""
+    frames, height, width = plan.form.latent_size(plan.args.data.train_resolution)
+    moments = 2 * plan.form.latent_channels * height * width * 4  # float32 at most
+    sizes = {"video": moments * frames, "image": moments * IMAGE_NOISE_DRAWS}
+    cache = LatentCache(plan.cache_dir)
+    names = {name for keys in plan.keys + plan.validation_keys for name in (keys.video, keys.image) if name}
+    needed = sum(sizes[name.partition("-")[0]] for name in names if not cache.path(name).exists())
+    parent = plan.cache_dir
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"{plan.cache_dir}: the latent cache needs {needed / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are "
+            "free; make room or give another --cache_dir."
+        )
+
+
+def describe(plan: RunPlan) -> str:
+    """The plan of a run in a few lines, for the log and for --dry_run."""
+    args, training, form = plan.args, plan.args.training, plan.form
+    resolution = args.data.train_resolution
+    video_tokens, text_tokens = form.tokens(resolution)
+    lines = [
+        f"Model: {form.task}, CogVideoX{'1.5' if form.is_v1_5 else ' 1.0'}, {form.positions} positions, "
+        f"{plan.model_dir}",
+        f"Training: {args.model.training_type}, {training.mixed_precision}, {plan.total_steps} steps of "
+        f"{plan.samples_per_step} samples ({training.batch_size} x {training.gradient_accumulation_steps} accumulation "
+        f"x {plan.num_processes} processes), {plan.total_steps * plan.samples_per_step / len(plan.samples):.1f} epochs",
+        f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens",
+        f"Dataset: {len(plan.samples)} samples, {len({sample.prompt for sample in plan.samples})} distinct prompts; "
+        + plan.survey.summary(resolution, args.data.fps),
+        f"Validation: {len(plan.validation)} prompts" if plan.validation else "Validation: off",
+        f"Latent cache: {plan.cache_dir}",
+    ]
+    if plan.resume_from:
+        lines.append(f"Resuming from {plan.resume_from}")
+    return "\n".join(lines + [f"Note: {note}" for note in plan.notes])
