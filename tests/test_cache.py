@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from transformers import T5EncoderModel
 
 from dataset.latent_cache import DamagedEntry, Encoding, LatentCache
 from dataset.manifest import read_manifest
@@ -52,9 +56,20 @@ def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
     assert 0 < distances.min() < distances.max() < 1 and len(set(distances.tolist())) == len(distances)
 
 
-def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
-    from diffusers import CogVideoXPipeline
+def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tmp_path):
+    model_dir = shutil.copytree(tiny("5b"), tmp_path / "model")
+    for name, kind in {"vae": AutoencoderKLCogVideoX, "text_encoder": T5EncoderModel}.items():
+        kind.from_pretrained(model_dir / name, dtype=torch.bfloat16).save_pretrained(model_dir / name)
+    with encoders.pixel_encoders(model_dir, CPU, True, True) as encode:
+        assert encode.video(torch.zeros(9, 3, 64, 64)).dtype == torch.bfloat16
+    with encoders.prompt_encoder(model_dir, CPU, 26) as encode:
+        assert encode("a circle").dtype == torch.bfloat16
+    del encode
+    models = [thing for thing in gc.get_objects() if isinstance(thing, AutoencoderKLCogVideoX | T5EncoderModel)]
+    assert all(parameter.is_meta for model in models for parameter in model.parameters())
 
+
+def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
     model_dir, cache = tiny("5b"), LatentCache(tmp_path)
     prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
     precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26), Share(0, 1))
@@ -80,8 +95,6 @@ def test_keys_cover_what_changes_the_bytes(data):
 
 
 def test_identity_follows_weights_and_settings(tiny, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny("5b") / "vae", tmp_path / "vae")
     first = components.identity(folder, tiling=True)
     assert first == components.identity(tiny("5b") / "vae", tiling=True) != components.identity(folder, tiling=False)

@@ -124,7 +124,8 @@ def test_booleans_mean_what_they_say(tiny, data, tmp_path):
 
 def test_defaults_follow_the_model(tiny, data, tmp_path):
     plain = ["--model_path", tiny("1.5"), "--model_type", "t2v", "--data_root", data, "--output_dir", tmp_path]
-    plan = preflight(parse_args(list(map(str, [*plain, "--train_resolution", "9x64x64"]))), 2)
+    plan = preflight(parse_args(list(map(str, [*plain, "--train_resolution", "9x64x64", "--id_token", "SKS"]))), 2)
+    assert plan.samples[0].prompt == "SKS a red circle moves left on a white background"
     assert (plan.args.data.fps, plan.args.validation.gen_fps) == (16, 16)
     assert plan.args.lora.lora_alpha == plan.args.lora.rank == 128
     assert plan.args.training.mixed_precision == "bf16"
