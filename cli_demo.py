@@ -17,10 +17,11 @@ from PIL import Image
 
 from dataset.video import ClipError, Resolution, decode, load_image, probe
 from utils import components
-from utils.args import make_parser, option, parse_group, positive
+from utils.args import finite, make_parser, option, parse_group, positive, seed_faults
 from utils.errors import UserError, told_to_the_user
 from utils.lora import find_lora, load_lora
-from utils.model_form import ModelForm, read_form
+from utils.model_form import ModelForm, read_config, read_form, weight_faults
+from utils.preflight import check_writable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -55,12 +56,14 @@ class DemoArgs:
 
     def faults(self) -> Iterator[str]:
         yield from positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
+        yield from seed_faults(self.seed)
+        yield from finite(self, "lora_scale", "guidance_scale")
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."
         if self.output_path.suffix.lower() != ".mp4":
             yield f"--output_path {self.output_path}: the video is an .mp4 file."
-        if self.seed < 0:
-            yield f"--seed is {self.seed}; it must not be negative."
+        if int(self.num_inference_steps * self.strength) == 0:
+            yield f"--strength {self.strength} of --num_inference_steps {self.num_inference_steps} leaves no step."
 
 
 def main() -> None:
@@ -75,6 +78,8 @@ def main() -> None:
     pipeline = load_pipeline(args, model_dir, task)
     size = {} if task == "v2v" else {"num_frames": resolution.frames}
     print(f"Generating {task}, {resolution}, {args.num_inference_steps} steps, seed {args.seed}", flush=True)
+    for note in form.frames_notes(resolution.frames) if task != "v2v" else []:
+        print(f"Note: {note}")
     started = time.perf_counter()
     video = pipeline(
         prompt=args.prompt,
@@ -99,7 +104,7 @@ def choose_resolution(args: DemoArgs, form: ModelForm, task: str) -> Resolution:
     resolution = Resolution(frames, args.height or form.native.height, args.width or form.native.width)
     if task != "v2v" or args.image_or_video_path is None:
         return resolution
-    info = told(args.image_or_video_path, probe, args.image_or_video_path)
+    info, _ = told(args.image_or_video_path, probe, args.image_or_video_path)
     available = int((info.frames - 1) * (args.fps or form.fps) / info.fps) + 1
     # The pipeline takes the latents from the clip and does not pad them. 1.5 needs an even number of latent frames, and
     # the VAE gives back as many frames as it got only for 8N (even) and 8N+1 (odd).
@@ -126,14 +131,34 @@ def check(args: DemoArgs, form: ModelForm, task: str, resolution: Resolution) ->
         faults.append("--image_or_video_path is given, but t2v takes none; give --generate_type v2v or leave it out.")
     if args.lora_path is not None and args.transformer_path is not None:
         faults.append("--lora_path and --transformer_path exclude each other: adapters belong to their own base.")
-    for path, find in ((args.lora_path, find_lora), (args.transformer_path, components.find_transformer)):
-        try:
-            if path is not None:
-                find(path)
-        except UserError as error:
-            faults += error.faults
+    try:
+        check_writable(args.output_path.parent, "--output_path")
+        if args.output_path.is_dir():
+            faults.append(f"--output_path {args.output_path} is a folder; give the name of an .mp4 file.")
+        if args.lora_path is not None:
+            find_lora(args.lora_path)
+        if args.transformer_path is not None:
+            faults += transformer_faults(args.transformer_path, form)
+    except UserError as error:
+        faults += error.faults
     if faults:
         raise UserError(faults)
+
+
+def transformer_faults(path: Path, form: ModelForm) -> list[str]:
+    """Sentences on why a fine-tuned transformer cannot take the place of the base's. Raises UserError."""
+    folder = components.find_transformer(path)
+    try:
+        config = read_config(folder / "config.json", components.CogVideoXTransformer3DModel)
+    except UserError as error:
+        return [fault.replace("--model_path", "--transformer_path") for fault in error.faults]
+    for name, expected in form.transformer.items():
+        if name[0] != "_" and config.get(name) != expected:
+            return [
+                f"--transformer_path {folder}: {name} is {config.get(name)}, but {expected} in the base; "
+                "was it trained on another checkpoint?"
+            ]
+    return [fault.replace("--model_path", "--transformer_path") for fault in weight_faults(folder)]
 
 
 def read_condition(args: DemoArgs, form: ModelForm, task: str, resolution: Resolution) -> dict[str, Any]:
@@ -144,8 +169,8 @@ def read_condition(args: DemoArgs, form: ModelForm, task: str, resolution: Resol
         return {"image": Image.fromarray(pixels.movedim(0, -1).numpy())}
     if task == "v2v":
         clip = told(path, decode, path, resolution, args.fps or form.fps, "stretch")
-        frames = ((clip + 1.0) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
-        return {"video": [Image.fromarray(frame) for frame in frames], "strength": args.strength}
+        frames = [Image.fromarray(frame) for frame in clip.movedim(1, -1).numpy()]
+        return {"video": frames, "strength": args.strength}
     return {}
 
 

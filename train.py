@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from dataset.latent_cache import LatentCache
 from dataset.precompute import Share, precompute_clips, precompute_prompts
 from utils import components, encoders
 from utils.args import parse_args
-from utils.checkpoint import Checkpoints, Progress, write_args
+from utils.checkpoint import Checkpoints, write_args
 from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
 from utils.loss import draw, velocity_loss
@@ -39,15 +40,22 @@ from utils.trainable import make_trainable, trained_parameters, weight_dtype
 from utils.validation import validate
 
 Result = TypeVar("Result")
+# A loss scale of 2^16 is down to nothing after as many halvings.
+MOST_SKIPPED_UPDATES = 40
 
 
 def main() -> None:
     args = parse_args()
+    with suppress(UserError):  # told by preflight
+        components.resolve_model_dir(args.model.model_path)  # a download, before processes wait for each other
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout))
     plan = on_main_process(processes, preflight, args, processes.num_processes)
     processes.print(describe(plan))
     if args.output.dry_run:
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
+        return
+    if plan.progress.step >= plan.total_steps:
+        processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
         return
     if processes.is_main_process:
         write_args(plan.args, plan.args.output.output_dir)
@@ -78,8 +86,8 @@ def fill_cache(processes: PartialState, plan: RunPlan) -> None:
     load_pixel_encoders = partial(
         encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
     )
-    precompute_prompts(cache, plan.prompts, load_prompt_encoder, share)
-    faults = precompute_clips(
+    faults = precompute_prompts(cache, plan.prompts, load_prompt_encoder, share)
+    faults += precompute_clips(
         cache,
         plan.samples + plan.validation,
         plan.keys + plan.validation_keys,
@@ -92,7 +100,9 @@ def fill_cache(processes: PartialState, plan: RunPlan) -> None:
     )
     processes.wait_for_everyone()
     if faults := gather_object(faults):
-        raise UserError([*faults, "The clips above cannot be used; every other clip is encoded and kept in the cache."])
+        raise UserError(
+            [*faults, "What is named above cannot be used; everything else is encoded and kept in the cache."]
+        )
 
 
 def train(plan: RunPlan) -> None:
@@ -117,19 +127,13 @@ def train(plan: RunPlan) -> None:
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
     alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
 
-    # ---- optimizer and schedule; the schedule is stepped here, once an update
-    optimizer = make_optimizer(parameters, args.training)
-    lr_scheduler = make_lr_scheduler(optimizer, args.training, plan.total_steps)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-
-    # ---- resume
-    progress = Progress()
-    checkpoints = Checkpoints(accelerator, transformer, args, lr_scheduler, progress)
+    # ---- optimizer and schedule, from where the run stands
+    progress = plan.progress
+    model, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, args.training))
+    checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
-    if progress.step >= plan.total_steps:
-        accelerator.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
-        return
+    lr_scheduler = make_lr_scheduler(optimizer.optimizer, args.training, plan.total_steps, progress.step)
     metrics = Metrics(accelerator, output_dir, args.as_dict(), progress.step, plan.total_steps)
 
     # ---- data: one endless stream, entered where the run stands
@@ -143,7 +147,7 @@ def train(plan: RunPlan) -> None:
     # ---- the loop: one micro-batch a turn
     if plan.validation and progress.step == 0:
         validate(accelerator, transformer, alphas_cumprod, plan, 0, metrics)  # what the base does, to compare with
-    losses, timesteps = [], []
+    losses, timesteps, skipped = [], [], 0
     metrics.start_lap()
     while progress.step < plan.total_steps:
         batch = next(loader)
@@ -174,8 +178,16 @@ def train(plan: RunPlan) -> None:
         losses.append(loss.detach())
         timesteps.append(drawn.timesteps)
         progress.samples_seen += batch_size * accelerator.num_processes
-        if not accelerator.sync_gradients or accelerator.optimizer_step_was_skipped:
+        if not accelerator.sync_gradients:
             continue
+        if accelerator.optimizer_step_was_skipped:  # fp16: the loss scale is halved, and the update does not count
+            skipped += 1
+            if skipped > MOST_SKIPPED_UPDATES:
+                raise UserError(
+                    f"fp16 gradients overflowed {skipped} times in a row at step {progress.step + 1}; use bf16."
+                )
+            continue
+        skipped = 0
 
         # ---- an update is done
         learning_rate = lr_scheduler.get_last_lr()[0]
@@ -196,7 +208,7 @@ def train(plan: RunPlan) -> None:
         if plan.validation and is_due(progress.step, args.validation.validation_steps, plan.total_steps):
             validate(accelerator, transformer, alphas_cumprod, plan, progress.step, metrics)
         if is_due(progress.step, args.checkpoint.checkpointing_steps, plan.total_steps):
-            checkpoints.save(progress.step)
+            checkpoints.save(progress)
         metrics.start_lap()
     accelerator.print(metrics.close(progress.step))
 

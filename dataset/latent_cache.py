@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import uuid
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,8 +45,8 @@ class LatentCache:
         """Stores a tensor under `name`, atomically; the last writer wins."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensor = tensor.detach().cpu().contiguous()
-        aside = self.folder / f".{name}.{os.getpid()}.tmp"
-        save_file({_TENSOR: tensor}, aside, metadata={"crc32": str(_checksum(tensor))})
+        aside = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
         aside.replace(self.path(name))
 
     def read(self, name: str) -> torch.Tensor:
@@ -56,7 +56,7 @@ class LatentCache:
                 tensor, expected = entry.get_tensor(_TENSOR), entry.metadata()["crc32"]
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise DamagedEntry(name) from error
-        if str(_checksum(tensor)) != expected:
+        if _checksum(name, tensor) != expected:
             raise DamagedEntry(name)
         return tensor
 
@@ -69,8 +69,9 @@ class LatentCache:
         return True
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+def _checksum(name: str, tensor: torch.Tensor) -> str:
+    """Of the content under its name, so that an entry copied over another is damage too."""
+    return str(zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode())))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Encoding:
 
     Attributes:
         vae, text_encoder: identity of the weights, with dtype and settings.
-        with_images: i2v; the image condition is encoded as well.
+        image_noise: i2v: how the condition image is noised before it is encoded; None for t2v.
     """
 
     resolution: Resolution
@@ -96,7 +97,7 @@ class Encoding:
     resize_mode: str
     vae: str
     text_encoder: str
-    with_images: bool
+    image_noise: str | None
 
     def prompt_key(self, prompt: str) -> str:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
@@ -119,8 +120,8 @@ class Encoding:
                 clip = {"content": digests[sample.video], "frames": self.resolution.frames, "fps": self.fps}
                 video = _name("video", **clip, **size)
             source = sample.image or sample.video
-            if self.with_images and source is not None:
-                image = _name("image", content=digests[source], **size)
+            if self.image_noise is not None and source is not None:
+                image = _name("image", content=digests[source], noise=self.image_noise, **size)
             return SampleKeys(video, image, self.prompt_key(sample.prompt))
 
         return [keys(sample) for sample in samples]

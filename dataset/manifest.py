@@ -71,8 +71,8 @@ def read_manifest(
         for number, text in enumerate(lines, 1):
             if not text:
                 faults.append(f"{root / name}, line {number}: the line is empty.")
-            elif name != captions and not (root / text).is_file():
-                faults.append(f"{root / name}, line {number}: there is no file {root / text}.")
+            elif name != captions and not _is_file(root / text):
+                faults.append(f"{root / name}, line {number}: there is no file {str(root / text)[:200]}.")
     if faults:
         raise UserError(faults)
 
@@ -84,6 +84,13 @@ def read_manifest(
         Sample(number, with_id_token(prompt, id_token), video, image)
         for number, (prompt, video, image) in enumerate(rows, 1)
     ]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a caption where a path should be: too long, or with a zero byte
+        return False
 
 
 def read_lines(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset.latent_cache import LatentCache, SampleKeys
 from dataset.manifest import Sample
-from dataset.video import ClipError, Resolution, decode, load_image, to_model_range
+from dataset.video import ClipError, Resolution, decode, load_image
 
 EncodePrompt = Callable[[str], torch.Tensor]
 
@@ -27,8 +27,8 @@ class PixelEncoders:
     """Plain functions that stand for the VAE.
 
     Attributes:
-        video: float32 [F, C, H, W] in [-1, 1] -> moments.
-        image: float32 [C, H, W] in [-1, 1], and a seed for its noise -> moments.
+        video: uint8 [F, C, H, W] -> moments.
+        image: uint8 [C, H, W], and a seed for its noise -> moments.
     """
 
     video: Callable[[torch.Tensor], torch.Tensor]
@@ -54,7 +54,10 @@ class _Job:
 
 
 class _Decoded(Dataset):
-    """Job -> (job, pixels of the clip or None, pixels of the image or None, fault or None)."""
+    """Job -> (job, pixels of the clip or None, pixels of the image or None, fault or None).
+
+    Pixels travel between processes as uint8, a quarter of what the encoder computes with.
+    """
 
     def __init__(self, jobs: list[_Job], resolution: Resolution, fps: float, mode: str) -> None:
         self.jobs, self.resolution, self.fps, self.mode = jobs, resolution, fps, mode
@@ -70,7 +73,7 @@ class _Decoded(Dataset):
                 video = decode(job.sample.video, self.resolution, self.fps, self.mode)
             if job.image is not None and job.sample.image is not None:
                 at_fault = job.sample.image
-                image = to_model_range(load_image(job.sample.image, self.resolution, self.mode))
+                image = load_image(job.sample.image, self.resolution, self.mode)
             elif job.image is not None:
                 first = Resolution(1, self.resolution.height, self.resolution.width)
                 image = (decode(job.sample.video, first, self.fps, self.mode) if video is None else video)[0]
@@ -84,14 +87,26 @@ def precompute_prompts(
     prompts: dict[str, str],
     load_encoder: Callable[[], AbstractContextManager[EncodePrompt]],
     share: Share,
-) -> None:
-    """Encodes the missing prompts of this rank's share. `prompts` maps entry names to texts."""
-    missing = [name for name in share.of(prompts) if not cache.is_intact(name)]
+) -> list[str]:
+    """Encodes the missing prompts of this rank's share.
+
+    Args:
+        prompts: entry name -> text.
+
+    Returns:
+        one sentence for each prompt that could not be encoded.
+    """
+    missing, faults = [name for name in share.of(prompts) if not cache.is_intact(name)], []
     if not missing:
-        return
+        return []
     with load_encoder() as encode:
         for name in tqdm(missing, desc="Encoding prompts", unit="prompt", disable=share.rank != 0):
-            cache.write(name, encode(prompts[name]))
+            embedding = encode(prompts[name])
+            if embedding.isfinite().all():
+                cache.write(name, embedding)
+            else:
+                faults.append(f"The prompt {prompts[name]!r}: the text encoder gave values that are not finite.")
+    return faults
 
 
 def precompute_clips(

@@ -49,8 +49,8 @@ def survey(samples: list[Sample], resolution: Resolution, fps: float, mode: str)
         try:
             info = None
             if sample.video is not None:
-                info = probe(sample.video)
-                choose_frames(info, resolution.frames, fps)
+                info, times = probe(sample.video)
+                choose_frames(times, resolution.frames, fps)
             if sample.image is not None:
                 at_fault = sample.image
                 load_image(sample.image, Resolution(1, 16, 16), "stretch")

@@ -12,7 +12,7 @@ from pathlib import Path
 import decord
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
 # Part of every cache key: raise it whenever the same file could give other pixels than before.
@@ -43,16 +43,13 @@ class Resolution:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a clip's container says of it."""
+    """What a clip's container says of it; `fps` is the average."""
 
     frames: int
     fps: float
+    seconds: float
     height: int
     width: int
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
 
 
 class ClipError(Exception):
@@ -70,56 +67,85 @@ def open_clip(path: Path) -> decord.VideoReader:
     return reader
 
 
-def probe(path: Path) -> ClipInfo:
-    """Reads a clip's length, rate and size. Raises ClipError."""
+def frame_times(reader: decord.VideoReader) -> np.ndarray:
+    """When each frame appears, and when the last one ends: float64 [F + 1], seconds from the first frame."""
+    spans = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
+    times = np.append(spans[:, 0], spans[-1, 1]) - spans[0, 0]
+    if np.all(np.diff(times) > 0):
+        return times
+    return np.arange(len(reader) + 1) / float(reader.get_avg_fps())  # a container without usable time stamps
+
+
+def probe(path: Path) -> tuple[ClipInfo, np.ndarray]:
+    """Reads a clip's length, rate and size, and its frame times. Raises ClipError."""
     reader = open_clip(path)
-    height, width = reader[0].shape[:2]
-    return ClipInfo(len(reader), float(reader.get_avg_fps()), height, width)
+    try:
+        height, width = reader[0].shape[:2]
+        times = frame_times(reader)
+    except Exception as error:
+        raise ClipError("is damaged: its first frame cannot be decoded") from error
+    return ClipInfo(len(reader), len(reader) / times[-1], times[-1], height, width), times
 
 
-def choose_frames(info: ClipInfo, count: int, fps: float) -> list[int]:
+def choose_frames(times: np.ndarray, count: int, fps: float) -> list[int]:
     """Indices of the `count` frames that show the clip from its start at `fps` frames a second.
 
     Frame i of the sample is the source frame nearest in time to i / fps, so that motion keeps its speed whatever the
-    rate of the source; a source slower than `fps` repeats frames.
+    rate of the source, be it constant or not; a source slower than `fps` repeats frames.
+
+    Args:
+        times: as `frame_times` gives them.
 
     Raises:
         ClipError: the clip is too short.
     """
-    indices = np.floor(np.arange(count) * (info.fps / fps) + 0.5).astype(int)
-    if indices[-1] >= info.frames:
+    wanted = np.arange(count) / fps
+    halfway = (times[:-1] + times[1:]) / 2
+    # time stamps are rounded by the container: a tie goes to the later frame even if it is off by some microseconds
+    indices = np.searchsorted(halfway, wanted + 1e-4, side="right")
+    if indices[-1] >= len(halfway):
         raise ClipError(
-            f"is too short: {info.frames} frames at {info.fps:g} fps are {info.seconds:.2f} s, but {count} frames at "
-            f"{fps:g} fps take {count / fps:.2f} s; use a longer clip, fewer frames in --train_resolution, "
-            f"or a higher --fps"
+            f"is too short: its {len(halfway)} frames are {times[-1]:.2f} s, but {count} frames at {fps:g} fps take "
+            f"{count / fps:.2f} s; use a longer clip, fewer frames in --train_resolution, or a higher --fps"
         )
     return indices.tolist()
 
 
 def decode(path: Path, resolution: Resolution, fps: float, mode: str) -> torch.Tensor:
-    """Decodes the chosen frames of a clip at the training resolution.
-
-    Returns:
-        float32 [F, C, H, W] in [-1, 1].
+    """Decodes the chosen frames of a clip at the training resolution: uint8 [F, C, H, W].
 
     Raises:
         ClipError: unreadable, too short, or broken inside.
     """
     reader = open_clip(path)
-    height, width = reader[0].shape[:2]
-    info = ClipInfo(len(reader), float(reader.get_avg_fps()), height, width)
-    indices = choose_frames(info, resolution.frames, fps)
+    try:
+        times = frame_times(reader)
+    except Exception as error:
+        raise ClipError("is damaged: it has no frame times") from error
+    indices = choose_frames(times, resolution.frames, fps)
     try:
         frames = reader.get_batch(indices).asnumpy()
     except Exception as error:
         raise ClipError("is damaged: its frames cannot be decoded") from error
-    return to_model_range(resize(torch.from_numpy(frames).movedim(-1, 1), resolution, mode))
+    return resize(torch.from_numpy(frames).movedim(-1, 1), resolution, mode)
 
 
 def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
-    """Reads an image at the training resolution: uint8 [C, H, W]. Raises ClipError where it cannot be read."""
+    """Reads an image at the training resolution: uint8 [C, H, W].
+
+    Turned as its EXIF data say, 16 bits scaled to 8, transparency laid on white. Raises ClipError where it cannot be
+    read.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = Image.fromarray(
+                    (np.array(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+                )
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.array(image.convert("RGB"))
     except Exception as error:
         raise ClipError("cannot be read as an image") from error

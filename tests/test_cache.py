@@ -15,7 +15,7 @@ from transformers import T5EncoderModel
 from dataset.latent_cache import DamagedEntry, Encoding, LatentCache
 from dataset.manifest import read_manifest
 from dataset.precompute import PixelEncoders, Share, precompute_clips, precompute_prompts
-from dataset.video import Resolution, decode
+from dataset.video import Resolution, decode, to_model_range
 from utils import components, encoders
 
 SIZE = Resolution(9, 64, 64)
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def encoding(**changes) -> Encoding:
     facts = {"resolution": SIZE, "fps": 8.0, "resize_mode": "stretch", "vae": "v", "text_encoder": "t"}
-    return Encoding(**{**facts, "with_images": True, **changes})
+    return Encoding(**{**facts, "image_noise": "some", **changes})
 
 
 def samples_of(data: Path):
@@ -37,7 +37,7 @@ def fill(cache, samples, keys, load_encoders, share=Share(0, 1), workers=0):  # 
 
 @contextmanager
 def constant_encoders():
-    yield PixelEncoders(lambda pixels: pixels[0, :1].clone(), lambda pixels, seed: pixels[:1].clone())
+    yield PixelEncoders(lambda pixels: pixels[0, :1].float(), lambda pixels, seed: pixels[:1].float())
 
 
 def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
@@ -46,6 +46,7 @@ def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
     assert fill(cache, samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == []
     vae = components.load_vae(model_dir, CPU, True, True)
     pixels = decode(samples[3].video, SIZE, 8.0, "stretch")
+    pixels = to_model_range(pixels)
     expected = vae.encode(pixels.movedim(0, 1)[None]).latent_dist.parameters[0]
     assert torch.equal(cache.read(keys[3].video), expected)
     images = cache.read(keys[3].image)
@@ -61,7 +62,7 @@ def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tm
     for name, kind in {"vae": AutoencoderKLCogVideoX, "text_encoder": T5EncoderModel}.items():
         kind.from_pretrained(model_dir / name, dtype=torch.bfloat16).save_pretrained(model_dir / name)
     with encoders.pixel_encoders(model_dir, CPU, True, True) as encode:
-        assert encode.video(torch.zeros(9, 3, 64, 64)).dtype == torch.bfloat16
+        assert encode.video(torch.zeros(9, 3, 64, 64, dtype=torch.uint8)).dtype == torch.bfloat16
     with encoders.prompt_encoder(model_dir, CPU, 26) as encode:
         assert encode("a circle").dtype == torch.bfloat16
     del encode
@@ -104,7 +105,7 @@ def test_identity_follows_weights_and_settings(tiny, tmp_path):
     assert components.identity(folder, tiling=True) != first
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "another's"])
 def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
     samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
     keys = encoding().sample_keys(samples)
@@ -115,7 +116,15 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
         path.unlink()
     else:
         flipped = whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
-        path.write_bytes({"truncated": whole[:-5], "flipped": flipped, "emptied": b"", "garbage": b"x" * 99}[damage])
+        others = cache.path(keys[3].video).read_bytes()
+        damages = {
+            "truncated": whole[:-5],
+            "flipped": flipped,
+            "emptied": b"",
+            "garbage": b"x" * 99,
+            "another's": others,
+        }
+        path.write_bytes(damages[damage])
     with pytest.raises(DamagedEntry):
         cache.read(keys[2].video)
     untouched = cache.path(keys[1].video).stat().st_mtime_ns

@@ -26,7 +26,7 @@ def test_videos_have_the_native_or_the_wanted_size(tiny, tmp_path, form, more, s
     output = tmp_path / "new" / "demo.mp4"
     options = ["--prompt", "a red circle", "--num_inference_steps", "3", "--output_path", str(output), *more]
     succeed("cli_demo.py", "--model_path", str(tiny(form)), *options)
-    info = probe(output)
+    info, _ = probe(output)
     assert (info.frames, info.height, info.width, info.fps) == size
 
 
@@ -49,12 +49,17 @@ def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
         ("2b", ["--height", "100"], "multiples of 16"),
         ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no pytorch_lora_weights.safetensors"),
         ("2b", ["--transformer_path", "/nowhere"], "--transformer_path /nowhere"),
+        ("2b", ["--transformer_path", "{2b}/vae"], "describes a AutoencoderKLCogVideoX"),
+        ("2b", ["--transformer_path", "{5b}"], "use_rotary_positional_embeddings is True, but False in the base"),
+        ("2b", ["--output_path", "/proc/x.mp4"], "--output_path /proc cannot be written to"),
+        ("2b", ["--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
         ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
         ("2b", ["--strength", "1.5"], "--strength is 1.5"),
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(tiny, tmp_path, monkeypatch, capsys, form, more, message):
     monkeypatch.setattr(components, "load_transformer", None)
+    more = [text.format(**{name: tiny(name) for name in ("2b", "5b")}) for text in more]
     monkeypatch.setattr("sys.argv", ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(form)), *more])
     with pytest.raises(SystemExit) as ended, cli_demo.told_to_the_user():
         cli_demo.main()

@@ -89,10 +89,12 @@ def renamed(state: dict, count: int) -> dict:
     ("change", "message"),
     [
         (lambda state: renamed(state, 99), "no adapter module matches"),
-        (lambda state: renamed(state, 1), "1 of 16 tensors do not belong"),
+        (lambda state: renamed(state, 1), "2 of 16 tensors do not belong"),
         (lambda state: {name: weight[:, :3] for name, weight in state.items()}, "do not belong|no adapter module"),
         (lambda state: {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "no adapter module matches"),
         (lambda state: {}, "nothing at all"),
+        (lambda state: {name: weight for name, weight in state.items() if "lora_A" in name}, "no adapter module"),
+        (lambda state: {name: weight * torch.nan for name, weight in state.items()}, "not finite"),
     ],
 )
 def test_files_that_do_not_match_are_refused(trained, change, message):

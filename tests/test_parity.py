@@ -5,11 +5,12 @@ The pipelines run for real up to their call of the transformer, which is recorde
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dataset.video import Resolution, to_model_range
+from dataset.video import Resolution
 from tests.tiny_models import FORMS
 from utils import components, encoders
 from utils.conditioning import predict_velocity, sample_moments, to_image_latents, to_video_latents
@@ -69,7 +70,7 @@ def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample,
     assert clip.shape == noisy.shape
     image_latents = None
     if form.task == "i2v":
-        pixels = to_model_range(torch.tensor(list(image.getdata()), dtype=torch.uint8).view(size.height, size.width, 3))
+        pixels = torch.from_numpy(np.array(image))
         moments = encoders.encode_video(pipeline.vae, pixels.movedim(-1, 0)[None])[None]
         noise = torch.randn(1, form.latent_channels, 1, height, width, generator=torch.Generator().manual_seed(3))
         image_latents = to_image_latents(sample_moments(moments, noise), form, clip.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--train_resolution", "9x64"], "'9x64' is not of the form FxHxW"),
         ("5b-i2v", ["--train_resolution", "9x80x64", "--model_type", "i2v"], "learned positions .* must be 64x64"),
         ("1.5", ["--train_resolution", "9x64x80"], "rotary table ends at 64x64"),
-        ("2b", ["--train_resolution", "49x64x64"], "line 8\\) is too short: 17 frames at 8 fps are 2.12 s"),
+        ("2b", ["--train_resolution", "49x64x64"], "line 8\\) is too short: its 17 frames are 2.12 s"),
         ("2b", ["--target_modules", "to_q", "to_x"], "--target_modules to_x: the transformer has no linear layer"),
         ("2b", ["--pin_memory", "yes"], "--pin_memory: 'yes' is neither true nor false"),
         ("2b", ["--rank", "0"], "--rank is 0; it must be above 0"),
@@ -48,11 +49,16 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--output_dir", "/etc/hostname/here"], "--output_dir /etc/hostname/here cannot be written to"),
         ("2b", ["--cache_dir", "/proc/here"], "--cache_dir /proc/here cannot be written to"),
         ("2b", ["--resume_from_checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
+        ("2b", ["--seed", "5000000000"], "--seed is 5000000000; it must be at least 0 and below"),
+        ("2b", ["--validation_images", "images.txt"], "--validation_images is for --model_type i2v"),
+        ("2b", ["--guidance_scale", "nan"], "--guidance_scale is nan"),
+        ("2b", ["--video_column", "long.txt"], "long.txt, line 1: there is no file"),
         ("2b", ["--do_validation"], "--do_validation true needs --validation_dir"),
         ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),
     ],
 )
 def test_each_mistake_is_told_in_one_sentence(tiny, data, tmp_path, form, more, message):
+    (data / "long.txt").write_text(f"{'word ' * 100}\n" * 8)
     faults = faults_of(*arguments(tiny(form), data, tmp_path / "out", *more))
     assert any(re.search(message, fault) for fault in faults), faults
     assert all("\n" not in fault for fault in faults)
@@ -81,15 +87,26 @@ def test_all_mistakes_come_together(tiny, data, tmp_path):
 
 def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tmp_path):
     (data / "videos" / "red_circle_left_white.mp4").write_bytes(b"no video")
+    clip = data / "videos" / "green_circle_right_black.mp4"  # a sound container around damaged frames
+    clip.write_bytes(bytes(~b & 255 if 60 < n < 2000 else b for n, b in enumerate(clip.read_bytes())))
     (data / "images.txt").write_text("prompts.txt\n" * 8)
     faults = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, "--image_column", "images.txt", task="i2v"))
     assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in faults)
-    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 7
+    assert any("green_circle_right_black.mp4 (line 2)" in fault for fault in faults)
+    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 6
     (validation / "videos.txt").unlink()
     faults = faults_of(
         *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation
     )
     assert any("needs an image a prompt" in fault for fault in faults)
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
@@ -103,6 +120,19 @@ def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tm
             "describes a Flux",
         ),
         (lambda model: next((model / "text_encoder").glob("*.safetensors")).unlink(), "holds no .safetensors file"),
+        (lambda model: (model / "tokenizer" / "spiece.model").unlink(), "lacks spiece.model"),
+        (lambda model: (model / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
+        (lambda model: (model / "vae" / "config.json").write_text("[]"), "is not a config"),
+        (lambda model: edit(model / "transformer" / "config.json", in_channels=20), "takes 20 channels, but the VAE"),
+        (lambda model: edit(model / "transformer" / "config.json", text_embed_dim=64), "text encoder's width is 32"),
+        (
+            lambda model: edit(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon"),
+            "predicts epsilon",
+        ),
+        (
+            lambda model: cut(model / "transformer" / "diffusion_pytorch_model.safetensors"),
+            "diffusion_pytorch_model.safetensors is damaged",
+        ),
     ],
 )
 def test_incomplete_checkpoints_are_told_before_weights_are_read(tiny, data, tmp_path, damage, message):

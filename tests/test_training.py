@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, arguments, environment, read_metrics, run, succeed
 from tests.tiny_models import FORMS
-from utils.checkpoint import ADAPTERS_AS_TRAINED, TRAINING_STATE
+from utils.checkpoint import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 from utils.lora import WEIGHTS_FILE
 
 
@@ -42,9 +43,9 @@ def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
     one, other = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
     assert_equal(adapters(one), adapters(other))
     assert_equal(load_file(one / WEIGHTS_FILE), load_file(other / WEIGHTS_FILE))
-    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        states = [torch.load(path / TRAINING_STATE / name, weights_only=True) for path in (one, other)]
-        assert_equal(*states)
+    states = [torch.load(path / TRAINING_STATE / "optimizer.bin", weights_only=True) for path in (one, other)]
+    assert_equal(*states)
+    assert (one / PROGRESS_FILE).read_text() == (other / PROGRESS_FILE).read_text()
     assert read_metrics(ours) == read_metrics(theirs)
 
 
@@ -163,11 +164,33 @@ def test_a_run_does_not_overwrite_or_continue_another(tiny, data, tmp_path):
     succeed("train.py", *arguments(tiny("5b"), data, out, *first))
     again = run("train.py", *arguments(tiny("5b"), data, out, *first))
     assert again.returncode == 2 and "already holds checkpoint-2" in again.stderr
-    other = [*first, "--rank", 4, "--resume_from_checkpoint", "latest"]
-    other_rank = run("train.py", *arguments(tiny("5b"), data, out, *other))
-    assert other_rank.returncode == 2 and "--rank is 4, but" in other_rank.stderr
-    finished = succeed("train.py", *arguments(tiny("5b"), data, out, *first, "--resume_from_checkpoint", "latest"))
-    assert "nothing is left to do" in finished
+    latest = [*first, "--resume_from_checkpoint", "latest"]
+    other = run("train.py", *arguments(tiny("2b"), data, out, *latest, "--rank", 4))
+    assert other.returncode == 2 and "--rank is 4, but" in other.stderr and "is not the base that" in other.stderr
+    assert "nothing is left to do" in succeed("train.py", *arguments(tiny("5b"), data, out, *latest))
+    (out / "checkpoint-7").mkdir()
+    back = ["--resume_from_checkpoint", out / "checkpoint-2", "--train_steps", 3]
+    branch = run("train.py", *arguments(tiny("5b"), data, out, *back))
+    assert branch.returncode == 2 and "checkpoint-7, which come after it" in branch.stderr
+    (out / "checkpoint-7").rmdir()
+    (out / "checkpoint-2" / TRAINING_STATE / "optimizer.bin").write_bytes(b"damaged")
+    damaged = run("train.py", *arguments(tiny("5b"), data, out, *back))
+    assert damaged.returncode == 2 and "is damaged" in damaged.stderr and "Traceback" not in damaged.stderr
+
+
+def test_a_resumed_run_obeys_its_command_line(tiny, data, tmp_path):
+    """Another learning rate, number of processes and accumulation than before, all at once."""
+    out = tmp_path / "out"
+    options = ["--train_steps", 2, "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"]
+    succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=1)
+    options = ["--train_steps", 4, "--gradient_accumulation_steps", 3, "--lr_scheduler", "constant"]
+    options += ["--learning_rate", 5e-6, "--weight_decay", 0.5, "--beta2", 0.9]
+    succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=2)
+    assert [line["learning_rate"] for line in read_metrics(out)][2:] == [5e-6, 5e-6]
+    group = torch.load(out / "checkpoint-4" / TRAINING_STATE / "optimizer.bin")["param_groups"][0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-6, 0.5, (0.9, 0.9))
+    progress = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())
+    assert (progress["step"], progress["samples_seen"]) == (4, 2 * 2 + 2 * 6)
 
 
 def test_bad_clips_end_the_run_and_changed_ones_are_encoded_anew(tiny, data, tmp_path):

@@ -34,6 +34,18 @@ def positive(group: Any, *names: str) -> Iterator[str]:
             yield f"--{name} is {value}; it must be above 0."
 
 
+def finite(group: Any, *names: str) -> Iterator[str]:
+    """Yields a fault for each named field that is no number."""
+    for name in names:
+        if not math.isfinite(getattr(group, name)):
+            yield f"--{name} is {getattr(group, name)}; it must be a finite number."
+
+
+def seed_faults(seed: int) -> Iterator[str]:
+    if not 0 <= seed < 2**32:
+        yield f"--seed is {seed}; it must be at least 0 and below 2^32."
+
+
 def unit_interval(group: Any, *names: str) -> Iterator[str]:
     """Yields a fault for each named field outside [0, 1)."""
     for name in names:
@@ -121,7 +133,8 @@ class TrainingArgs:
             self, "train_epochs", "train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "epsilon"
         )
         yield from unit_interval(self, "beta1", "beta2")
-        for name in ("seed", "weight_decay", "max_grad_norm", "lr_warmup_steps"):
+        yield from seed_faults(self.seed)
+        for name in ("weight_decay", "max_grad_norm", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name} is {getattr(self, name)}; it must not be negative."
 
@@ -185,6 +198,7 @@ class ValidationArgs:
         if self.do_validation and self.validation_dir is None:
             yield "--do_validation true needs --validation_dir, a folder with prompts."
         yield from positive(self, "validation_steps", "gen_fps", "num_inference_steps")
+        yield from finite(self, "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -202,8 +216,16 @@ class Args:
 
     def __post_init__(self) -> None:
         faults = [fault for group in fields(self) for fault in getattr(self, group.name).faults()]
-        if self.data.image_column is not None and self.model.model_type == "t2v":
-            faults.append("--image_column is for --model_type i2v; a text-to-video model takes no image.")
+        images = {
+            "image_column": self.data.image_column,
+            "image_dropout": self.data.image_dropout,
+            "validation_images": self.validation.validation_images,
+        }
+        faults += [
+            f"--{name} is for --model_type i2v; a text-to-video model takes no image."
+            for name, value in images.items()
+            if value and self.model.model_type == "t2v"
+        ]
         if faults:
             raise UserError(faults)
 

@@ -131,8 +131,11 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
 
 
 def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
-    """Writes an mp4."""
+    """Writes an mp4. Raises OSError where that did not work, of which the writer below says nothing."""
+    path.unlink(missing_ok=True)
     export_to_video(frames, str(path), fps=fps)
+    if not path.is_file() or path.stat().st_size == 0:
+        raise OSError(f"{path} could not be written")
 
 
 @contextmanager

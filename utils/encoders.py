@@ -12,17 +12,24 @@ from diffusers import AutoencoderKLCogVideoX
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from dataset.precompute import PixelEncoders
+from dataset.video import to_model_range
 from utils import components
 
-# Noise levels kept of each condition image; a training step picks one of them.
-IMAGE_NOISE_DRAWS = 4
+# Draws of noise kept of each condition image, log sigma ~ N(mean, std); a training step picks one of them.
+IMAGE_NOISE_DRAWS, LOG_SIGMA_MEAN, LOG_SIGMA_STD = 4, -3.0, 0.5
+IMAGE_NOISE = f"{IMAGE_NOISE_DRAWS} draws of log sigma ~ N({LOG_SIGMA_MEAN}, {LOG_SIGMA_STD})"
 
 
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
-    """float32 [F, C, H, W] in [-1, 1] -> moments (mean and log-variance on channels) [2C, F, H, W], the VAE's dtype."""
-    pixels = pixels.movedim(0, 1)[None].to(vae.device, vae.dtype)  # [F, C, H, W] -> [1, C, F, H, W]
-    return vae.encode(pixels).latent_dist.parameters[0].cpu()
+    """uint8 [F, C, H, W] -> moments (mean and log-variance on channels) [2C, F, H, W] in the VAE's dtype."""
+    return _moments(vae, to_model_range(pixels.to(vae.device)))
+
+
+def _moments(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
+    """float32 [F, C, H, W] in [-1, 1] -> moments [2C, F, H, W]."""
+    clip = frames.movedim(0, 1)[None]  # [F, C, H, W] -> [1, C, F, H, W]
+    return vae.encode(clip.to(vae.device, vae.dtype)).latent_dist.parameters[0].cpu()
 
 
 @torch.no_grad()
@@ -33,17 +40,17 @@ def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -
     arXiv:2408.06072, section 2.2; after Stable Video Diffusion).
 
     Args:
-        pixels: float32 [C, H, W] in [-1, 1].
+        pixels: uint8 [C, H, W].
 
     Returns:
         moments [IMAGE_NOISE_DRAWS, 2C, 1, H, W] in the VAE's dtype.
     """
     generator = torch.Generator().manual_seed(seed)
-    moments = []
+    image, moments = to_model_range(pixels), []
     for _ in range(IMAGE_NOISE_DRAWS):
-        sigma = torch.exp(torch.randn((), generator=generator) * 0.5 - 3.0)
-        noisy = pixels + sigma * torch.randn(pixels.shape, generator=generator)
-        moments.append(encode_video(vae, noisy[None]))
+        sigma = torch.exp(torch.randn((), generator=generator) * LOG_SIGMA_STD + LOG_SIGMA_MEAN)
+        noisy = image + sigma * torch.randn(image.shape, generator=generator)
+        moments.append(_moments(vae, noisy[None]))
     return torch.stack(moments)
 
 

@@ -56,6 +56,8 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, scale: float
     file = find_lora(path)
     modules = _checked_modules(transformer, file)
     state, metadata = CogVideoXPipeline.lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
+    if broken := [name for name, weight in state.items() if not weight.isfinite().all()]:
+        raise UserError(f"--lora_path {file}: {broken[0]} holds values that are not finite.")
     CogVideoXPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
     matched = sum(isinstance(module, LoraLayer) and ADAPTER in module.lora_A for module in transformer.modules())
     assert matched == len(modules), f"{matched} of {len(modules)} adapter modules were loaded"
@@ -84,12 +86,15 @@ def _checked_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> se
     unexpected, modules = [], set()
     for name, shape in shapes.items():
         module, _, matrix = name.removeprefix("transformer.").rpartition(".lora_")
+        pair = [shapes.get(f"transformer.{module}.lora_{side}.weight", [0, 0]) for side in "AB"]
         layer = layers.get(module)
-        fits = isinstance(layer, torch.nn.Linear) and (
-            (matrix == "A.weight" and shape[1] == layer.in_features)
-            or (matrix == "B.weight" and shape[0] == layer.out_features)
+        fits = (
+            name.startswith("transformer.")
+            and matrix in ("A.weight", "B.weight")
+            and isinstance(layer, torch.nn.Linear)
+            and pair == [[pair[0][0], layer.in_features], [layer.out_features, pair[0][0]]]
         )
-        if fits and name.startswith("transformer."):
+        if fits:
             modules.add(module)
         else:
             unexpected.append(f"{name} {list(shape)}")

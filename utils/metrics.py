@@ -108,8 +108,10 @@ def quarter_means(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: 
 
 def _drop_after(path: Path, step: int) -> None:
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in path.read_text().splitlines() if 0 < step >= _step_of(line)]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept))
+        aside.replace(path)
 
 
 def _step_of(line: str) -> float:
@@ -125,7 +127,10 @@ def _add_gif(writer: Any, tag: str, path: Path, prompt: str, fps: float, step: i
 
     from dataset.video import open_clip
 
-    frames = [Image.fromarray(frame) for frame in open_clip(path).get_batch(range(len(open_clip(path)))).asnumpy()]
+    reader = open_clip(path)
+    frames = [Image.fromarray(frame) for frame in reader.get_batch(range(len(reader))).asnumpy()]
+    for frame in frames:
+        frame.thumbnail((320, 320))  # a GIF of the full size would be tens of megabytes
     gif = io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     picture = Summary.Image(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from safetensors import SafetensorError, safe_open
 
 from dataset.video import Resolution
 from utils.errors import UserError
@@ -126,6 +131,15 @@ class ModelForm:
         frames = (frames + self.frames_to_pad(frames)) // (self.patch_size_t or 1)
         return frames * (height // self.patch_size) * (width // self.patch_size), self.max_text_seq_length
 
+    def frames_notes(self, frames: int) -> list[str]:
+        """A sentence where diffusers would put computed positions in place of the learned ones."""
+        if not self.has_learned_positions or frames == self.largest.frames:
+            return []
+        return [
+            f"the learned positions of this checkpoint are for {self.largest.frames} frames; with {frames}, training "
+            "and sampling compute positions instead."
+        ]
+
     def resolution_faults(self, resolution: Resolution, flag: str) -> list[str]:
         """Sentences on why a clip of this size cannot go through the model; empty where it can."""
         multiple = self.spatial_factor * self.patch_size
@@ -151,11 +165,20 @@ class ModelForm:
         return []
 
 
+# Component -> file with its config, class that reads it.
+CONFIGS = {
+    "transformer": ("config.json", CogVideoXTransformer3DModel),
+    "vae": ("config.json", AutoencoderKLCogVideoX),
+    "scheduler": ("scheduler_config.json", CogVideoXDPMScheduler),
+    "text_encoder": ("config.json", None),
+}
+
+
 def read_form(model_dir: Path) -> ModelForm:
-    """Reads the configs of a checkpoint in the diffusers format.
+    """Reads the configs of a checkpoint in the diffusers format, and the headers of its weights.
 
     Raises:
-        UserError: with everything that is missing or is not a CogVideoX checkpoint.
+        UserError: with everything that is missing or damaged, or is not a CogVideoX checkpoint.
     """
     if not model_dir.is_dir():
         raise UserError(
@@ -168,24 +191,86 @@ def read_form(model_dir: Path) -> ModelForm:
         for name in COMPONENTS
         if not (model_dir / name).is_dir()
     ]
-    expected = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
     configs = {}
-    for name, class_name in expected.items():
-        path = model_dir / name / "config.json"
+    for name, (file, kind) in CONFIGS.items():
         try:
-            configs[name] = json.loads(path.read_text())
-        except FileNotFoundError:
-            faults.append(f"--model_path: {path} is missing.")
-            continue
-        except (OSError, ValueError) as error:
-            faults.append(f"--model_path: {path} cannot be read as JSON ({error}).")
-            continue
-        found = configs[name].get("_class_name")
-        if found != class_name:
-            faults.append(f"--model_path: {path} describes a {found}; a CogVideoX checkpoint has a {class_name}.")
+            configs[name] = read_config(model_dir / name / file, kind)
+        except UserError as error:
+            faults += error.faults
     for name in ("transformer", "vae", "text_encoder"):
-        if (model_dir / name).is_dir() and not any((model_dir / name).glob("*.safetensors")):
-            faults.append(f"--model_path: {model_dir / name} holds no .safetensors file; is the download complete?")
+        faults += weight_faults(model_dir / name)
+    if not any((model_dir / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
+        faults.append(f"--model_path: {model_dir / 'tokenizer'} lacks spiece.model.")
     if faults:
         raise UserError(faults)
-    return ModelForm(**configs)
+    if faults := list(_contradictions(model_dir, **configs)):
+        raise UserError(faults)
+    return ModelForm(configs["transformer"], configs["vae"])
+
+
+def read_config(path: Path, kind: type | None) -> dict[str, Any]:
+    """A component's config, completed with the defaults of its class; None for one of another library.
+
+    Raises:
+        UserError: missing, not JSON, or of another class.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--model_path: {path} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_path: {path} cannot be read as JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--model_path: {path} is not a config.")
+    if kind is None:
+        return config
+    found, expected = config.get("_class_name"), kind.__name__
+    # the schedulers of CogVideoX share their settings, whichever of them the checkpoint names
+    if found != expected and not (kind is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
+        raise UserError(f"--model_path: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | config
+
+
+def weight_faults(folder: Path) -> list[str]:
+    """Sentences on weights that are missing, or damaged as far as their headers tell."""
+    files = sorted(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files:
+        return [f"--model_path: {folder} holds no .safetensors file; is the download complete?"]
+    faults = []
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            faults.append(f"--model_path: {index} cannot be read ({error}).")
+            continue
+        faults += [
+            f"--model_path: {folder / shard} is missing; is the download complete?"
+            for shard in sorted(shards - {file.name for file in files})
+        ]
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            faults.append(f"--model_path: {file} is damaged ({error}); is the download complete?")
+    return faults
+
+
+def _contradictions(
+    model_dir: Path,
+    transformer: dict[str, Any],
+    vae: dict[str, Any],
+    scheduler: dict[str, Any],
+    text_encoder: dict[str, Any],
+) -> Iterator[str]:
+    channels, latent = transformer["in_channels"], vae["latent_channels"]
+    if channels not in (latent, 2 * latent):
+        yield f"--model_path {model_dir}: the transformer takes {channels} channels, but the VAE gives {latent}."
+    if scheduler["prediction_type"] != "v_prediction":
+        yield f"--model_path {model_dir}: the scheduler predicts {scheduler['prediction_type']}, not v_prediction."
+    if text_encoder.get("d_model") != transformer["text_embed_dim"]:
+        yield (
+            f"--model_path {model_dir}: the text encoder's width is {text_encoder.get('d_model')}, but the transformer "
+            f"takes {transformer['text_embed_dim']}."
+        )

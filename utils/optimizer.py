@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.optimization import get_scheduler
 
@@ -10,22 +12,32 @@ from utils.args import TrainingArgs
 
 def make_optimizer(parameters: list[torch.nn.Parameter], args: TrainingArgs) -> torch.optim.Optimizer:
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
-    return kind(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.beta1, args.beta2),
-        eps=args.epsilon,
-        weight_decay=args.weight_decay,
-    )
+    return kind(parameters, **_settings(args))
+
+
+def _settings(args: TrainingArgs) -> dict[str, Any]:
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.beta1, args.beta2),
+        "eps": args.epsilon,
+        "weight_decay": args.weight_decay,
+    }
 
 
 def make_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: TrainingArgs, total_steps: int
+    optimizer: torch.optim.Optimizer, args: TrainingArgs, total_steps: int, step: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Is to be stepped once an update and not to be given to accelerate, which would step it once a process."""
+    """The schedule from update `step` on; it is a function of the step alone.
+
+    Is to be stepped once an update and not to be given to accelerate, which would step it once a process. Settings that
+    a resumed optimizer has brought along give way to those of the command line.
+    """
+    for group in optimizer.param_groups:
+        group.update(_settings(args), initial_lr=args.learning_rate)
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=total_steps,
+        last_epoch=step - 1,
     )

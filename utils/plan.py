@@ -14,7 +14,8 @@ from dataset.manifest import Sample
 from dataset.survey import Survey
 from utils import components
 from utils.args import Args
-from utils.encoders import IMAGE_NOISE_DRAWS
+from utils.checkpoint import Progress
+from utils.encoders import IMAGE_NOISE, IMAGE_NOISE_DRAWS
 from utils.errors import UserError
 from utils.model_form import ModelForm
 from utils.schedule import total_updates
@@ -28,7 +29,7 @@ class RunPlan:
         args: with every default that depends on the model filled in.
         keys, validation_keys: the cache entries of `samples` and `validation`, in their order.
         prompts: entry name -> text, of every prompt of the run, the empty one included.
-        resume_from: the checkpoint to go on from.
+        resume_from, progress: the checkpoint to go on from, and how far the run has come.
         notes: what the user should know though it stops nothing.
     """
 
@@ -44,6 +45,7 @@ class RunPlan:
     empty_prompt: str
     cache_dir: Path
     resume_from: Path | None
+    progress: Progress
     samples_per_step: int
     num_processes: int
     notes: list[str]
@@ -66,14 +68,11 @@ def make_plan(
     validation: list[Sample],
     found: Survey,
     resume_from: Path | None,
+    progress: Progress,
     num_processes: int,
     notes: list[str],
 ) -> RunPlan:
-    """Names the cache entries and counts the steps of a run that has been checked.
-
-    Raises:
-        UserError: the cache does not fit on its disk.
-    """
+    """Names the cache entries of a run that has been checked."""
     encoding = Encoding(
         args.data.train_resolution,
         args.data.fps,
@@ -84,11 +83,11 @@ def make_plan(
             tokenizer=components.identity(model_dir / "tokenizer"),
             length=form.max_text_seq_length,
         ),
-        with_images=form.task == "i2v",
+        image_noise=IMAGE_NOISE if form.task == "i2v" else None,
     )
-    cache_dir = args.data.cache_dir or common_folder(samples) / "latent"
+    cache_dir = args.data.cache_dir or common_folder(samples, args.data.data_root) / "latent"
     training = args.training
-    plan = RunPlan(
+    return RunPlan(
         args=replace(args, data=replace(args.data, cache_dir=cache_dir)),
         model_dir=model_dir,
         form=form,
@@ -101,17 +100,18 @@ def make_plan(
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
         resume_from=resume_from,
+        progress=progress,
         samples_per_step=training.batch_size * training.gradient_accumulation_steps * num_processes,
         num_processes=num_processes,
         notes=notes,
     )
-    check_disk_space(plan)
-    return plan
 
 
-def common_folder(samples: list[Sample]) -> Path:
-    """The folder that holds the clips."""
-    return Path(os.path.commonpath([sample.video.parent for sample in samples]))
+def common_folder(samples: list[Sample], root: Path) -> Path:
+    """The folder that holds the clips; the data folder where they lie scattered outside of it."""
+    folders = {sample.video.parent.absolute() for sample in samples}
+    common = Path(os.path.commonpath(folders))
+    return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
 
 
 def check_disk_space(plan: RunPlan) -> None:
@@ -119,8 +119,10 @@ def check_disk_space(plan: RunPlan) -> None:
     frames, height, width = plan.form.latent_size(plan.args.data.train_resolution)
     moments = 2 * plan.form.latent_channels * height * width * 4  # float32 at most
     sizes = {"video": moments * frames, "image": moments * IMAGE_NOISE_DRAWS}
+    sizes["prompt"] = plan.form.max_text_seq_length * plan.form.transformer["text_embed_dim"] * 4
     cache = LatentCache(plan.cache_dir)
     names = {name for keys in plan.keys + plan.validation_keys for name in (keys.video, keys.image) if name}
+    names |= plan.prompts.keys()
     needed = sum(sizes[name.partition("-")[0]] for name in names if not cache.path(name).exists())
     parent = plan.cache_dir
     while not parent.exists():
@@ -151,5 +153,10 @@ def describe(plan: RunPlan) -> str:
         f"Latent cache: {plan.cache_dir}",
     ]
     if plan.resume_from:
-        lines.append(f"Resuming from {plan.resume_from}")
+        lines.append(f"Resuming from {plan.resume_from}, at step {plan.progress.step}")
+    if training.lr_warmup_steps >= plan.total_steps:
+        lines.append(
+            f"Note: the {plan.total_steps} steps end before --lr_warmup_steps {training.lr_warmup_steps} are over; "
+            "the learning rate will not be reached."
+        )
     return "\n".join(lines + [f"Note: {note}" for note in plan.notes])

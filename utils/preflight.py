@@ -5,6 +5,7 @@ What was checked becomes the plan of the run.
 
 from __future__ import annotations
 
+import netrc
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from dataset.manifest import Sample, read_manifest
 from dataset.survey import survey
 from utils import components
 from utils.args import Args
-from utils.checkpoint import choose_checkpoint
+from utils.checkpoint import Progress
 from utils.errors import UserError
 from utils.model_form import ModelForm, read_form
-from utils.plan import RunPlan, make_plan
+from utils.plan import RunPlan, check_disk_space, make_plan
+from utils.resume import choose_checkpoint, read_progress
 from utils.trainable import unknown_targets
 
 Found = TypeVar("Found")
@@ -51,12 +53,15 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     found = _Findings()
     model_dir = found.of(components.resolve_model_dir, args.model.model_path)
     form = found.of(read_form, model_dir) if model_dir is not None else None
-    resume_from = None
+    resume_from = progress = None
     if form is not None:
         args = resolve(args, form)
         found.faults += model_faults(args, form)
-        found.notes += model_notes(args, form)
+        found.notes += form.frames_notes(args.data.train_resolution.frames)
         resume_from = found.of(choose_checkpoint, args)
+        progress = Progress(base=components.identity(model_dir / "transformer"))
+        if resume_from is not None:
+            progress = found.of(read_progress, args, resume_from, progress.base)
     found.faults += tracker_faults(args.output.report_to)
     found.of(check_writable, args.output.output_dir, "--output_dir")
     if args.checkpoint.resume_from_checkpoint == "latest" and resume_from is None:
@@ -77,10 +82,21 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     plan = None
     if form is not None and samples:
         plan = found.of(
-            make_plan, args, model_dir, form, samples, validation, surveys[0], resume_from, num_processes, found.notes
+            make_plan,
+            args,
+            model_dir,
+            form,
+            samples,
+            validation,
+            surveys[0],
+            resume_from,
+            progress,
+            num_processes,
+            found.notes,
         )
     if plan is not None:
         found.of(check_writable, plan.cache_dir, "--cache_dir")
+        found.of(check_disk_space, plan)
     if found.faults:
         raise UserError(found.faults)
     return plan
@@ -127,18 +143,10 @@ def model_faults(args: Args, form: ModelForm) -> list[str]:
     return faults
 
 
-def model_notes(args: Args, form: ModelForm) -> list[str]:
-    frames = args.data.train_resolution.frames
-    if form.has_learned_positions and frames != form.largest.frames:
-        return [
-            f"--train_resolution: the learned positions are for {form.largest.frames} frames; with {frames} diffusers "
-            "computes positions instead, in training and in sampling."
-        ]
-    return []
-
-
 def tracker_faults(report_to: str) -> list[str]:
     packages = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
+    if "wandb" in packages[report_to] and not _wandb_can_log():
+        return [f"--report_to {report_to}: W&B is not logged in; run `wandb login`, or set WANDB_MODE=offline."]
     return [
         f"--report_to {report_to} needs the package {package}: pip install {package}."
         for package in packages[report_to]
@@ -146,17 +154,26 @@ def tracker_faults(report_to: str) -> list[str]:
     ]
 
 
-def check_writable(folder: Path, flag: str) -> None:
-    """Raises UserError where nothing can be written to a folder that need not exist yet. Leaves no trace."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
+def _wandb_can_log() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
     try:
-        if not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is a file")
-        tempfile.TemporaryFile(dir=parent).close()
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def check_writable(wanted: Path, flag: str) -> None:
+    """Raises UserError where nothing can be written to a folder that need not exist yet. Leaves no trace."""
+    folder = wanted
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file")
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written to ({error}).") from error
+        raise UserError(f"{flag} {wanted} cannot be written to ({error}).") from error
 
 
 def prompt_notes(model_dir: Path, prompts: set[str], max_length: int) -> list[str]:

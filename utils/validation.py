@@ -45,7 +45,8 @@ def validate(
     try:
         with frozen(transformer):
             losses = held_out_losses(transformer, alphas_cumprod, plan, cache, share)
-            videos = list(generate(accelerator.device, transformer, plan, cache, share, step))
+            for video in generate(accelerator.device, transformer, plan, cache, share, step):
+                videos.append(video)  # one by one: those made before a failure are logged
     except Exception:  # whatever fails here must not cost the training run
         failures.append(traceback.format_exc())
     accelerator.wait_for_everyone()
@@ -56,7 +57,10 @@ def validate(
         values, timesteps = torch.tensor([loss for loss, _ in losses]), torch.tensor([t for _, t in losses])
         means = quarter_means(values, timesteps, len(alphas_cumprod), "held_out_loss")
         metrics.log(step, held_out_loss=values.mean().item(), **means)
-    metrics.log_videos(step, sorted(videos), plan.args.validation.gen_fps)
+    try:
+        metrics.log_videos(step, sorted(videos), plan.args.validation.gen_fps)
+    except Exception:
+        accelerator.print(f"The trackers did not take the videos of step {step}.\n{traceback.format_exc()}")
 
 
 @contextmanager
@@ -160,6 +164,5 @@ def condition_image(image: Path | None, video: Path | None, resolution: Resoluti
     if image is not None:
         pixels = load_image(image, resolution, mode)
     else:
-        first = decode(video, Resolution(1, resolution.height, resolution.width), 1.0, mode)[0]
-        pixels = ((first + 1.0) * 127.5).round().to(torch.uint8)
+        pixels = decode(video, Resolution(1, resolution.height, resolution.width), 1.0, mode)[0]
     return Image.fromarray(pixels.movedim(0, -1).numpy())
