@@ -67,18 +67,16 @@ def test_each_mistake_is_told_in_one_sentence(tiny, data, tmp_path, form, more, 
 def test_all_mistakes_come_together(tiny, data, tmp_path):
     (data / "prompts.txt").write_text("one\n\nthree\n")
     (data / "videos.txt").write_text("videos/red_circle_left_white.mp4\nvideos/none.mp4\nprompts.txt\nx.mp4\n")
-    options = [
-        "--model_type",
-        "i2v",
-        "--train_resolution",
-        "9x50x64",
-        "--output_dir",
-        "/proc/x",
-        "--target_modules",
-        "q",
-    ]
+    wrong = {
+        "model_type": "i2v",
+        "train_resolution": "9x50x64",
+        "output_dir": "/proc/x",
+        "target_modules": "q",
+        "rank": 0,
+    }
+    options = [text for name, value in wrong.items() for text in (f"--{name}", value)]
     faults = faults_of(*arguments(tiny("2b"), data, tmp_path, *options))
-    for part in ("--model_type", "--train_resolution", "--output_dir", "--target_modules", "same number of lines"):
+    for part in (*(f"--{name} " for name in wrong), "same number of lines"):
         assert any(part in fault for fault in faults), part
     assert any("prompts.txt, line 2: the line is empty" in fault for fault in faults)
     assert any("videos.txt, line 2: there is no file" in fault for fault in faults)

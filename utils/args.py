@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -214,24 +214,24 @@ class Args:
     checkpoint: CheckpointArgs
     validation: ValidationArgs
 
-    def __post_init__(self) -> None:
-        faults = [fault for group in fields(self) for fault in getattr(self, group.name).faults()]
+    def faults(self) -> Iterator[str]:
+        """Sentences on values that cannot be meant; `preflight` tells them together with what it finds itself."""
+        for group in fields(self):
+            yield from getattr(self, group.name).faults()
         images = {
             "image_column": self.data.image_column,
             "image_dropout": self.data.image_dropout,
             "validation_images": self.validation.validation_images,
         }
-        faults += [
-            f"--{name} is for --model_type i2v; a text-to-video model takes no image."
-            for name, value in images.items()
-            if value and self.model.model_type == "t2v"
-        ]
-        if faults:
-            raise UserError(faults)
+        for name, value in images.items():
+            if value and self.model.model_type == "t2v":
+                yield f"--{name} is for --model_type i2v; a text-to-video model takes no image."
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Groups of plain values, ready for JSON."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        return json.loads(
+            json.dumps({group.name: vars(getattr(self, group.name)) for group in fields(self)}, default=str)
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -300,7 +300,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Parses the command line of `train.py`.
 
     Raises:
-        UserError: for an unknown flag, a value of the wrong form, or values that exclude each other.
+        UserError: for an unknown flag or a value of the wrong form.
     """
     parser = make_parser("Fine-tunes CogVideoX; usually started by one of the train_*.sh scripts.")
     group_types = typing.get_type_hints(Args)

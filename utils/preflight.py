@@ -50,7 +50,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     Raises:
         UserError: with every fault found.
     """
-    found = _Findings()
+    found = _Findings(list(args.faults()))
     model_dir = found.of(components.resolve_model_dir, args.model.model_path)
     form = found.of(read_form, model_dir) if model_dir is not None else None
     resume_from = progress = None
@@ -80,7 +80,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         prompts = {sample.prompt for sample in samples + validation}
         found.notes += found.of(prompt_notes, model_dir, prompts, form.max_text_seq_length) or []
     plan = None
-    if form is not None and samples:
+    if form is not None and samples and not list(args.faults()):
         plan = found.of(
             make_plan,
             args,
@@ -198,7 +198,7 @@ def read_training_samples(args: Args) -> list[Sample]:
 def read_validation_samples(args: Args) -> list[Sample]:
     """The validation folder; its clips are optional and, where there are any, give the held-out loss."""
     options = args.validation
-    if not options.do_validation:
+    if not options.do_validation or options.validation_dir is None:
         return []
     videos = args.data.video_column
     if options.validation_dir.is_dir() and not (options.validation_dir / videos).exists():
