@@ -164,6 +164,8 @@ def transformer_faults(path: Path, form: ModelForm) -> list[str]:
 def read_condition(args: DemoArgs, form: ModelForm, task: str, resolution: Resolution) -> dict[str, Any]:
     """The pipeline's extra inputs: the image of i2v, the clip of v2v."""
     path = args.image_or_video_path
+    if path is None:
+        return {}
     if task == "i2v":
         pixels = told(path, load_image, path, resolution, "stretch")
         return {"image": Image.fromarray(pixels.movedim(0, -1).numpy())}

@@ -36,7 +36,7 @@ from utils.optimizer import make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.preflight import preflight
 from utils.schedule import is_due
-from utils.trainable import make_trainable, trained_parameters, weight_dtype
+from utils.trainable import compute_dtype, make_trainable, trained_parameters, weight_dtype
 from utils.validation import validate
 
 Result = TypeVar("Result")
@@ -94,7 +94,7 @@ def fill_cache(processes: PartialState, plan: RunPlan) -> None:
         load_pixel_encoders,
         share,
         args.data.train_resolution,
-        args.data.fps,
+        plan.fps,
         args.data.resize_mode,
         args.system.num_workers,
     )
@@ -118,10 +118,8 @@ def train(plan: RunPlan) -> None:
     )
 
     # ---- model: read once more from the checkpoint where full fine-tuning goes on
-    goes_on = plan.resume_from is not None and args.model.training_type == "sft"
-    transformer = components.load_transformer(
-        (plan.resume_from if goes_on else plan.model_dir) / "transformer", weight_dtype(args)
-    )
+    weights = (plan.resume_from if args.model.training_type == "sft" else None) or plan.model_dir
+    transformer = components.load_transformer(weights / "transformer", weight_dtype(args))
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
@@ -166,7 +164,7 @@ def train(plan: RunPlan) -> None:
                 form,
                 prompt_embeds=batch["prompt"].to(accelerator.device, non_blocking=True),
                 image_latents=drawn.image_latents,
-                dtype=plan.compute_dtype,
+                dtype=compute_dtype(args),
             )
             loss = velocity_loss(predict, alphas_cumprod, drawn.latents, drawn.timesteps, drawn.noise)
             stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
@@ -190,7 +188,7 @@ def train(plan: RunPlan) -> None:
         skipped = 0
 
         # ---- an update is done
-        learning_rate = lr_scheduler.get_last_lr()[0]
+        learning_rate = float(lr_scheduler.get_last_lr()[0])
         lr_scheduler.step()
         progress.step += 1
         all_losses, all_timesteps = accelerator.gather((torch.cat(losses), torch.cat(timesteps)))

@@ -84,6 +84,7 @@ class CachedDataset(Dataset):
 
     def __getitem__(self, place: Place) -> dict[str, Any] | DamagedEntry:
         keys = self.keys[place.index]
+        assert keys.video is not None  # only validation prompts go without a clip
         dropped = np.random.default_rng([self.seed, place.number]).random() < self.caption_dropout
         item: dict[str, Any] = {"number": place.number, "index": place.index}
         try:
@@ -122,10 +123,14 @@ def batches(
 
 
 def _collate(items: list[dict[str, Any] | DamagedEntry]) -> dict[str, Any] | DamagedEntry:
+    intact = []
     for item in items:
         if isinstance(item, DamagedEntry):
             return item
+        intact.append(item)
     return {
-        name: torch.stack([item[name] for item in items]) if torch.is_tensor(value) else [item[name] for item in items]
-        for name, value in items[0].items()
+        name: torch.stack([item[name] for item in intact])
+        if torch.is_tensor(value)
+        else [item[name] for item in intact]
+        for name, value in intact[0].items()
     }

@@ -71,7 +71,7 @@ class LatentCache:
 
 def _checksum(name: str, tensor: torch.Tensor) -> str:
     """Of the content under its name, so that an entry copied over another is damage too."""
-    return str(zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode())))
+    return str(zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode())))
 
 
 @dataclass(frozen=True)

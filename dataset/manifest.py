@@ -24,6 +24,12 @@ class Sample:
     video: Path | None
     image: Path | None
 
+    @property
+    def clip(self) -> Path:
+        """The clip of a sample that has one."""
+        assert self.video is not None
+        return self.video
+
     def __str__(self) -> str:
         return f"{self.video or self.image or self.prompt!r} (line {self.line})"
 

@@ -70,13 +70,13 @@ class _Decoded(Dataset):
         at_fault: Path | None = job.sample.video
         try:
             if job.video is not None:
-                video = decode(job.sample.video, self.resolution, self.fps, self.mode)
+                video = decode(job.sample.clip, self.resolution, self.fps, self.mode)
             if job.image is not None and job.sample.image is not None:
                 at_fault = job.sample.image
                 image = load_image(job.sample.image, self.resolution, self.mode)
             elif job.image is not None:
                 first = Resolution(1, self.resolution.height, self.resolution.width)
-                image = (decode(job.sample.video, first, self.fps, self.mode) if video is None else video)[0]
+                image = (decode(job.sample.clip, first, self.fps, self.mode) if video is None else video)[0]
         except ClipError as error:
             return job, None, None, f"{at_fault} (line {job.sample.line}) {error}."
         return job, video, image, None

@@ -6,4 +6,5 @@ cd "$ROOT"
 source examples/environment.sh
 ruff check .
 ruff format --check .
+mypy
 python -m pytest "$@"

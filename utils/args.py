@@ -269,7 +269,7 @@ def _how_to_parse(annotation: Any) -> dict[str, Any]:
     return {"type": annotation}
 
 
-def add_options(parser: argparse.ArgumentParser, group_type: type) -> None:
+def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
     """Adds one flag for each field of a dataclass of `option`s."""
     hints = typing.get_type_hints(group_type)
     for spec in fields(group_type):

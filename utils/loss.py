@@ -98,10 +98,10 @@ def draw(
             kept = torch.rand((1,), generator=generator, device=video.device) >= image_dropout
             image_latents = image_latents * kept
         rows.append((latents, image_latents, noise, timestep))
-    latents, image_latents, noise, drawn = zip(*rows, strict=True)
+    all_latents, all_image_latents, all_noise, all_timesteps = zip(*rows, strict=True)
     return Draw(
-        torch.cat(latents),
-        None if image is None else torch.cat(image_latents),
-        torch.cat(noise),
-        torch.cat(drawn) if timesteps is None else timesteps,
+        torch.cat(all_latents),
+        None if image is None else torch.cat(all_image_latents),
+        torch.cat(all_noise),
+        torch.cat(all_timesteps) if timesteps is None else timesteps,
     )

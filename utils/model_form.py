@@ -228,7 +228,7 @@ def read_config(path: Path, kind: type | None) -> dict[str, Any]:
     # the schedulers of CogVideoX share their settings, whichever of them the checkpoint names
     if found != expected and not (kind is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
         raise UserError(f"--model_path: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
-    parameters = inspect.signature(kind.__init__).parameters.values()
+    parameters = inspect.signature(kind).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.manifest import Sample
 from dataset.survey import Survey
@@ -56,8 +54,14 @@ class RunPlan:
         return total_updates(training.train_steps, training.train_epochs, len(self.samples), self.samples_per_step)
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        return components.DTYPES[self.args.training.mixed_precision]
+    def fps(self) -> float:
+        """Frames a second at which clips are sampled."""
+        return self.args.data.fps or self.form.fps
+
+    @property
+    def gen_fps(self) -> float:
+        """Frames a second of validation videos."""
+        return self.args.validation.gen_fps or self.form.fps
 
 
 def make_plan(
@@ -75,7 +79,7 @@ def make_plan(
     """Names the cache entries of a run that has been checked."""
     encoding = Encoding(
         args.data.train_resolution,
-        args.data.fps,
+        args.data.fps or form.fps,
         args.data.resize_mode,
         vae=components.identity(model_dir / "vae", tiling=args.system.enable_tiling),
         text_encoder=components.identity(
@@ -109,7 +113,7 @@ def make_plan(
 
 def common_folder(samples: list[Sample], root: Path) -> Path:
     """The folder that holds the clips; the data folder where they lie scattered outside of it."""
-    folders = {sample.video.parent.absolute() for sample in samples}
+    folders = {sample.clip.parent.absolute() for sample in samples}
     common = Path(os.path.commonpath(folders))
     return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
 
@@ -148,7 +152,7 @@ def describe(plan: RunPlan) -> str:
         f"x {plan.num_processes} processes), {plan.total_steps * plan.samples_per_step / len(plan.samples):.1f} epochs",
         f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens",
         f"Dataset: {len(plan.samples)} samples, {len({sample.prompt for sample in plan.samples})} distinct prompts; "
-        + plan.survey.summary(resolution, args.data.fps),
+        + plan.survey.summary(resolution, plan.fps),
         f"Validation: {len(plan.validation)} prompts" if plan.validation else "Validation: off",
         f"Latent cache: {plan.cache_dir}",
     ]

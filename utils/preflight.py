@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -54,7 +54,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     model_dir = found.of(components.resolve_model_dir, args.model.model_path)
     form = found.of(read_form, model_dir) if model_dir is not None else None
     resume_from = progress = None
-    if form is not None:
+    if form is not None and model_dir is not None:
         args = resolve(args, form)
         found.faults += model_faults(args, form)
         found.notes += form.frames_notes(args.data.train_resolution.frames)
@@ -99,12 +99,13 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         found.of(check_disk_space, plan)
     if found.faults:
         raise UserError(found.faults)
+    assert plan is not None
     return plan
 
 
 def resolve(args: Args, form: ModelForm) -> Args:
     """Fills in the defaults that depend on the model or the machine."""
-    precision = "fp16" if form.trained_in_fp16 and torch.cuda.is_available() else "bf16"
+    precision: Literal["fp16", "bf16"] = "fp16" if form.trained_in_fp16 and torch.cuda.is_available() else "bf16"
     return replace(
         args,
         data=replace(args.data, fps=args.data.fps or form.fps),
@@ -200,8 +201,8 @@ def read_validation_samples(args: Args) -> list[Sample]:
     options = args.validation
     if not options.do_validation or options.validation_dir is None:
         return []
-    videos = args.data.video_column
-    if options.validation_dir.is_dir() and not (options.validation_dir / videos).exists():
+    videos: str | None = args.data.video_column
+    if options.validation_dir.is_dir() and not (options.validation_dir / args.data.video_column).exists():
         videos = None
     samples = read_manifest(
         options.validation_dir,

@@ -12,9 +12,15 @@ from utils.args import Args
 from utils.components import DTYPES
 
 
+def compute_dtype(args: Args) -> torch.dtype:
+    """Of the transformer's inputs and matrix products."""
+    assert args.training.mixed_precision is not None  # resolved by preflight
+    return DTYPES[args.training.mixed_precision]
+
+
 def weight_dtype(args: Args) -> torch.dtype:
     """The dtype in which the transformer is read: half precision under adapters, float32 where it is trained itself."""
-    return DTYPES[args.training.mixed_precision] if args.model.training_type == "lora" else torch.float32
+    return compute_dtype(args) if args.model.training_type == "lora" else torch.float32
 
 
 def make_trainable(transformer: CogVideoXTransformer3DModel, args: Args) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dataset.cached_dataset import stream_seed
 from dataset.latent_cache import LatentCache
+from dataset.manifest import Sample
 from dataset.precompute import Share
 from dataset.video import Resolution, decode, load_image
 from utils import components
@@ -26,6 +27,7 @@ from utils.conditioning import predict_velocity
 from utils.loss import draw, velocity_loss
 from utils.metrics import QUARTERS, Metrics, quarter_means
 from utils.plan import RunPlan
+from utils.trainable import compute_dtype
 
 
 def validate(
@@ -58,7 +60,7 @@ def validate(
         means = quarter_means(values, timesteps, len(alphas_cumprod), "held_out_loss")
         metrics.log(step, held_out_loss=values.mean().item(), **means)
     try:
-        metrics.log_videos(step, sorted(videos), plan.args.validation.gen_fps)
+        metrics.log_videos(step, sorted(videos), plan.gen_fps)
     except Exception:
         accelerator.print(f"The trackers did not take the videos of step {step}.\n{traceback.format_exc()}")
 
@@ -102,7 +104,7 @@ def held_out_losses(
                 image_latents: torch.Tensor | None = drawn.image_latents,
             ) -> torch.Tensor:
                 return predict_velocity(
-                    transformer, plan.form, noisy, timesteps, prompt, image_latents, plan.compute_dtype
+                    transformer, plan.form, noisy, timesteps, prompt, image_latents, compute_dtype(plan.args)
                 )
 
             loss = velocity_loss(predict, alphas_cumprod, drawn.latents, timestep, drawn.noise)
@@ -130,7 +132,7 @@ def generate(
         return
     # the pipelines hand the VAE tensors of the prompt embeddings' dtype
     vae = components.load_vae(
-        plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling, plan.compute_dtype
+        plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling, compute_dtype(plan.args)
     )
     scheduler = components.load_scheduler(plan.model_dir)
     with components.released(vae):
@@ -141,10 +143,10 @@ def generate(
         for number, (sample, keys) in mine:
             image = {}
             if plan.form.task == "i2v":
-                image = {"image": condition_image(sample.image, sample.video, resolution, args.data.resize_mode)}
+                image = {"image": condition_image(sample, resolution, args.data.resize_mode)}
             video = pipeline(
-                prompt_embeds=cache.read(keys.prompt)[None].to(device, plan.compute_dtype),
-                negative_prompt_embeds=cache.read(plan.empty_prompt)[None].to(device, plan.compute_dtype),
+                prompt_embeds=cache.read(keys.prompt)[None].to(device, compute_dtype(plan.args)),
+                negative_prompt_embeds=cache.read(plan.empty_prompt)[None].to(device, compute_dtype(plan.args)),
                 height=resolution.height,
                 width=resolution.width,
                 num_frames=resolution.frames,
@@ -155,14 +157,14 @@ def generate(
                 **image,
             ).frames[0]
             path = folder / f"{number:03d}.mp4"
-            components.write_video(video, path, args.validation.gen_fps)
+            components.write_video(video, path, plan.gen_fps)
             yield path, sample.prompt
 
 
-def condition_image(image: Path | None, video: Path | None, resolution: Resolution, mode: str) -> Image.Image:
+def condition_image(sample: Sample, resolution: Resolution, mode: str) -> Image.Image:
     """The image of a validation line, or its clip's first frame, at the training resolution."""
-    if image is not None:
-        pixels = load_image(image, resolution, mode)
+    if sample.image is not None:
+        pixels = load_image(sample.image, resolution, mode)
     else:
-        pixels = decode(video, Resolution(1, resolution.height, resolution.width), 1.0, mode)[0]
+        pixels = decode(sample.clip, Resolution(1, resolution.height, resolution.width), 1.0, mode)[0]
     return Image.fromarray(pixels.movedim(0, -1).numpy())
