@@ -73,6 +73,7 @@ VALIDATION_ARGS=(
     --num_inference_steps 50                # of a validation video
 )
 
+# `accelerate launch`, without its stack trace when train.py ends with a sentence on what is wrong
 python "$HERE/utils/launch.py" \
     --config_file "$HERE/configs/accelerate_ddp.yaml" \
     ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \

@@ -1,0 +1,38 @@
+"""A checkpoint is complete or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.conftest import arguments
+from utils import components
+from utils.args import parse_args
+from utils.checkpoint import Checkpoints, Progress, find_checkpoints
+from utils.optimizer import make_optimizer
+from utils.trainable import make_trainable, trained_parameters
+
+
+def test_a_save_that_is_cut_short_leaves_the_last_checkpoint(tiny, data, tmp_path, monkeypatch):
+    args = parse_args(arguments(tiny("5b"), data, tmp_path, "--checkpointing_limit", 2))
+    accelerator = Accelerator(cpu=True)
+    transformer = components.load_transformer(tiny("5b") / "transformer", torch.float32)
+    make_trainable(transformer, args)
+    accelerator.prepare(transformer, make_optimizer(trained_parameters(transformer), args.training))
+    checkpoints = Checkpoints(accelerator, transformer, args)
+
+    def names() -> list[str]:
+        return [path.name for path in find_checkpoints(tmp_path)]
+
+    for step in (1, 2):
+        checkpoints.save(Progress("base", step))
+    with monkeypatch.context() as patched:
+        patched.setattr(accelerator, "save_state", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(Progress("base", 10))
+    assert names() == ["checkpoint-1", "checkpoint-2"]
+    checkpoints.save(Progress("base", 10))
+    assert names() == ["checkpoint-2", "checkpoint-10"]  # the oldest by number, not by name
+    assert not list(tmp_path.glob(".checkpoint-*"))
+    checkpoints.load(tmp_path / "checkpoint-10")
