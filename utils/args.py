@@ -122,7 +122,7 @@ class TrainingArgs:
     epsilon: float = option(1e-8, help="Adam: added to the denominator")
     weight_decay: float = option(1e-4, help="weight decay")
     max_grad_norm: float = option(1.0, help="gradients are clipped to this norm; 0 switches clipping off")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"] = option(
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", help="counted in optimizer updates"
     )
     lr_warmup_steps: int = option(100, help="optimizer updates until the peak learning rate")
