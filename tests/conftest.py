@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import FORMS, build
+from tests.tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[1]
-T2V_FORMS = [form for form in FORMS if "i2v" not in form]
-I2V_FORMS = [form for form in FORMS if "i2v" in form]
+FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ import pytest
 
 import cli_demo
 from dataset.video import probe
-from tests.conftest import ROOT, run, succeed
+from tests.conftest import FIRST_FRAME, ROOT, run, succeed
 from utils import components
 
 CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
-FRAME = str(ROOT / "tests" / "first_frame.png")
+FRAME = str(FIRST_FRAME)
 
 
 @pytest.mark.parametrize(

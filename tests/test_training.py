@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, arguments, environment, read_metrics, run, succeed
+from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, read_metrics, run, succeed
 from tests.tiny_models import FORMS
 from utils.checkpoint import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 from utils.lora import WEIGHTS_FILE
@@ -57,6 +57,11 @@ def test_every_form_trains_with_validation_and_generates(tiny, data, validation,
     steps = ["--train_steps", 4, "--checkpointing_steps", 2, "--checkpointing_limit", 1]
     checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 3, "--num_inference_steps", 2]
     checks += ["--mixed_precision", "bf16" if form.startswith("5b") else "no"]
+    if form == "5b-i2v":  # images of their own; the other i2v form takes the clips' first frames
+        for folder, count in ((data, 8), (validation, 2)):
+            shutil.copy(FIRST_FRAME, folder / "image.png")
+            (folder / "images.txt").write_text("image.png\n" * count)
+        checks += ["--image_column", "images.txt", "--validation_images", "images.txt", "--image_dropout", 0.2]
     more = [*steps, *checks, "--report_to", "tensorboard", "--id_token", "SKS", "--caption_dropout", 0.5]
     succeed(f"train_ddp_{task}.sh", *arguments(tiny(form), data, out, *more, task=task), processes=2)
 
@@ -71,7 +76,7 @@ def test_every_form_trains_with_validation_and_generates(tiny, data, validation,
     assert all(any(name.startswith("loss_quarter_") for name in line) for line in log if "loss" in line)
     assert list(out.glob("logs/*/events.out.tfevents.*"))
 
-    image = [] if task == "t2v" else ["--image_or_video_path", str(ROOT / "tests" / "first_frame.png")]
+    image = [] if task == "t2v" else ["--image_or_video_path", str(FIRST_FRAME)]
     options = [
         "--prompt",
         "SKS a red circle",
