@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dataset.video import ClipError, Resolution, decode, load_image, probe
+from dataset.video import ClipError, Resolution, decode, frames_available, load_image, probe
 from utils import components
 from utils.args import finite, make_parser, option, parse_group, positive, seed_faults
-from utils.errors import UserError, told_to_the_user
+from utils.errors import Findings, UserError, told_to_the_user
 from utils.lora import find_lora, load_lora
-from utils.model_form import ModelForm, read_config, read_form, weight_faults
+from utils.model_form import ModelForm, check_weights, read_config, read_form
 from utils.preflight import check_writable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,8 +62,6 @@ class DemoArgs:
             yield f"--strength is {self.strength}; it must be at most 1."
         if self.output_path.suffix.lower() != ".mp4":
             yield f"--output_path {self.output_path}: the video is an .mp4 file."
-        if int(self.num_inference_steps * self.strength) == 0:
-            yield f"--strength {self.strength} of --num_inference_steps {self.num_inference_steps} leaves no step."
 
 
 def main() -> None:
@@ -104,8 +102,8 @@ def choose_resolution(args: DemoArgs, form: ModelForm, task: str) -> Resolution:
     resolution = Resolution(frames, args.height or form.native.height, args.width or form.native.width)
     if task != "v2v" or args.image_or_video_path is None:
         return resolution
-    info, _ = told(args.image_or_video_path, probe, args.image_or_video_path)
-    available = int((info.frames - 1) * (args.fps or form.fps) / info.fps) + 1
+    _, times = told(probe, args.image_or_video_path)
+    available = frames_available(times, args.fps or form.fps)
     # The pipeline takes the latents from the clip and does not pad them. 1.5 needs an even number of latent frames, and
     # the VAE gives back as many frames as it got only for 8N (even) and 8N+1 (odd).
     rest = 0 if form.is_v1_5 else 1
@@ -119,46 +117,44 @@ def choose_resolution(args: DemoArgs, form: ModelForm, task: str) -> Resolution:
 
 def check(args: DemoArgs, form: ModelForm, task: str, resolution: Resolution) -> None:
     """Raises UserError with everything that speaks against the run, before weights are read."""
-    faults = form.resolution_faults(resolution, "--num_frames x --height x --width")
+    found = Findings(form.resolution_faults(resolution, "--num_frames x --height x --width"))
+    faults = found.faults
     needed = "i2v" if task == "i2v" else "t2v"
     if form.task != needed:
         faults.append(f"--generate_type {task} needs a {needed} checkpoint; {args.model_path} is a {form.task} one.")
     if task != "v2v" and resolution.frames % 8 != 1:
         faults.append(f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49.")
+    if task == "v2v" and int(args.num_inference_steps * args.strength) == 0:
+        faults.append(f"--strength {args.strength} of --num_inference_steps {args.num_inference_steps} leaves no step.")
     if task != "t2v" and args.image_or_video_path is None:
         faults.append(f"{task} needs --image_or_video_path.")
     if task == "t2v" and args.image_or_video_path is not None:
         faults.append("--image_or_video_path is given, but t2v takes none; give --generate_type v2v or leave it out.")
     if args.lora_path is not None and args.transformer_path is not None:
         faults.append("--lora_path and --transformer_path exclude each other: adapters belong to their own base.")
-    try:
-        check_writable(args.output_path.parent, "--output_path")
-        if args.output_path.is_dir():
-            faults.append(f"--output_path {args.output_path} is a folder; give the name of an .mp4 file.")
-        if args.lora_path is not None:
-            find_lora(args.lora_path)
-        if args.transformer_path is not None:
-            faults += transformer_faults(args.transformer_path, form)
-    except UserError as error:
-        faults += error.faults
+    found.of(check_writable, args.output_path.parent, "--output_path")
+    if args.output_path.is_dir():
+        faults.append(f"--output_path {args.output_path} is a folder; give the name of an .mp4 file.")
+    if args.lora_path is not None:
+        found.of(find_lora, args.lora_path)
+    if args.transformer_path is not None:
+        found.of(check_transformer, args.transformer_path, form)
     if faults:
         raise UserError(faults)
 
 
-def transformer_faults(path: Path, form: ModelForm) -> list[str]:
-    """Sentences on why a fine-tuned transformer cannot take the place of the base's. Raises UserError."""
-    folder = components.find_transformer(path)
-    try:
-        config = read_config(folder / "config.json", components.CogVideoXTransformer3DModel)
-    except UserError as error:
-        return [fault.replace("--model_path", "--transformer_path") for fault in error.faults]
+def check_transformer(path: Path, form: ModelForm) -> None:
+    """Raises UserError where a fine-tuned transformer cannot take the place of the base's."""
+    folder, flag = components.find_transformer(path), "--transformer_path"
+    kind = components.CogVideoXTransformer3DModel
+    config = read_config(folder / "config.json", kind, flag)
     for name, expected in form.transformer.items():
         if name[0] != "_" and config.get(name) != expected:
-            return [
-                f"--transformer_path {folder}: {name} is {config.get(name)}, but {expected} in the base; "
+            raise UserError(
+                f"{flag} {folder}: {name} is {config.get(name)}, but {expected} in the base; "
                 "was it trained on another checkpoint?"
-            ]
-    return [fault.replace("--model_path", "--transformer_path") for fault in weight_faults(folder)]
+            )
+    check_weights(folder, flag, kind, config)
 
 
 def read_condition(args: DemoArgs, form: ModelForm, task: str, resolution: Resolution) -> dict[str, Any]:
@@ -167,19 +163,19 @@ def read_condition(args: DemoArgs, form: ModelForm, task: str, resolution: Resol
     if path is None:
         return {}
     if task == "i2v":
-        pixels = told(path, load_image, path, resolution, "stretch")
+        pixels = told(load_image, path, resolution, "stretch")
         return {"image": Image.fromarray(pixels.movedim(0, -1).numpy())}
     if task == "v2v":
-        clip = told(path, decode, path, resolution, args.fps or form.fps, "stretch")
+        clip = told(decode, path, resolution, args.fps or form.fps, "stretch")
         frames = [Image.fromarray(frame) for frame in clip.movedim(1, -1).numpy()]
         return {"video": frames, "strength": args.strength}
     return {}
 
 
-def told(path: Path, function: Any, *args: Any) -> Any:
+def told(function: Any, path: Path, *args: Any) -> Any:
     """Calls a reader of clips and images; its ClipError becomes a sentence about --image_or_video_path."""
     try:
-        return function(*args)
+        return function(path, *args)
     except ClipError as error:
         raise UserError(f"--image_or_video_path {path} {error}.") from error
 
@@ -191,13 +187,14 @@ def load_pipeline(args: DemoArgs, model_dir: Path, task: str) -> Any:
     if args.lora_path is not None:
         matched = load_lora(transformer, args.lora_path, args.lora_scale)
         print(f"LoRA: {matched} adapter modules matched, scale {args.lora_scale:g}, {args.lora_path}")
-    pipeline = components.PIPELINES[task].from_pretrained(
-        model_dir, transformer=transformer, scheduler=components.load_scheduler(model_dir), dtype=dtype
+    cpu = torch.device("cpu")
+    pipeline = components.PIPELINES[task](
+        tokenizer=components.load_tokenizer(model_dir),
+        text_encoder=components.load_text_encoder(model_dir, cpu, dtype),
+        vae=components.load_vae(model_dir, cpu, args.enable_slicing, args.enable_tiling, dtype),
+        transformer=transformer,
+        scheduler=components.load_scheduler(model_dir),
     )
-    if args.enable_slicing:
-        pipeline.vae.enable_slicing()
-    if args.enable_tiling:
-        pipeline.vae.enable_tiling()
     if not torch.cuda.is_available():
         return pipeline
     if args.offload == "none":

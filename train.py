@@ -6,6 +6,7 @@ arguments -> preflight -> latent cache -> model -> optimizer -> loop -> checkpoi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -22,7 +23,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from dataset.cached_dataset import CachedDataset, SampleStream, batches, stream_seed
+from dataset.cached_dataset import DRAWS, CachedDataset, SampleStream, batches, seed_for
 from dataset.latent_cache import LatentCache
 from dataset.precompute import Share, precompute_clips, precompute_prompts
 from utils import components, encoders
@@ -31,7 +32,7 @@ from utils.checkpoint import Checkpoints, write_args
 from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
 from utils.loss import draw, velocity_loss
-from utils.metrics import Metrics, quarter_means
+from utils.metrics import TRACKERS, Metrics, quarter_means
 from utils.optimizer import make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.preflight import preflight
@@ -42,6 +43,10 @@ from utils.validation import validate
 Result = TypeVar("Result")
 # A loss scale of 2^16 is down to nothing after as many halvings.
 MOST_SKIPPED_UPDATES = 40
+WHAT_TO_DO = (
+    "The last checkpoint is sound; go on from it with a lower --learning_rate, --max_grad_norm 1 or --mixed_precision "
+    "bf16, or look at the sample."
+)
 
 
 def main() -> None:
@@ -112,7 +117,7 @@ def train(plan: RunPlan) -> None:
     accelerator = Accelerator(
         mixed_precision=args.training.mixed_precision,
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
-        log_with=None if args.output.report_to == "none" else args.output.report_to,
+        log_with=TRACKERS[args.output.report_to],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
@@ -154,7 +159,7 @@ def train(plan: RunPlan) -> None:
                 form,
                 batch["video"].to(accelerator.device, non_blocking=True),
                 batch["image"].to(accelerator.device, non_blocking=True) if "image" in batch else None,
-                [stream_seed(seed, number) for number in batch["number"]],
+                [seed_for(DRAWS, seed, number) for number in batch["number"]],
                 len(alphas_cumprod),
                 args.data.image_dropout,
             )
@@ -170,7 +175,9 @@ def train(plan: RunPlan) -> None:
             stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
             accelerator.backward(loss.mean())
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(parameters, args.training.max_grad_norm or float("inf"))
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
+                if accelerator.scaler is None and not math.isfinite(grad_norm):  # a scaler skips such an update
+                    raise UserError(f"The gradients are not finite at step {progress.step + 1}. {WHAT_TO_DO}")
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
@@ -179,11 +186,12 @@ def train(plan: RunPlan) -> None:
         if not accelerator.sync_gradients:
             continue
         if accelerator.optimizer_step_was_skipped:  # fp16: the loss scale is halved, and the update does not count
-            skipped += 1
+            losses, timesteps, skipped = [], [], skipped + 1
             if skipped > MOST_SKIPPED_UPDATES:
                 raise UserError(
                     f"fp16 gradients overflowed {skipped} times in a row at step {progress.step + 1}; use bf16."
                 )
+            metrics.start_lap()
             continue
         skipped = 0
 
@@ -214,10 +222,9 @@ def train(plan: RunPlan) -> None:
 def stop_if_not_finite(loss: torch.Tensor, timesteps: torch.Tensor, samples: list[Any], step: int) -> None:
     """Raises UserError before a loss that is not finite can reach a weight."""
     for value, timestep, sample in zip(loss.tolist(), timesteps.tolist(), samples, strict=True):
-        if value != value or value == float("inf"):
+        if not math.isfinite(value):
             raise UserError(
-                f"The loss is {value} at step {step + 1}, sample {sample}, timestep {timestep}. The last checkpoint is "
-                "sound; go on from it with a lower --learning_rate or --mixed_precision bf16, or look at the sample.",
+                f"The loss is {value} at step {step + 1}, sample {sample}, timestep {timestep}. {WHAT_TO_DO}",
                 on_every_rank=False,
             )
 

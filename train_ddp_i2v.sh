@@ -36,7 +36,7 @@ TRAIN_ARGS=(
     --train_epochs 10                       # passes over the clips; --train_steps N counts optimizer updates instead
     --batch_size 1                          # samples a GPU; raise it only if memory is left over
     --gradient_accumulation_steps 1         # 2-8: a larger effective batch at the same memory; smoother, slower updates
-    --mixed_precision "bf16"                # fp16 for CogVideoX-2b, bf16 for every other model
+    # --mixed_precision "bf16"              # default: fp16 for CogVideoX-2b on a GPU, bf16 for everything else
     --learning_rate 1e-4                    # try 5e-5 to 5e-4 for LoRA, 1e-5 to 2e-5 for sft
     --lr_scheduler "constant_with_warmup"   # cosine: goes to zero at the end, for runs of known length
     --lr_warmup_steps 100                   # updates until the full learning rate; fewer for short runs

@@ -18,10 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataset.latent_cache import DamagedEntry, LatentCache, SampleKeys
 from utils.errors import UserError
 
+# What a random number is for: the same seed and position serve each purpose with numbers of its own.
+ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT = range(4)
 
-def stream_seed(seed: int, number: int) -> int:
-    """A well-mixed 63-bit seed for item `number` of the stream that `seed` starts."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+
+def seed_for(purpose: int, seed: int, number: int) -> int:
+    """A well-mixed 63-bit seed for item `number` of what `seed` starts."""
+    return int(np.random.SeedSequence([purpose, seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class SampleStream(Sampler[list[Place]]):
             yield places
 
     def _order(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.dataset_size).tolist()
+        return np.random.default_rng(seed_for(ORDER, self.seed, epoch)).permutation(self.dataset_size).tolist()
 
 
 def _count(start: int, step: int) -> Iterator[int]:
@@ -85,7 +88,8 @@ class CachedDataset(Dataset):
     def __getitem__(self, place: Place) -> dict[str, Any] | DamagedEntry:
         keys = self.keys[place.index]
         assert keys.video is not None  # only validation prompts go without a clip
-        dropped = np.random.default_rng([self.seed, place.number]).random() < self.caption_dropout
+        generator = np.random.default_rng(seed_for(CAPTION_DROPOUT, self.seed, place.number))
+        dropped = generator.random() < self.caption_dropout
         item: dict[str, Any] = {"number": place.number, "index": place.index}
         try:
             item["video"] = self.cache.read(keys.video)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from dataset.manifest import Sample
 from dataset.video import PIXELS_VERSION, Resolution
@@ -141,4 +142,5 @@ def digest_files(files: Iterable[Path]) -> dict[Path, str]:
 
     files = sorted(files)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(files, pool.map(digest, files), strict=True))
+        digests = tqdm(pool.map(digest, files), "Reading files", len(files), unit="file", delay=3, leave=False)
+        return dict(zip(files, digests, strict=True))

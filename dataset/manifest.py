@@ -31,7 +31,7 @@ class Sample:
         return self.video
 
     def __str__(self) -> str:
-        return f"{self.video or self.image or self.prompt!r} (line {self.line})"
+        return f"{self.video or self.image or repr(self.prompt)} (line {self.line})"
 
 
 def with_id_token(prompt: str, id_token: str) -> str:

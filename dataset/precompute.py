@@ -157,12 +157,17 @@ def precompute_clips(
 
 
 def _missing_jobs(cache: LatentCache, samples: list[Sample], keys: list[SampleKeys], share: Share) -> list[_Job]:
-    """One job a distinct clip, with what the cache lacks of it."""
-    distinct = {(key.video, key.image): sample for sample, key in zip(samples, keys, strict=True)}
+    """What the cache lacks of this rank's share; each entry is made once, however many samples name it."""
+    claimed: set[str | None] = {None}
     jobs = []
-    for (video, image), sample in share.of(distinct.items()):
-        lacks_video = video is not None and not cache.is_intact(video)
-        lacks_image = image is not None and not cache.is_intact(image)
-        if lacks_video or lacks_image:
-            jobs.append(_Job(sample, video if lacks_video else None, image if lacks_image else None))
-    return jobs
+    for sample, key in zip(samples, keys, strict=True):
+        job = _Job(sample, *(None if name in claimed else name for name in (key.video, key.image)))
+        claimed |= {key.video, key.image}
+        if job.video or job.image:
+            jobs.append(job)
+
+    def lacking(name: str | None) -> str | None:
+        return None if name is None or cache.is_intact(name) else name
+
+    mine = [_Job(job.sample, lacking(job.video), lacking(job.image)) for job in share.of(jobs)]
+    return [job for job in mine if job.video or job.image]

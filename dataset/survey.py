@@ -7,6 +7,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
+
 from dataset.manifest import Sample
 from dataset.video import ClipError, ClipInfo, Resolution, choose_frames, load_image, probe, stretch
 
@@ -59,7 +61,7 @@ def survey(samples: list[Sample], resolution: Resolution, fps: float, mode: str)
             return f"{at_fault} (line {sample.line}) {error}."
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(look, samples))
+        looks = list(tqdm(pool.map(look, samples), "Looking at clips", len(samples), unit="clip", delay=3, leave=False))
     usable = [(info, sample) for info, sample in zip(looks, samples, strict=True) if isinstance(info, ClipInfo)]
     found = Survey([info for info, _ in usable], [fault for fault in looks if isinstance(fault, str)])
     distorted = [(stretch(info, resolution), sample.video) for info, sample in usable]

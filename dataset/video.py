@@ -5,6 +5,7 @@ Legend: F frames, C channels (RGB), H W height and width in pixels.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 # Part of every cache key: raise it whenever the same file could give other pixels than before.
 PIXELS_VERSION = 1
+# Seconds. Containers round time stamps; a frame exactly between two goes to the later one all the same.
+_TIE = 1e-4
 
 decord.logging.set_level(decord.logging.FATAL)  # faults are reported by clip, in sentences
 
@@ -99,16 +102,18 @@ def choose_frames(times: np.ndarray, count: int, fps: float) -> list[int]:
     Raises:
         ClipError: the clip is too short.
     """
-    wanted = np.arange(count) / fps
-    halfway = (times[:-1] + times[1:]) / 2
-    # time stamps are rounded by the container: a tie goes to the later frame even if it is off by some microseconds
-    indices = np.searchsorted(halfway, wanted + 1e-4, side="right")
-    if indices[-1] >= len(halfway):
+    if count > frames_available(times, fps):
         raise ClipError(
-            f"is too short: its {len(halfway)} frames are {times[-1]:.2f} s, but {count} frames at {fps:g} fps take "
+            f"is too short: its {len(times) - 1} frames are {times[-1]:.2f} s, but {count} frames at {fps:g} fps take "
             f"{count / fps:.2f} s; use a longer clip, fewer frames in --train_resolution, or a higher --fps"
         )
-    return indices.tolist()
+    halfway = (times[:-1] + times[1:]) / 2
+    return np.searchsorted(halfway, np.arange(count) / fps + _TIE, side="right").tolist()
+
+
+def frames_available(times: np.ndarray, fps: float) -> int:
+    """How many frames `choose_frames` can give."""
+    return math.ceil(((times[-2] + times[-1]) / 2 - _TIE) * fps)
 
 
 def decode(path: Path, resolution: Resolution, fps: float, mode: str) -> torch.Tensor:

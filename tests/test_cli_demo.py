@@ -11,13 +11,14 @@ from utils import components
 
 CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
 FRAME = str(FIRST_FRAME)
+V2V = ["--generate_type", "v2v", "--image_or_video_path", CLIP]
 
 
 @pytest.mark.parametrize(
     ("form", "more", "size"),
     [
-        ("2b", ["--generate_type", "v2v", "--image_or_video_path", CLIP], (9, 64, 64, 8)),
-        ("1.5", ["--generate_type", "v2v", "--image_or_video_path", CLIP], (8, 64, 64, 16)),
+        ("2b", V2V, (9, 64, 64, 8)),
+        ("1.5", V2V, (8, 64, 64, 16)),
         ("1.5-i2v", ["--image_or_video_path", FRAME, "--width", "48", "--num_frames", "17"], (17, 64, 48, 16)),
         ("5b", ["--height", "96", "--fps", "12", "--dtype", "bf16", "--enable_tiling", "false"], (9, 96, 64, 12)),
     ],
@@ -52,7 +53,8 @@ def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
         ("2b", ["--transformer_path", "{2b}/vae"], "describes a AutoencoderKLCogVideoX"),
         ("2b", ["--transformer_path", "{5b}"], "use_rotary_positional_embeddings is True, but False in the base"),
         ("2b", ["--output_path", "/proc/x.mp4"], "--output_path /proc cannot be written to"),
-        ("2b", ["--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
+        ("2b", [*V2V, "--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
+        ("2b", ["--output_path", "/proc/x.mp4", "--lora_path", "/nowhere"], "--lora_path /nowhere"),
         ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
         ("2b", ["--strength", "1.5"], "--strength is 1.5"),
     ],

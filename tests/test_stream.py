@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from dataset.cached_dataset import SampleStream, stream_seed
+from dataset.cached_dataset import CAPTION_DROPOUT, DRAWS, HELD_OUT, ORDER, SampleStream, seed_for
 from utils.schedule import is_due, total_updates
 
 
@@ -36,7 +36,9 @@ def test_the_stream_goes_on_where_it_was_left():
 
 
 def test_seeds_differ():
-    assert len({stream_seed(seed, number) for seed in range(20) for number in range(500)}) == 10_000
+    purposes = (ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT)
+    seeds = {seed_for(p, seed, number) for p in purposes for seed in range(20) for number in range(500)}
+    assert len(seeds) == 40_000
 
 
 def test_due_after_every_nth_update_and_the_last_and_never_before_the_first():

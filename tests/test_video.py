@@ -11,7 +11,18 @@ import torch
 from imageio.v3 import imwrite
 from PIL import Image
 
-from dataset.video import ClipError, ClipInfo, Resolution, choose_frames, decode, load_image, probe, resize, stretch
+from dataset.video import (
+    ClipError,
+    ClipInfo,
+    Resolution,
+    choose_frames,
+    decode,
+    frames_available,
+    load_image,
+    probe,
+    resize,
+    stretch,
+)
 
 
 def times(frames: int, fps: float) -> np.ndarray:
@@ -24,6 +35,7 @@ def test_frames_follow_the_clock():
     chosen = choose_frames(times(300, 30), 49, 8)
     assert chosen[:5] == [0, 4, 8, 11, 15] and chosen[-1] == 180
     assert choose_frames(times(10, 8), 9, 16) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [frames_available(times(49, rate), rate) for rate in (8, 24, 30000 / 1001, 30)] == [49] * 4
     # the true rate of "30 fps" television material must not run out of frames at the end
     assert choose_frames(times(49, 30000 / 1001), 49, 30)[-1] == 48
 

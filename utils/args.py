@@ -61,18 +61,12 @@ class ModelArgs:
     model_type: Literal["t2v", "i2v"] = option(help="t2v: text to video; i2v: image and text to video")
     training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: all weights")
 
-    def faults(self) -> Iterator[str]:
-        yield from ()
-
 
 @dataclass(frozen=True)
 class OutputArgs:
     output_dir: Path = option(help="checkpoints, metrics.jsonl, the resolved arguments and validation videos go here")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", help="metric trackers")
     dry_run: bool = option(False, help="do every check, print the plan of the run, and stop")
-
-    def faults(self) -> Iterator[str]:
-        yield from ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class TrainingArgs:
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", help="counted in optimizer updates"
     )
-    lr_warmup_steps: int = option(100, help="optimizer updates until the peak learning rate")
+    lr_warmup_steps: int = option(100, help="optimizer updates until the peak learning rate; none with constant")
     gradient_checkpointing: bool = option(True, help="recompute each block in the backward pass: far less memory")
 
     def faults(self) -> Iterator[str]:
@@ -216,8 +210,8 @@ class Args:
 
     def faults(self) -> Iterator[str]:
         """Sentences on values that cannot be meant; `preflight` tells them together with what it finds itself."""
-        for group in fields(self):
-            yield from getattr(self, group.name).faults()
+        for group in (self.data, self.training, self.lora, self.system, self.checkpoint, self.validation):
+            yield from group.faults()
         images = {
             "image_column": self.data.image_column,
             "image_dropout": self.data.image_dropout,

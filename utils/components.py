@@ -98,9 +98,9 @@ def load_tokenizer(model_dir: Path) -> T5Tokenizer:
     return T5Tokenizer.from_pretrained(model_dir / "tokenizer")
 
 
-def load_text_encoder(model_dir: Path, device: torch.device) -> T5EncoderModel:
+def load_text_encoder(model_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5EncoderModel:
     folder = model_dir / "text_encoder"
-    encoder = T5EncoderModel.from_pretrained(folder, dtype=stored_dtype(folder)).to(device)
+    encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype or stored_dtype(folder)).to(device)
     return encoder.requires_grad_(False).eval()
 
 

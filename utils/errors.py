@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 EXIT_CODE = 2
 
@@ -23,6 +25,25 @@ class UserError(ValueError):
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         self.on_every_rank = on_every_rank
         super().__init__("\n".join(self.faults))
+
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Findings:
+    """What a series of checks has found: faults, which end the run, and notes, which do not."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, check: Callable[..., Result], *args: Any) -> Result | None:
+        """The result of a check, or None with its faults added."""
+        try:
+            return check(*args)
+        except UserError as error:
+            self.faults.extend(error.faults)
+            return None
 
 
 @contextmanager

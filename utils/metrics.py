@@ -16,6 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+# --report_to -> the trackers of accelerate, which are the packages' names too
+TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
 QUARTERS = 4
 
 
@@ -39,6 +41,7 @@ class Metrics:
         accelerator.init_trackers(
             "cogvideox-finetune",
             {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in flat.items()},
+            init_kwargs={"wandb": {"dir": str(output_dir)}},
         )
         self.bar = tqdm(
             total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process
@@ -108,7 +111,8 @@ def quarter_means(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: 
 
 def _drop_after(path: Path, step: int) -> None:
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if 0 < step >= _step_of(line)]
+        # a run that has no checkpoint yet begins anew, with its baseline at step 0
+        kept = [line for line in path.read_text().splitlines() if step > 0 and _step_of(line) <= step]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(f"{line}\n" for line in kept))
         aside.replace(path)

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from dataset.video import Resolution
-from utils.errors import UserError
+from utils.errors import Findings, UserError
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
@@ -197,8 +198,11 @@ def read_form(model_dir: Path) -> ModelForm:
             configs[name] = read_config(model_dir / name / file, kind)
         except UserError as error:
             faults += error.faults
-    for name in ("transformer", "vae", "text_encoder"):
-        faults += weight_faults(model_dir / name)
+    found = Findings()
+    for name, (_, kind) in CONFIGS.items():
+        if name != "scheduler":
+            found.of(check_weights, model_dir / name, "--model_path", kind, configs.get(name))
+    faults += found.faults
     if not any((model_dir / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
         faults.append(f"--model_path: {model_dir / 'tokenizer'} lacks spiece.model.")
     if faults:
@@ -208,7 +212,7 @@ def read_form(model_dir: Path) -> ModelForm:
     return ModelForm(configs["transformer"], configs["vae"])
 
 
-def read_config(path: Path, kind: type | None) -> dict[str, Any]:
+def read_config(path: Path, kind: Any | None, flag: str = "--model_path") -> dict[str, Any]:
     """A component's config, completed with the defaults of its class; None for one of another library.
 
     Raises:
@@ -217,44 +221,61 @@ def read_config(path: Path, kind: type | None) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"--model_path: {path} is missing.") from None
+        raise UserError(f"{flag}: {path} is missing.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_path: {path} cannot be read as JSON ({error}).") from error
+        raise UserError(f"{flag}: {path} cannot be read as JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise UserError(f"--model_path: {path} is not a config.")
+        raise UserError(f"{flag}: {path} is not a config.")
     if kind is None:
         return config
     found, expected = config.get("_class_name"), kind.__name__
     # the schedulers of CogVideoX share their settings, whichever of them the checkpoint names
     if found != expected and not (kind is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
-        raise UserError(f"--model_path: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
+        raise UserError(f"{flag}: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
-def weight_faults(folder: Path) -> list[str]:
-    """Sentences on weights that are missing, or damaged as far as their headers tell."""
+def check_weights(folder: Path, flag: str, kind: Any | None, config: dict[str, Any] | None) -> None:
+    """Reads the headers of a component's safetensors.
+
+    Args:
+        kind, config: where given, every tensor of such a model must be there in its shape.
+
+    Raises:
+        UserError: files that are missing or cut short, or tensors that are missing or of another shape.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if folder.is_dir() and not files:
-        return [f"--model_path: {folder} holds no .safetensors file; is the download complete?"]
+        raise UserError(f"{flag}: {folder} holds no .safetensors file; is the download complete?")
+    shapes: dict[str, list[int]] = {}
     faults = []
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            faults.append(f"--model_path: {index} cannot be read ({error}).")
+            faults.append(f"{flag}: {index} cannot be read ({error}).")
             continue
-        faults += [
-            f"--model_path: {folder / shard} is missing; is the download complete?"
-            for shard in sorted(shards - {file.name for file in files})
-        ]
+        missing = sorted(shards - {file.name for file in files})
+        faults += [f"{flag}: {folder / shard} is missing; is the download complete?" for shard in missing]
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            faults.append(f"--model_path: {file} is damaged ({error}); is the download complete?")
-    return faults
+            faults.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
+    if faults:
+        raise UserError(faults)
+    if kind is None or config is None:
+        return
+    with init_empty_weights(include_buffers=True):
+        expected = {name: list(tensor.shape) for name, tensor in kind.from_config(config).state_dict().items()}
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
+    if wrong:
+        raise UserError(
+            f"{flag}: {folder} does not hold the weights that its config describes; {len(wrong)} tensors differ, such "
+            f"as {wrong[0]}, which is {shapes.get(wrong[0], 'missing')} and should be {expected[wrong[0]]}."
+        )
 
 
 def _contradictions(

@@ -53,6 +53,12 @@ class RunPlan:
         training = self.args.training
         return total_updates(training.train_steps, training.train_epochs, len(self.samples), self.samples_per_step)
 
+    def lacking_entries(self) -> set[str]:
+        """Names of the cache entries that are not there yet."""
+        clips = {name for keys in self.keys + self.validation_keys for name in (keys.video, keys.image) if name}
+        cache = LatentCache(self.cache_dir)
+        return {name for name in clips | self.prompts.keys() if not cache.path(name).exists()}
+
     @property
     def fps(self) -> float:
         """Frames a second at which clips are sampled."""
@@ -118,20 +124,24 @@ def common_folder(samples: list[Sample], root: Path) -> Path:
     return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
 
 
-def check_disk_space(plan: RunPlan) -> None:
+def nearest_existing(path: Path) -> Path:
+    """The path, or the closest folder above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_disk_space(plan: RunPlan, lacking: set[str]) -> None:
     """Raises UserError where the entries that the cache lacks will not fit on its disk."""
     frames, height, width = plan.form.latent_size(plan.args.data.train_resolution)
     moments = 2 * plan.form.latent_channels * height * width * 4  # float32 at most
-    sizes = {"video": moments * frames, "image": moments * IMAGE_NOISE_DRAWS}
-    sizes["prompt"] = plan.form.max_text_seq_length * plan.form.transformer["text_embed_dim"] * 4
-    cache = LatentCache(plan.cache_dir)
-    names = {name for keys in plan.keys + plan.validation_keys for name in (keys.video, keys.image) if name}
-    names |= plan.prompts.keys()
-    needed = sum(sizes[name.partition("-")[0]] for name in names if not cache.path(name).exists())
-    parent = plan.cache_dir
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    sizes = {
+        "video": moments * frames,
+        "image": moments * IMAGE_NOISE_DRAWS,
+        "prompt": plan.form.max_text_seq_length * plan.form.transformer["text_embed_dim"] * 4,
+    }
+    needed = sum(sizes[name.partition("-")[0]] for name in lacking)
+    free = shutil.disk_usage(nearest_existing(plan.cache_dir)).free
     if needed > free:
         raise UserError(
             f"{plan.cache_dir}: the latent cache needs {needed / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are "
@@ -158,7 +168,7 @@ def describe(plan: RunPlan) -> str:
     ]
     if plan.resume_from:
         lines.append(f"Resuming from {plan.resume_from}, at step {plan.progress.step}")
-    if training.lr_warmup_steps >= plan.total_steps:
+    if training.lr_scheduler != "constant" and training.lr_warmup_steps >= plan.total_steps:
         lines.append(
             f"Note: the {plan.total_steps} steps end before --lr_warmup_steps {training.lr_warmup_steps} are over; "
             "the learning rate will not be reached."

@@ -8,11 +8,11 @@ from __future__ import annotations
 import netrc
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
+from urllib.parse import urlparse
 
 import torch
 
@@ -21,36 +21,22 @@ from dataset.survey import survey
 from utils import components
 from utils.args import Args
 from utils.checkpoint import Progress
-from utils.errors import UserError
+from utils.errors import Findings, UserError
+from utils.metrics import TRACKERS
 from utils.model_form import ModelForm, read_form
-from utils.plan import RunPlan, check_disk_space, make_plan
+from utils.plan import RunPlan, check_disk_space, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
-from utils.trainable import unknown_targets
-
-Found = TypeVar("Found")
-
-
-@dataclass
-class _Findings:
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def of(self, check: Callable[..., Found], *args: Any, **kwargs: Any) -> Found | None:
-        """The result of a check, or None with its faults added."""
-        try:
-            return check(*args, **kwargs)
-        except UserError as error:
-            self.faults.extend(error.faults)
-            return None
+from utils.trainable import unfit_targets
 
 
 def preflight(args: Args, num_processes: int) -> RunPlan:
-    """Checks everything; reads configs, line files and the clips' headers, but no weights.
+    """Checks everything; reads configs, line files, the headers of weights and the first frame of each clip.
 
     Raises:
         UserError: with every fault found.
     """
-    found = _Findings(list(args.faults()))
+    out_of_range = list(args.faults())
+    found = Findings(list(out_of_range))
     model_dir = found.of(components.resolve_model_dir, args.model.model_path)
     form = found.of(read_form, model_dir) if model_dir is not None else None
     resume_from = progress = None
@@ -80,7 +66,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         prompts = {sample.prompt for sample in samples + validation}
         found.notes += found.of(prompt_notes, model_dir, prompts, form.max_text_seq_length) or []
     plan = None
-    if form is not None and samples and not list(args.faults()):
+    if form is not None and samples and not out_of_range:
         plan = found.of(
             make_plan,
             args,
@@ -94,9 +80,9 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
             num_processes,
             found.notes,
         )
-    if plan is not None:
+    if plan is not None and (lacking := plan.lacking_entries()):
         found.of(check_writable, plan.cache_dir, "--cache_dir")
-        found.of(check_disk_space, plan)
+        found.of(check_disk_space, plan, lacking)
     if found.faults:
         raise UserError(found.faults)
     assert plan is not None
@@ -139,37 +125,34 @@ def model_faults(args: Args, form: ModelForm) -> list[str]:
         faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
     faults += form.resolution_faults(args.data.train_resolution, "--train_resolution")
     if args.model.training_type == "lora":
-        for target in unknown_targets(form.transformer, args.lora.target_modules):
-            faults.append(f"--target_modules {target}: the transformer has no linear layer of this name; try to_q.")
+        for target in unfit_targets(form.transformer, args.lora.target_modules):
+            faults.append(
+                f"--target_modules {target}: it must name linear layers of the transformer and no others; try to_q."
+            )
     return faults
 
 
 def tracker_faults(report_to: str) -> list[str]:
-    packages = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
-    if "wandb" in packages[report_to] and not _wandb_can_log():
+    missing = [package for package in TRACKERS[report_to] if find_spec(package) is None]
+    if not missing and "wandb" in TRACKERS[report_to] and not _wandb_can_log():
         return [f"--report_to {report_to}: W&B is not logged in; run `wandb login`, or set WANDB_MODE=offline."]
-    return [
-        f"--report_to {report_to} needs the package {package}: pip install {package}."
-        for package in packages[report_to]
-        if find_spec(package) is None
-    ]
+    return [f"--report_to {report_to} needs the package {package}: pip install {package}." for package in missing]
 
 
 def _wandb_can_log() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
 def check_writable(wanted: Path, flag: str) -> None:
     """Raises UserError where nothing can be written to a folder that need not exist yet. Leaves no trace."""
-    folder = wanted
     try:
-        while not folder.exists():
-            folder = folder.parent
+        folder = nearest_existing(wanted)
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file")
         tempfile.TemporaryFile(dir=folder).close()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from utils.args import Args
 from utils.checkpoint import ADAPTERS_AS_TRAINED, ARGS_FILE, PROGRESS_FILE, TRAINING_STATE, Progress, find_checkpoints
 from utils.errors import UserError
+from utils.model_form import check_weights, read_config
 
 # Options that decide which weights exist; a checkpoint made with others cannot be continued.
 MUST_AGREE = (
@@ -19,6 +22,10 @@ MUST_AGREE = (
     ("lora", "lora_alpha"),
     ("lora", "target_modules"),
 )
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def choose_checkpoint(args: Args) -> Path | None:
@@ -55,6 +62,8 @@ def read_progress(args: Args, folder: Path, base: str) -> Progress:
     needed = [ARGS_FILE, PROGRESS_FILE, f"{TRAINING_STATE}/optimizer.bin"]
     if args.model.training_type == "lora":
         needed.append(f"{TRAINING_STATE}/{ADAPTERS_AS_TRAINED}")
+    else:
+        needed.append("transformer/config.json")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{named}: {folder} is not a checkpoint of such a run; it lacks {', '.join(missing)}. {have}")
@@ -65,6 +74,12 @@ def read_progress(args: Args, folder: Path, base: str) -> Progress:
         if args.model.training_type == "lora":
             with safe_open(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED, framework="pt"):
                 pass
+        else:
+            kind = CogVideoXTransformer3DModel
+            config = read_config(folder / "transformer" / "config.json", kind, named)
+            check_weights(folder / "transformer", named, kind, config)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"{named}: {folder} is damaged ({error}); go on from another checkpoint. {have}") from error
 
@@ -72,7 +87,7 @@ def read_progress(args: Args, folder: Path, base: str) -> Progress:
     faults = [
         f"--{name} is {now[group][name]}, but {folder} was trained with {value}."
         for (group, name), value in trained_with.items()
-        if value != now[group][name] and (group != "lora" or args.model.training_type == "lora")
+        if _unordered(value) != _unordered(now[group][name]) and (group != "lora" or args.model.training_type == "lora")
     ]
     if progress.base != base:
         faults.append(f"--model_path {args.model.model_path} is not the base that {folder} was trained on.")

@@ -48,9 +48,16 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def unknown_targets(config: dict, target_modules: tuple[str, ...]) -> list[str]:
-    """Those of `target_modules` that name no linear layer of a transformer with this config. Needs no weights."""
-    with init_empty_weights():
+def unfit_targets(config: dict, target_modules: tuple[str, ...]) -> list[str]:
+    """Those of `target_modules` that do not name linear layers, and only such. Needs no weights.
+
+    peft would put adapters on the convolution `patch_embed.proj` too, which LoRA loaders do not know.
+    """
+    with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(config)
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
+
+    def fits(target: str) -> bool:
+        named = [m for name, m in transformer.named_modules() if name == target or name.endswith(f".{target}")]
+        return bool(named) and all(isinstance(module, torch.nn.Linear) for module in named)
+
+    return [target for target in target_modules if not fits(target)]

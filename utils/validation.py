@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
-from dataset.cached_dataset import stream_seed
+from dataset.cached_dataset import HELD_OUT, seed_for
 from dataset.latent_cache import LatentCache
 from dataset.manifest import Sample
 from dataset.precompute import Share
@@ -95,7 +95,7 @@ def held_out_losses(
         image = cache.read(keys.image)[None].to(device) if keys.image is not None else None
         for quarter in range(QUARTERS):
             timestep = torch.tensor([(2 * quarter + 1) * num_timesteps // (2 * QUARTERS)], device=device)
-            drawn = draw(plan.form, video, image, [stream_seed(0, number)], num_timesteps, timesteps=timestep)
+            drawn = draw(plan.form, video, image, [seed_for(HELD_OUT, 0, number)], num_timesteps, timesteps=timestep)
 
             def predict(
                 noisy: torch.Tensor,
