@@ -81,7 +81,6 @@ def test_a_failing_validation_does_not_end_the_run(tiny, data, validation, tmp_p
 
 def test_trackers_get_figures_and_videos(tiny, data, validation, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     options = ["--train_steps", 2, "--do_validation", "--validation_dir", validation, "--num_inference_steps", 2]
     out = tmp_path / "out"
     succeed("train_ddp_t2v.sh", *arguments(tiny("2b"), data, out, *options, "--report_to", "all"), processes=1)
@@ -91,5 +90,5 @@ def test_trackers_get_figures_and_videos(tiny, data, validation, tmp_path, monke
     assert board.Tags()["images"] == ["validation/000", "validation/001"]
     assert [event.step for event in board.Images("validation/000")] == [0, 2]
     assert board.Images("validation/000")[0].encoded_image_string.startswith(b"GIF")
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))) == 4
+    assert list(out.glob("wandb/offline-run-*/*.wandb"))
+    assert len(list(out.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))) == 4
