@@ -50,6 +50,8 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--output_dir", "/etc/hostname/here"], "--output_dir /etc/hostname/here cannot be written to"),
         ("2b", ["--cache_dir", "/proc/here"], "--cache_dir /proc/here cannot be written to"),
         ("2b", ["--resume_from_checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
+        ("2b", ["--fps", "nan"], "--fps is nan; it must be above 0"),
+        ("2b", ["--fps", "inf"], "--fps is inf; it must be above 0"),
         ("2b", ["--seed", "5000000000"], "--seed is 5000000000; it must be at least 0 and below"),
         ("2b", ["--validation_images", "images.txt"], "--validation_images is for --model_type i2v"),
         ("2b", ["--guidance_scale", "nan"], "--guidance_scale is nan"),

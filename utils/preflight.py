@@ -5,6 +5,7 @@ What was checked becomes the plan of the run.
 
 from __future__ import annotations
 
+import math
 import netrc
 import os
 import tempfile
@@ -57,7 +58,8 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 
     samples = found.of(read_training_samples, args) or []
     validation = found.of(read_validation_samples, args) or []
-    fps = args.data.fps or 8.0  # the default is the model's own; without a model anything serves to look for faults
+    # the default is the model's own; without a model, or with a rate that is a fault itself, 8 serves to look for others
+    fps = args.data.fps if args.data.fps and 0 < args.data.fps < math.inf else 8.0
     data = args.data
     surveys = [survey(part, data.train_resolution, fps, data.resize_mode) for part in (samples, validation)]
     found.faults += [fault for one in surveys for fault in one.faults]
