@@ -58,7 +58,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 
     samples = found.of(read_training_samples, args) or []
     validation = found.of(read_validation_samples, args) or []
-    # the default is the model's own; without a model, or with a rate that is a fault itself, 8 serves to look for others
+    # the default is the model's own; without a model, or with a rate that is a fault itself, 8 serves to find others
     fps = args.data.fps if args.data.fps and 0 < args.data.fps < math.inf else 8.0
     data = args.data
     surveys = [survey(part, data.train_resolution, fps, data.resize_mode) for part in (samples, validation)]
