@@ -59,7 +59,7 @@ def main() -> None:
     if args.output.dry_run:
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
         return
-    if plan.progress.step >= plan.total_steps:
+    if plan.progress.step >= plan.total_steps and not args.data.precompute_only:
         processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
         return
     if processes.is_main_process:
