@@ -23,8 +23,6 @@ from utils.lora import find_lora, load_lora
 from utils.model_form import ModelForm, check_weights, read_config, read_form
 from utils.preflight import check_writable
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class DemoArgs:
@@ -181,7 +179,7 @@ def told(function: Any, path: Path, *args: Any) -> Any:
 
 
 def load_pipeline(args: DemoArgs, model_dir: Path, task: str) -> Any:
-    dtype = DTYPES[args.dtype] if args.dtype else components.stored_dtype(model_dir / "transformer")
+    dtype = components.DTYPES[args.dtype] if args.dtype else components.stored_dtype(model_dir / "transformer")
     weights = components.find_transformer(args.transformer_path) if args.transformer_path else model_dir / "transformer"
     transformer = components.load_transformer(weights, dtype)
     if args.lora_path is not None:

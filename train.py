@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -41,8 +42,8 @@ from utils.trainable import compute_dtype, make_trainable, trained_parameters, w
 from utils.validation import validate
 
 Result = TypeVar("Result")
-# A loss scale of 2^16 is down to nothing after as many halvings.
-MOST_SKIPPED_UPDATES = 40
+# A loss scale of 2^16 is down to 1 after as many halvings.
+MOST_SKIPPED_UPDATES = 16
 WHAT_TO_DO = (
     "The last checkpoint is sound; go on from it with a lower --learning_rate, --max_grad_norm 1 or --mixed_precision "
     "bf16, or look at the sample."
@@ -118,13 +119,16 @@ def train(plan: RunPlan) -> None:
         mixed_precision=args.training.mixed_precision,
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         log_with=TRACKERS[args.output.report_to],
+        deepspeed_plugin=DeepSpeedPlugin(plan.zero, zero3_init_flag=False) if plan.zero else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
 
     # ---- model: read once more from the checkpoint where full fine-tuning goes on
-    weights = (plan.resume_from if args.model.training_type == "sft" else None) or plan.model_dir
-    transformer = components.load_transformer(weights / "transformer", weight_dtype(args))
+    is_ddp_sft = args.model.training_type == "sft" and plan.zero is None
+    weights = (plan.resume_from if is_ddp_sft else None) or plan.model_dir
+    transformer = components.load_transformer(weights / "transformer", weight_dtype(args, plan.zero is not None))
+    transformer.to(accelerator.device)  # before a cast, which then needs no memory of the host
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
@@ -136,7 +140,7 @@ def train(plan: RunPlan) -> None:
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
-    lr_scheduler = make_lr_scheduler(optimizer.optimizer, args.training, plan.total_steps, progress.step)
+    lr_scheduler = make_lr_scheduler(optimizer, args.training, plan.total_steps, progress.step)
     metrics = Metrics(accelerator, output_dir, args.as_dict(), progress.step, plan.total_steps)
 
     # ---- data: one endless stream, entered where the run stands
@@ -176,7 +180,8 @@ def train(plan: RunPlan) -> None:
             accelerator.backward(loss.mean())
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
-                if accelerator.scaler is None and not math.isfinite(grad_norm):  # a scaler skips such an update
+                overflow = accelerator.optimizer_step_was_skipped or not math.isfinite(grad_norm)
+                if overflow and args.training.mixed_precision != "fp16":  # fp16 skips such an update
                     raise UserError(f"The gradients are not finite at step {progress.step + 1}. {WHAT_TO_DO}")
             optimizer.step()
             optimizer.zero_grad()
@@ -214,7 +219,7 @@ def train(plan: RunPlan) -> None:
         if plan.validation and is_due(progress.step, args.validation.validation_steps, plan.total_steps):
             validate(accelerator, transformer, alphas_cumprod, plan, progress.step, metrics)
         if is_due(progress.step, args.checkpoint.checkpointing_steps, plan.total_steps):
-            checkpoints.save(progress)
+            checkpoints.save(progress, is_last=progress.step == plan.total_steps)
         metrics.start_lap()
     accelerator.print(metrics.close(progress.step))
 

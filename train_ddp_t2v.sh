@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Fine-tunes a CogVideoX text-to-video model on one machine, one process a GPU (DDP).
+# Fine-tunes a CogVideoX text-to-video model, one process a GPU (DDP).
 #
 #   bash train_ddp_t2v.sh                                    with the values below
 #   bash train_ddp_t2v.sh --learning_rate 5e-5 --rank 64     flags given here win over the lines below
 #   NUM_PROCESSES=2 bash train_ddp_t2v.sh                    two processes instead of one a visible GPU
 #   bash train_ddp_t2v.sh --dry_run                          checks everything, prints the plan, trains nothing
+#
+# Several machines, the same command on each (here the second of two), with the same paths on a shared disk:
+#   NUM_MACHINES=2 MACHINE_RANK=1 MAIN_PROCESS_IP=10.0.0.1 bash train_ddp_t2v.sh
 #
 # `python train.py --help` explains every flag.
 set -euo pipefail
@@ -72,9 +75,6 @@ VALIDATION_ARGS=(
 )
 
 # `accelerate launch`, without its stack trace when train.py ends with a sentence on what is wrong
-python "$HERE/utils/launch.py" \
-    --config_file "$HERE/configs/accelerate_ddp.yaml" \
-    ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
-    "$HERE/train.py" \
+python "$HERE/utils/launch.py" --config_file "$HERE/configs/accelerate_ddp.yaml" "$HERE/train.py" \
     "${MODEL_ARGS[@]}" "${OUTPUT_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${LORA_ARGS[@]}" \
     "${SYSTEM_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${VALIDATION_ARGS[@]}" "$@"

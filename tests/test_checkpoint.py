@@ -26,13 +26,13 @@ def test_a_save_that_is_cut_short_leaves_the_last_checkpoint(tiny, data, tmp_pat
         return [path.name for path in find_checkpoints(tmp_path)]
 
     for step in (1, 2):
-        checkpoints.save(Progress("base", step))
+        checkpoints.save(Progress("base", step), is_last=False)
     with monkeypatch.context() as patched:
         patched.setattr(accelerator, "save_state", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            checkpoints.save(Progress("base", 10))
+            checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-1", "checkpoint-2"]
-    checkpoints.save(Progress("base", 10))
+    checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-2", "checkpoint-10"]  # the oldest by number, not by name
     assert not list(tmp_path.glob(".checkpoint-*"))
     checkpoints.load(tmp_path / "checkpoint-10")

@@ -170,6 +170,9 @@ class CheckpointArgs:
     checkpointing_steps: int = option(500, help="optimizer updates between checkpoints; one is always made at the end")
     checkpointing_limit: int | None = option(None, help="checkpoints kept; the oldest goes once a new one stands")
     resume_from_checkpoint: str | None = option(None, help="folder of a checkpoint, or 'latest'")
+    export_dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None, help="sft under DeepSpeed: of the transformer/ in the last checkpoint; default: that of --mixed_precision"
+    )
 
     def faults(self) -> Iterator[str]:
         yield from positive(self, "checkpointing_steps", "checkpointing_limit")

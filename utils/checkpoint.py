@@ -2,10 +2,16 @@
 
 checkpoint-N/                            N optimizer updates
     pytorch_lora_weights.safetensors     LoRA: the adapters, for `load_lora_weights` of diffusers
-    transformer/                         SFT: the whole transformer, for `from_pretrained`
+    transformer/                         SFT: the whole transformer, for `from_pretrained`; under ZeRO only at the end
     args.json                            the resolved arguments
     progress.json                        steps done, place in the sample stream, which base it was
     training_state/                      what only resuming needs: adapters as trained, optimizer, random states
+
+Under ZeRO, in place of training_state/:
+    pytorch_model/, latest               DeepSpeed's files, some a process: weights, optimizer, loss scale
+    zero_to_fp32.py                      DeepSpeed's own: python zero_to_fp32.py . merged
+    transformer_config.json              of the transformer whose weights these are
+    random_states_N.pkl                  of process N
 """
 
 from __future__ import annotations
@@ -13,17 +19,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from utils.args import Args
+from utils.components import DTYPES
 from utils.errors import UserError
+from utils.export import TRANSFORMER_CONFIG, export
 from utils.lora import save_lora
+from utils.stored_weights import rank_files, read_zero, zero_folder
 from utils.trainable import lora_config
 
 ARGS_FILE = "args.json"
@@ -40,11 +52,14 @@ class Progress:
         base: identity of the transformer that is fine-tuned.
         step: optimizer updates done.
         samples_seen: place in the sample stream, over all ranks.
+        zero_stage, num_processes: how the training state is divided; 0 for DDP.
     """
 
     base: str
     step: int = 0
     samples_seen: int = 0
+    zero_stage: int = 0
+    num_processes: int = 1
 
 
 class Checkpoints:
@@ -52,11 +67,13 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, args: Args) -> None:
         self.accelerator, self.transformer, self.args = accelerator, transformer, args
+        self.is_lora = args.model.training_type == "lora"
+        self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         # The weights are written below in the formats that users load; accelerate would add a copy, frozen base and all
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, is_last: bool) -> None:
         """Called by every rank. Writes aside, renames when all are done, then drops the oldest beyond the limit."""
         output_dir = self.args.output.output_dir
         final = output_dir / f"checkpoint-{progress.step}"
@@ -64,14 +81,17 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             for left_by_a_killed_run in output_dir.glob(".checkpoint-*"):
                 shutil.rmtree(left_by_a_killed_run)
-            (aside / TRAINING_STATE).mkdir(parents=True)
-            self._save_weights(aside)
-            write_args(self.args, aside)
-            (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
+            aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside / TRAINING_STATE))
+        if self.is_zero:  # DeepSpeed's merge script stands beside the weights it merges
+            self.accelerator.save_state(str(aside), exclude_frozen_parameters=True)
+        else:
+            self.accelerator.save_state(str(aside / TRAINING_STATE))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            self._save_weights(aside, is_last)
+            write_args(self.args, aside)
+            (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
             aside.rename(final)
             limit = self.args.checkpoint.checkpointing_limit
             for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
@@ -80,11 +100,21 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        """Restores adapters, optimizer and this rank's random states. Raises UserError where a file is damaged."""
+        """Restores trained weights, optimizer and this rank's random states.
+
+        The weights of a full fine-tuning under DDP are not restored; the transformer was read from the checkpoint.
+
+        Raises:
+            UserError: a file is damaged.
+        """
         try:
-            if self.args.model.training_type == "lora":
-                set_peft_model_state_dict(self.transformer, load_file(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED))
-            self.accelerator.load_state(str(folder / TRAINING_STATE))
+            if self.is_zero:
+                self.accelerator.load_state(str(folder), load_module_strict=not self.is_lora)  # without a frozen base
+            else:
+                if self.is_lora:
+                    state = load_file(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
+                    set_peft_model_state_dict(self.transformer, state)
+                self.accelerator.load_state(str(folder / TRAINING_STATE))
         except Exception as error:
             raise UserError(
                 f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); go on from another checkpoint.",
@@ -94,13 +124,28 @@ class Checkpoints:
         # update, so it begins anew, whatever the number of ranks and of micro-batches is now
         self.accelerator.step = 0
 
-    def _save_weights(self, folder: Path) -> None:
-        if self.args.model.training_type == "lora":
-            state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.transformer).items()}
-            save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
+    def _save_weights(self, folder: Path, is_last: bool) -> None:
+        """On the main process, and from the files of all where ZeRO has divided the weights."""
+        if self.is_zero:
+            self.transformer.save_config(folder)
+            (folder / "config.json").rename(folder / TRANSFORMER_CONFIG)
+        if self.is_lora:
+            state = self._adapters(folder)
+            if not self.is_zero:
+                save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
             save_lora(state, lora_config(self.args), folder)
-        else:
+        elif not self.is_zero:
             self.transformer.save_pretrained(folder / "transformer")
+        elif is_last:
+            dtype = DTYPES[self.args.checkpoint.export_dtype or "bf16"]
+            export(read_zero(folder), folder / TRANSFORMER_CONFIG, folder / "transformer", dtype, "--output_dir")
+
+    def _adapters(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The adapters under peft's names, float32."""
+        if self.is_zero:
+            named = {name.replace(".default.", "."): stored for name, stored in read_zero(folder).items()}
+            return {name: stored.read() for name, stored in named.items() if ".lora_" in name}
+        return {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.transformer).items()}
 
 
 def _first_line(error: Exception) -> str:
@@ -120,3 +165,14 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
         if match and path.is_dir():
             found.append((int(match[1]), path))
     return [path for _, path in sorted(found)]
+
+
+def damaged_zero_files(folder: Path, num_processes: int) -> list[str]:
+    """Names of the files of DeepSpeed's that are missing or cut short in a checkpoint."""
+    found = zero_folder(folder)
+    if found is None or not (folder / "latest").is_file():
+        return ["latest, pytorch_model/"]
+    files = [*rank_files(found, "optim"), *rank_files(found, "model")]
+    damaged = [path.name for path in files if not zipfile.is_zipfile(path)]  # its directory is at its end
+    states = {int(number) for path in files for number in re.findall(r"zero_pp_rank_(\d+)", path.name)}
+    return damaged + [f"*_zero_pp_rank_{rank}_*" for rank in range(num_processes) if rank not in states]

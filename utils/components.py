@@ -29,7 +29,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from utils.errors import UserError
 from utils.model_form import COMPONENTS
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {
     "t2v": CogVideoXPipeline,
     "i2v": CogVideoXImageToVideoPipeline,
@@ -104,8 +104,8 @@ def load_text_encoder(model_dir: Path, device: torch.device, dtype: torch.dtype 
     return encoder.requires_grad_(False).eval()
 
 
-def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    return CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype)
+def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype or stored_dtype(folder))
 
 
 def find_transformer(path: Path) -> Path:

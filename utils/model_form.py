@@ -72,6 +72,11 @@ class ModelForm:
         return self.transformer.get("max_text_seq_length", 226)
 
     @property
+    def width(self) -> int:
+        """Of a token inside the transformer."""
+        return self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"]
+
+    @property
     def scaling_factor(self) -> float:
         return self.vae["scaling_factor"]
 
@@ -266,8 +271,12 @@ def check_weights(folder: Path, flag: str, kind: Any | None, config: dict[str, A
             faults.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
     if faults:
         raise UserError(faults)
-    if kind is None or config is None:
-        return
+    if kind is not None and config is not None:
+        check_shapes(shapes, folder, flag, kind, config)
+
+
+def check_shapes(shapes: dict[str, list[int]], folder: Path, flag: str, kind: Any, config: dict[str, Any]) -> None:
+    """Compares the tensors of a folder with those of a model of this config. Raises UserError."""
     with init_empty_weights(include_buffers=True):
         expected = {name: list(tensor.shape) for name, tensor in kind.from_config(config).state_dict().items()}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]

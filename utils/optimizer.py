@@ -25,13 +25,15 @@ def _settings(args: TrainingArgs) -> dict[str, Any]:
 
 
 def make_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: TrainingArgs, total_steps: int, step: int
+    optimizer: Any, args: TrainingArgs, total_steps: int, step: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule from update `step` on; it is a function of the step alone.
+    """The schedule from update `step` on; it is a function of the step alone. Takes the prepared optimizer.
 
     Is to be stepped once an update and not to be given to accelerate, which would step it once a process. Settings that
     a resumed optimizer has brought along give way to those of the command line.
     """
+    while hasattr(optimizer, "optimizer"):  # out of the wrappers of accelerate and DeepSpeed
+        optimizer = optimizer.optimizer
     for group in optimizer.param_groups:
         group.update(_settings(args), initial_lr=args.learning_rate)
     return get_scheduler(

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.manifest import Sample
@@ -28,6 +29,7 @@ class RunPlan:
         keys, validation_keys: the cache entries of `samples` and `validation`, in their order.
         prompts: entry name -> text, of every prompt of the run, the empty one included.
         resume_from, progress: the checkpoint to go on from, and how far the run has come.
+        zero: the configuration of DeepSpeed; None for DDP.
         notes: what the user should know though it stops nothing.
     """
 
@@ -46,6 +48,7 @@ class RunPlan:
     progress: Progress
     samples_per_step: int
     num_processes: int
+    zero: dict[str, Any] | None
     notes: list[str]
 
     @property
@@ -80,6 +83,7 @@ def make_plan(
     resume_from: Path | None,
     progress: Progress,
     num_processes: int,
+    zero: dict[str, Any] | None,
     notes: list[str],
 ) -> RunPlan:
     """Names the cache entries of a run that has been checked."""
@@ -113,6 +117,7 @@ def make_plan(
         progress=progress,
         samples_per_step=training.batch_size * training.gradient_accumulation_steps * num_processes,
         num_processes=num_processes,
+        zero=zero,
         notes=notes,
     )
 
@@ -149,6 +154,14 @@ def check_disk_space(plan: RunPlan, lacking: set[str]) -> None:
         )
 
 
+def strategy(zero: dict[str, Any] | None) -> str:
+    if zero is None:
+        return "DDP"
+    section = zero["zero_optimization"]
+    offloaded = [name for name in ("optimizer", "param") if section.get(f"offload_{name}", {}).get("device") == "cpu"]
+    return f"DeepSpeed ZeRO-{section['stage']}" + "".join(f", {name} offloaded" for name in offloaded)
+
+
 def describe(plan: RunPlan) -> str:
     """The plan of a run in a few lines, for the log and for --dry_run."""
     args, training, form = plan.args, plan.args.training, plan.form
@@ -160,6 +173,7 @@ def describe(plan: RunPlan) -> str:
         f"Training: {args.model.training_type}, {training.mixed_precision}, {plan.total_steps} steps of "
         f"{plan.samples_per_step} samples ({training.batch_size} x {training.gradient_accumulation_steps} accumulation "
         f"x {plan.num_processes} processes), {plan.total_steps * plan.samples_per_step / len(plan.samples):.1f} epochs",
+        f"Strategy: {strategy(plan.zero)}",
         f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens",
         f"Dataset: {len(plan.samples)} samples, {len({sample.prompt for sample in plan.samples})} distinct prompts; "
         + plan.survey.summary(resolution, plan.fps),

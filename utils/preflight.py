@@ -28,6 +28,7 @@ from utils.model_form import ModelForm, read_form
 from utils.plan import RunPlan, check_disk_space, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
 from utils.trainable import unfit_targets
+from utils.zero_config import find_template, resolve_template
 
 
 def preflight(args: Args, num_processes: int) -> RunPlan:
@@ -40,15 +41,22 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     found = Findings(list(out_of_range))
     model_dir = found.of(components.resolve_model_dir, args.model.model_path)
     form = found.of(read_form, model_dir) if model_dir is not None else None
-    resume_from = progress = None
+    resume_from = progress = zero = None
+    template = found.of(find_template)
     if form is not None and model_dir is not None:
-        args = resolve(args, form)
-        found.faults += model_faults(args, form)
+        args = resolve(args, form, template is not None)
+        if template is not None:
+            zero = found.of(resolve_template, template, args, form.width, num_processes)
+        found.faults += model_faults(args, form, template is not None)
         found.notes += form.frames_notes(args.data.train_resolution.frames)
         resume_from = found.of(choose_checkpoint, args)
-        progress = Progress(base=components.identity(model_dir / "transformer"))
-        if resume_from is not None:
-            progress = found.of(read_progress, args, resume_from, progress.base)
+        progress = Progress(
+            base=components.identity(model_dir / "transformer"),
+            zero_stage=zero["zero_optimization"]["stage"] if zero else 0,
+            num_processes=num_processes,
+        )
+        if resume_from is not None and (template is None) == (zero is None):
+            progress = found.of(read_progress, args, resume_from, progress)
     found.faults += tracker_faults(args.output.report_to)
     found.of(check_writable, args.output.output_dir, "--output_dir")
     if args.checkpoint.resume_from_checkpoint == "latest" and resume_from is None:
@@ -80,6 +88,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
             resume_from,
             progress,
             num_processes,
+            zero,
             found.notes,
         )
     if plan is not None and (lacking := plan.lacking_entries()):
@@ -91,21 +100,27 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     return plan
 
 
-def resolve(args: Args, form: ModelForm) -> Args:
+def resolve(args: Args, form: ModelForm, is_zero: bool = False) -> Args:
     """Fills in the defaults that depend on the model or the machine."""
-    precision: Literal["fp16", "bf16"] = "fp16" if form.trained_in_fp16 and torch.cuda.is_available() else "bf16"
+    precision: Literal["no", "fp16", "bf16"] = args.training.mixed_precision or (
+        "fp16" if form.trained_in_fp16 and torch.cuda.is_available() else "bf16"
+    )
+    export_dtype = args.checkpoint.export_dtype
+    if is_zero and args.model.training_type == "sft" and export_dtype is None:
+        export_dtype = "fp32" if precision == "no" else precision
     return replace(
         args,
         data=replace(args.data, fps=args.data.fps or form.fps),
-        training=replace(args.training, mixed_precision=args.training.mixed_precision or precision),
+        training=replace(args.training, mixed_precision=precision),
         lora=replace(args.lora, lora_alpha=args.lora.alpha),
         system=replace(args.system, num_workers=min(args.system.num_workers, len(os.sched_getaffinity(0)))),
+        checkpoint=replace(args.checkpoint, export_dtype=export_dtype),
         validation=replace(args.validation, gen_fps=args.validation.gen_fps or form.fps),
     )
 
 
-def model_faults(args: Args, form: ModelForm) -> list[str]:
-    """What does not go together between the command line and the model's configs."""
+def model_faults(args: Args, form: ModelForm, is_zero: bool) -> list[str]:
+    """What does not go together between the command line, the model's configs and the machine."""
     faults = []
     if form.task != args.model.model_type:
         faults.append(
@@ -117,7 +132,7 @@ def model_faults(args: Args, form: ModelForm) -> list[str]:
         faults.append(
             "--mixed_precision fp16: this checkpoint overflows in fp16 (only CogVideoX-2b was trained in it); use bf16."
         )
-    elif precision == "fp16" and not torch.cuda.is_available():
+    elif precision == "fp16" and not (torch.cuda.is_available() or (is_zero and deepspeed_has_fp16())):
         faults.append("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
     if (
         precision == "bf16"
@@ -125,6 +140,11 @@ def model_faults(args: Args, form: ModelForm) -> list[str]:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
+    if args.checkpoint.export_dtype is not None and not (is_zero and args.model.training_type == "sft"):
+        faults.append(
+            "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and so is the transformer/ "
+            "of DDP, which resuming reads; python -m utils.export makes a smaller copy."
+        )
     faults += form.resolution_faults(args.data.train_resolution, "--train_resolution")
     if args.model.training_type == "lora":
         for target in unfit_targets(form.transformer, args.lora.target_modules):
@@ -132,6 +152,13 @@ def model_faults(args: Args, form: ModelForm) -> list[str]:
                 f"--target_modules {target}: it must name linear layers of the transformer and no others; try to_q."
             )
     return faults
+
+
+def deepspeed_has_fp16() -> bool:
+    """Whether DeepSpeed computes in fp16 on this machine; it does on CPUs that have instructions for it."""
+    from deepspeed.accelerator import get_accelerator  # two seconds to import
+
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def tracker_faults(report_to: str) -> list[str]:

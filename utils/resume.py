@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from utils.args import Args
-from utils.checkpoint import ADAPTERS_AS_TRAINED, ARGS_FILE, PROGRESS_FILE, TRAINING_STATE, Progress, find_checkpoints
+from utils.checkpoint import (
+    ADAPTERS_AS_TRAINED,
+    ARGS_FILE,
+    PROGRESS_FILE,
+    TRAINING_STATE,
+    Progress,
+    damaged_zero_files,
+    find_checkpoints,
+)
 from utils.errors import UserError
 from utils.model_form import check_weights, read_config
 
@@ -46,11 +55,11 @@ def choose_checkpoint(args: Args) -> Path | None:
     return existing[-1] if wanted == "latest" else Path(wanted)
 
 
-def read_progress(args: Args, folder: Path, base: str) -> Progress:
+def read_progress(args: Args, folder: Path, now: Progress) -> Progress:
     """How far the run of a checkpoint had come.
 
     Args:
-        base: identity of the transformer that is to be fine-tuned now.
+        now: what the run that goes on would start from: its base, ZeRO stage and number of processes.
 
     Raises:
         UserError: it is not a checkpoint, is incomplete, or was made with another base or other options; or the output
@@ -59,11 +68,7 @@ def read_progress(args: Args, folder: Path, base: str) -> Progress:
     named = f"--resume_from_checkpoint {args.checkpoint.resume_from_checkpoint}"
     existing = find_checkpoints(args.output.output_dir)
     have = f"Checkpoints in --output_dir: {', '.join(path.name for path in existing) or 'none'}."
-    needed = [ARGS_FILE, PROGRESS_FILE, f"{TRAINING_STATE}/optimizer.bin"]
-    if args.model.training_type == "lora":
-        needed.append(f"{TRAINING_STATE}/{ADAPTERS_AS_TRAINED}")
-    else:
-        needed.append("transformer/config.json")
+    needed = [ARGS_FILE, PROGRESS_FILE]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{named}: {folder} is not a checkpoint of such a run; it lacks {', '.join(missing)}. {have}")
@@ -71,32 +76,65 @@ def read_progress(args: Args, folder: Path, base: str) -> Progress:
         saved = json.loads((folder / ARGS_FILE).read_text())
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
         trained_with = {(group, name): saved[group][name] for group, name in MUST_AGREE}
-        if args.model.training_type == "lora":
-            with safe_open(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED, framework="pt"):
-                pass
-        else:
-            kind = CogVideoXTransformer3DModel
-            config = read_config(folder / "transformer" / "config.json", kind, named)
-            check_weights(folder / "transformer", named, kind, config)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        precision = saved["training"]["mixed_precision"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{named}: {folder} is damaged ({error}); go on from another checkpoint. {have}") from error
-
-    now = args.as_dict()
+    is_lora = args.model.training_type == "lora"
+    options = args.as_dict()
     faults = [
-        f"--{name} is {now[group][name]}, but {folder} was trained with {value}."
+        f"--{name} is {options[group][name]}, but {folder} was trained with {value}."
         for (group, name), value in trained_with.items()
-        if _unordered(value) != _unordered(now[group][name]) and (group != "lora" or args.model.training_type == "lora")
+        if _unordered(value) != _unordered(options[group][name]) and (group != "lora" or is_lora)
     ]
-    if progress.base != base:
+    if progress.base != now.base:
         faults.append(f"--model_path {args.model.model_path} is not the base that {folder} was trained on.")
+    if progress.zero_stage != now.zero_stage:
+        faults.append(
+            f"{named}: {folder} was saved under {_strategy(progress)}, and this run is under {_strategy(now)}; "
+            "go on with the script and template that it was made with."
+        )
+    elif progress.zero_stage:
+        if progress.num_processes != now.num_processes:
+            faults.append(
+                f"{named}: {folder} is divided among {progress.num_processes} processes, and this run has "
+                f"{now.num_processes}; DeepSpeed needs the same number, NUM_PROCESSES={progress.num_processes}."
+            )
+        if precision != args.training.mixed_precision:
+            faults.append(
+                f"--mixed_precision is {args.training.mixed_precision}, but {folder} was trained with {precision}; "
+                "DeepSpeed's files are for that."
+            )
     later = [path.name for path in existing if int(path.name.rpartition("-")[2]) > progress.step]
     if later:
         faults.append(
             f"{named}: --output_dir {args.output.output_dir} holds {', '.join(later)}, which come after it. "
             "Remove them, or give another --output_dir."
         )
+    if not faults and (damaged := _damaged_files(args, folder, progress)):
+        faults.append(f"{named}: {folder} is damaged ({damaged}); go on from another checkpoint. {have}")
     if faults:
         raise UserError(faults)
-    return progress
+    return replace(progress, num_processes=now.num_processes)
+
+
+def _strategy(progress: Progress) -> str:
+    return f"ZeRO-{progress.zero_stage}" if progress.zero_stage else "DDP"
+
+
+def _damaged_files(args: Args, folder: Path, progress: Progress) -> str:
+    """What of a checkpoint's weights and training state is missing or cut short; empty where nothing is."""
+    if progress.zero_stage:
+        return ", ".join(damaged_zero_files(folder, progress.num_processes))
+    state = folder / TRAINING_STATE
+    if not (state / "optimizer.bin").is_file():
+        return f"{TRAINING_STATE}/optimizer.bin is missing"
+    try:
+        if args.model.training_type == "lora":
+            with safe_open(state / ADAPTERS_AS_TRAINED, framework="pt"):
+                return ""
+        kind = CogVideoXTransformer3DModel
+        config = read_config(folder / "transformer" / "config.json", kind, "transformer/")
+        check_weights(folder / "transformer", "transformer/", kind, config)
+    except (OSError, SafetensorError, UserError) as error:
+        return str(error)
+    return ""

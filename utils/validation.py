@@ -1,20 +1,24 @@
 """Sample videos and held-out loss while training goes on. Nothing here changes a weight or a random state.
 
 The validation folder's lines are dealt out to the processes; each generates its own without talking to the others, and
-they meet when all are done.
+they meet when all are done. Under ZeRO-3 a forward pass is a collective call, since every process holds a part of each
+weight: all have the same number of turns, and one that is short of lines repeats the last of them for nothing.
 """
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from PIL import Image
 
 from dataset.cached_dataset import HELD_OUT, seed_for
@@ -39,18 +43,24 @@ def validate(
     metrics: Metrics,
 ) -> None:
     """Held-out loss and videos after `step` updates. Called by every rank; a failure is told, and training goes on."""
-    cache = LatentCache(plan.cache_dir)
-    share = Share(accelerator.process_index, accelerator.num_processes)
     failures: list[str] = []
     losses: list[tuple[float, int]] = []
     videos: list[tuple[Path, str]] = []
-    try:
-        with frozen(transformer):
-            losses = held_out_losses(transformer, alphas_cumprod, plan, cache, share)
-            for video in generate(accelerator.device, transformer, plan, cache, share, step):
-                videos.append(video)  # one by one: those made before a failure are logged
-    except Exception:  # whatever fails here must not cost the training run
-        failures.append(traceback.format_exc())
+    turns: list[Turn] = []
+    with frozen(transformer):
+        # What one process alone can fail at comes first: after such a failure none begins what all must take part in.
+        with noted(failures):
+            turns = read_turns(plan, Share(accelerator.process_index, accelerator.num_processes))
+        if not gather_object(failures):
+            with noted(failures):
+                losses = held_out_losses(transformer, alphas_cumprod, plan, turns)
+            with noted(failures):
+                pipeline = load_pipeline(accelerator, transformer, plan, step)
+            if not gather_object(failures):
+                with components.released(pipeline.vae):
+                    for turn in turns:
+                        with noted(failures):
+                            videos += generate(pipeline, plan, turn, step)
     accelerator.wait_for_everyone()
     failures, losses, videos = gather_object(failures), gather_object(losses), gather_object(videos)
     for failure in failures:
@@ -66,6 +76,15 @@ def validate(
 
 
 @contextmanager
+def noted(failures: list[str]) -> Iterator[None]:
+    """Whatever fails inside the block must not cost the training run."""
+    try:
+        yield
+    except Exception:
+        failures.append(traceback.format_exc())
+
+
+@contextmanager
 def frozen(transformer: torch.nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode inside the block."""
     transformer.eval()
@@ -76,89 +95,132 @@ def frozen(transformer: torch.nn.Module) -> Iterator[None]:
         transformer.train()
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One line of the validation folder, with all that is read from the disk for it.
+
+    Attributes:
+        prompt_embeds, empty_embeds: [1, S, D].
+        video, image: moments of clip and condition image, [1, ...] as in the cache, for the held-out loss.
+        condition: image of i2v at the training resolution.
+        counts: False where the line is another process's, and this one only keeps it company.
+    """
+
+    number: int
+    prompt: str
+    prompt_embeds: torch.Tensor
+    empty_embeds: torch.Tensor
+    video: torch.Tensor | None
+    image: torch.Tensor | None
+    condition: Image.Image | None
+    counts: bool
+
+
+def read_turns(plan: RunPlan, share: Share) -> list[Turn]:
+    """This process's lines; under ZeRO-3 as many turns as every other process has."""
+    cache, data = LatentCache(plan.cache_dir), plan.args.data
+    numbers = [(number, True) for number in share.of(range(len(plan.validation)))]
+    if plan.zero is not None and plan.zero["zero_optimization"]["stage"] == 3:
+        most = math.ceil(len(plan.validation) / share.world_size)
+        numbers += [(len(plan.validation) - 1, False)] * (most - len(numbers))
+    turns = []
+    for number, counts in numbers:
+        sample, keys = plan.validation[number], plan.validation_keys[number]
+        turns.append(
+            Turn(
+                number,
+                sample.prompt,
+                cache.read(keys.prompt)[None],
+                cache.read(plan.empty_prompt)[None],
+                cache.read(keys.video)[None] if keys.video is not None else None,
+                cache.read(keys.image)[None] if keys.image is not None else None,
+                condition_image(sample, data.train_resolution, data.resize_mode) if plan.form.task == "i2v" else None,
+                counts,
+            )
+        )
+    return turns
+
+
 def held_out_losses(
-    transformer: CogVideoXTransformer3DModel,
-    alphas_cumprod: torch.Tensor,
-    plan: RunPlan,
-    cache: LatentCache,
-    share: Share,
+    transformer: CogVideoXTransformer3DModel, alphas_cumprod: torch.Tensor, plan: RunPlan, turns: list[Turn]
 ) -> list[tuple[float, int]]:
     """(loss, timestep) of this rank's validation clips, at the middle of each quarter of the timesteps.
 
     Noise and timesteps are the same at every validation, so that two of them differ by the weights alone.
     """
-    numbered = [(number, keys) for number, keys in enumerate(plan.validation_keys) if keys.video is not None]
     device, num_timesteps = alphas_cumprod.device, len(alphas_cumprod)
     results = []
-    for number, keys in share.of(numbered):
-        video, prompt = (cache.read(name)[None].to(device) for name in (keys.video, keys.prompt))
-        image = cache.read(keys.image)[None].to(device) if keys.image is not None else None
+    for turn in turns:
+        if turn.video is None:
+            continue
+        video = turn.video.to(device)
+        image = turn.image.to(device) if turn.image is not None else None
         for quarter in range(QUARTERS):
             timestep = torch.tensor([(2 * quarter + 1) * num_timesteps // (2 * QUARTERS)], device=device)
-            drawn = draw(plan.form, video, image, [seed_for(HELD_OUT, 0, number)], num_timesteps, timesteps=timestep)
-
-            def predict(
-                noisy: torch.Tensor,
-                timesteps: torch.Tensor,
-                prompt: torch.Tensor = prompt,
-                image_latents: torch.Tensor | None = drawn.image_latents,
-            ) -> torch.Tensor:
-                return predict_velocity(
-                    transformer, plan.form, noisy, timesteps, prompt, image_latents, compute_dtype(plan.args)
-                )
-
+            seeds = [seed_for(HELD_OUT, 0, turn.number)]
+            drawn = draw(plan.form, video, image, seeds, num_timesteps, timesteps=timestep)
+            predict = partial(
+                predict_velocity,
+                transformer,
+                plan.form,
+                prompt_embeds=turn.prompt_embeds.to(device),
+                image_latents=drawn.image_latents,
+                dtype=compute_dtype(plan.args),
+            )
             loss = velocity_loss(predict, alphas_cumprod, drawn.latents, timestep, drawn.noise)
-            results.append((loss.item(), int(timestep)))
+            if turn.counts:
+                results.append((loss.item(), int(timestep)))
     return results
 
 
-def generate(
-    device: torch.device,
-    transformer: CogVideoXTransformer3DModel,
-    plan: RunPlan,
-    cache: LatentCache,
-    share: Share,
-    step: int,
-) -> Iterator[tuple[Path, str]]:
-    """Generates this rank's share of the validation folder; yields each mp4 and its prompt.
+def load_pipeline(
+    accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, plan: RunPlan, step: int
+) -> DiffusionPipeline:
+    """A pipeline around the transformer in training, and the folder for its videos.
 
     The prompts were encoded before training, so the text encoder is not needed; the VAE is read for the while.
     """
-    args, resolution = plan.args, plan.args.data.train_resolution
-    folder = args.output.output_dir / "validation" / f"step-{step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = share.of(enumerate(zip(plan.validation, plan.validation_keys, strict=True)))
-    if not mine:
-        return
+    folder_for(plan, step).mkdir(parents=True, exist_ok=True)
+    system = plan.args.system
     # the pipelines hand the VAE tensors of the prompt embeddings' dtype
-    vae = components.load_vae(
-        plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling, compute_dtype(plan.args)
+    dtype = compute_dtype(plan.args)
+    pipeline = components.PIPELINES[plan.form.task](
+        tokenizer=None,
+        text_encoder=None,
+        vae=components.load_vae(plan.model_dir, accelerator.device, system.enable_slicing, system.enable_tiling, dtype),
+        transformer=transformer,
+        scheduler=components.load_scheduler(plan.model_dir),
     )
-    scheduler = components.load_scheduler(plan.model_dir)
-    with components.released(vae):
-        pipeline = components.PIPELINES[plan.form.task](
-            tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
-        )
-        pipeline.set_progress_bar_config(desc=f"Validation at step {step}", leave=False, disable=share.rank != 0)
-        for number, (sample, keys) in mine:
-            image = {}
-            if plan.form.task == "i2v":
-                image = {"image": condition_image(sample, resolution, args.data.resize_mode)}
-            video = pipeline(
-                prompt_embeds=cache.read(keys.prompt)[None].to(device, compute_dtype(plan.args)),
-                negative_prompt_embeds=cache.read(plan.empty_prompt)[None].to(device, compute_dtype(plan.args)),
-                height=resolution.height,
-                width=resolution.width,
-                num_frames=resolution.frames,
-                num_inference_steps=args.validation.num_inference_steps,
-                guidance_scale=args.validation.guidance_scale,
-                generator=torch.Generator().manual_seed(args.training.seed),
-                max_sequence_length=plan.form.max_text_seq_length,
-                **image,
-            ).frames[0]
-            path = folder / f"{number:03d}.mp4"
-            components.write_video(video, path, plan.gen_fps)
-            yield path, sample.prompt
+    pipeline.set_progress_bar_config(
+        desc=f"Validation at step {step}", leave=False, disable=not accelerator.is_main_process
+    )
+    return pipeline
+
+
+def generate(pipeline: DiffusionPipeline, plan: RunPlan, turn: Turn, step: int) -> list[tuple[Path, str]]:
+    """Generates one line of the validation folder; gives the mp4 and its prompt."""
+    args, resolution, device = plan.args, plan.args.data.train_resolution, pipeline.vae.device
+    video = pipeline(
+        prompt_embeds=turn.prompt_embeds.to(device, compute_dtype(args)),
+        negative_prompt_embeds=turn.empty_embeds.to(device, compute_dtype(args)),
+        height=resolution.height,
+        width=resolution.width,
+        num_frames=resolution.frames,
+        num_inference_steps=args.validation.num_inference_steps,
+        guidance_scale=args.validation.guidance_scale,
+        generator=torch.Generator().manual_seed(args.training.seed),
+        max_sequence_length=plan.form.max_text_seq_length,
+        **({} if turn.condition is None else {"image": turn.condition}),
+    ).frames[0]
+    if not turn.counts:
+        return []
+    path = folder_for(plan, step) / f"{turn.number:03d}.mp4"
+    components.write_video(video, path, plan.gen_fps)
+    return [(path, turn.prompt)]
+
+
+def folder_for(plan: RunPlan, step: int) -> Path:
+    return plan.args.output.output_dir / "validation" / f"step-{step}"
 
 
 def condition_image(sample: Sample, resolution: Resolution, mode: str) -> Image.Image:

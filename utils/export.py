@@ -1,0 +1,115 @@
+"""A fine-tuned transformer in the diffusers format, from any checkpoint of a full fine-tuning run.
+
+    python -m utils.export --checkpoint outputs/t2v-sft/checkpoint-500 --dtype bf16
+
+The weights go from the checkpoint's files to the new ones shard by shard; no process holds the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from utils.args import make_parser, option, parse_group
+from utils.components import DTYPES, CogVideoXTransformer3DModel
+from utils.errors import UserError, told_to_the_user
+from utils.model_form import check_shapes, read_config
+from utils.stored_weights import StoredTensor, read_safetensors, read_zero, zero_folder
+
+TRANSFORMER_CONFIG = "transformer_config.json"  # of a ZeRO checkpoint, whose weights are DeepSpeed's own files
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    checkpoint: Path = option(help="folder checkpoint-N of a full fine-tuning run, under DDP or ZeRO")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", help="of the written weights")
+    output_path: Path | None = option(None, help="the new folder; default: transformer/ in the checkpoint")
+
+    def faults(self) -> Iterator[str]:
+        yield from ()
+
+
+def main() -> None:
+    args = parse_group(make_parser("Writes a fine-tuned transformer in the diffusers format."), ExportArgs)
+    weights, config_file = open_checkpoint(args.checkpoint)
+    target = args.output_path or args.checkpoint / "transformer"
+    if target.exists():
+        raise UserError(f"--output_path {target} is there already; give another.")
+    export(weights, config_file, target, DTYPES[args.dtype], "--checkpoint")
+    print(f"{target}: {len(weights)} tensors, {args.dtype}")
+
+
+def open_checkpoint(checkpoint: Path) -> tuple[dict[str, StoredTensor], Path]:
+    """The trained weights of a checkpoint and the config of their transformer. Raises UserError."""
+    try:
+        if zero_folder(checkpoint) is not None:
+            weights, config_file = read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG
+        else:
+            folder = checkpoint / "transformer"
+            weights, config_file = read_safetensors(sorted(folder.glob("*.safetensors"))), folder / "config.json"
+    except Exception as error:  # of zip files, pickles and safetensors
+        raise UserError(f"--checkpoint {checkpoint} is damaged ({error}).") from error
+    if any(".lora_A." in name for name in weights):
+        raise UserError(f"--checkpoint {checkpoint} holds adapters; load it with --lora_path as it is.")
+    if not weights:
+        raise UserError(f"--checkpoint {checkpoint} is not the folder checkpoint-N of a full fine-tuning run.")
+    return weights, config_file
+
+
+def export(weights: Mapping[str, StoredTensor], config_file: Path, folder: Path, dtype: torch.dtype, flag: str) -> None:
+    """Writes config, shards of at most 5 GB and their index to a new folder, which is complete or absent.
+
+    Args:
+        flag: what a fault is said to be of.
+
+    Raises:
+        UserError: names or shapes are not those of the config, or a value is not finite in `dtype`.
+    """
+    kind = CogVideoXTransformer3DModel
+    config = read_config(config_file, kind, flag)
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    check_shapes(shapes, config_file.parent, flag, kind, config)
+    split = split_torch_state_dict_into_shards(
+        {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()},
+        filename_pattern=f"{WEIGHTS_NAME}{{suffix}}.safetensors",
+        max_shard_size="5GB",
+    )
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    progress = tqdm(total=len(weights), desc="Exporting the transformer", unit="tensor", mininterval=1.0)
+    try:
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = weights[name].read().to(dtype).contiguous()
+                if not shard[name].isfinite().all():
+                    raise UserError(f"{flag} {config_file.parent}: {name} holds values that are not finite in {dtype}.")
+                progress.update()
+            save_file(shard, aside / file, metadata={"format": "pt"})
+            del shard
+            gc.collect()
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (aside / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        shutil.copy(config_file, aside / "config.json")
+        aside.rename(folder)
+    finally:
+        progress.close()
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        main()
