@@ -1,6 +1,7 @@
 """Generates a video with CogVideoX: the base, a LoRA checkpoint, or a fine-tuned transformer.
 
 python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt "A kitten" --lora_path outputs/t2v-lora/checkpoint-500
+python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt "A kitten" --transformer_path outputs/t2v-sft/checkpoint-500
 python cli_demo.py --model_path THUDM/CogVideoX-5b-I2V --prompt "It runs" --image_or_video_path first_frame.png
 """
 
@@ -20,8 +21,9 @@ from utils import components
 from utils.args import finite, make_parser, option, parse_group, positive, seed_faults
 from utils.errors import Findings, UserError, told_to_the_user
 from utils.lora import find_lora, load_lora
-from utils.model_form import ModelForm, check_weights, read_config, read_form
+from utils.model_form import ModelForm, check_shapes, check_weights, read_config, read_form
 from utils.preflight import check_writable
+from utils.stored_weights import read_merged
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class DemoArgs:
     lora_path: Path | None = option(None, help="folder checkpoint-N of a LoRA run, or its .safetensors file")
     lora_scale: float = option(1.0, help="1.0: the strength of the training; 0: the base")
     transformer_path: Path | None = option(
-        None, help="folder checkpoint-N of a full fine-tuning run, or a transformer/"
+        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or what zero_to_fp32.py wrote"
     )
     output_path: Path = option(Path("output.mp4"), help="the video")
     num_frames: int | None = option(None, help="8N+1; default: the checkpoint's own")
@@ -71,7 +73,7 @@ def main() -> None:
     check(args, form, task, resolution)
     condition = read_condition(args, form, task, resolution)
 
-    pipeline = load_pipeline(args, model_dir, task)
+    pipeline = load_pipeline(args, model_dir, form, task)
     size = {} if task == "v2v" else {"num_frames": resolution.frames}
     print(f"Generating {task}, {resolution}, {args.num_inference_steps} steps, seed {args.seed}", flush=True)
     for note in form.frames_notes(resolution.frames) if task != "v2v" else []:
@@ -145,6 +147,13 @@ def check_transformer(path: Path, form: ModelForm) -> None:
     """Raises UserError where a fine-tuned transformer cannot take the place of the base's."""
     folder, flag = components.find_transformer(path), "--transformer_path"
     kind = components.CogVideoXTransformer3DModel
+    if not (folder / "config.json").is_file():
+        try:
+            shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
+        except Exception as error:  # of zip files, pickles and safetensors
+            raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
+        check_shapes(shapes, folder, flag, kind, form.transformer)
+        return
     config = read_config(folder / "config.json", kind, flag)
     for name, expected in form.transformer.items():
         if name[0] != "_" and config.get(name) != expected:
@@ -178,10 +187,13 @@ def told(function: Any, path: Path, *args: Any) -> Any:
         raise UserError(f"--image_or_video_path {path} {error}.") from error
 
 
-def load_pipeline(args: DemoArgs, model_dir: Path, task: str) -> Any:
+def load_pipeline(args: DemoArgs, model_dir: Path, form: ModelForm, task: str) -> Any:
     dtype = components.DTYPES[args.dtype] if args.dtype else components.stored_dtype(model_dir / "transformer")
     weights = components.find_transformer(args.transformer_path) if args.transformer_path else model_dir / "transformer"
-    transformer = components.load_transformer(weights, dtype)
+    if (weights / "config.json").is_file():
+        transformer = components.load_transformer(weights, dtype)
+    else:
+        transformer = components.load_merged(weights, form.transformer, dtype)
     if args.lora_path is not None:
         matched = load_lora(transformer, args.lora_path, args.lora_scale)
         print(f"LoRA: {matched} adapter modules matched, scale {args.lora_scale:g}, {args.lora_path}")

@@ -17,7 +17,7 @@ class UserError(ValueError):
 
     Args:
         faults: the sentence, or all of them.
-        on_every_rank: every process finds the same faults, so that rank 0 alone need speak. False for what only one
+        on_every_rank: every process finds the same faults, so that one need speak. False for what only one
             process can see, such as a loss that is not finite.
     """
 
@@ -52,7 +52,7 @@ def told_to_the_user() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = int(os.environ.get("LOCAL_RANK", "0"))  # once a machine
         if rank == 0 or not error.on_every_rank:
             for fault in error.faults:
                 print(f"error: {fault}", file=sys.stderr, flush=True)

@@ -5,7 +5,8 @@
     MACHINE_RANK       0 on the first machine, then 1, 2, ...
     MAIN_PROCESS_IP    address of the first machine
     MAIN_PROCESS_PORT  a port of the first machine that all can reach; default 29500
-    ZERO               template in configs/ in place of the one that accelerate_config.yaml names: zero2, zero3_offload
+    ZERO               template in place of the one that accelerate_config.yaml names: zero2, zero3_offload or another
+                       in configs/, or the path of a .json file
 
 A mistake in the command line is told by `train.py` in a sentence; below it, accelerate's launcher would print forty
 lines about a child process that failed, and exit with 1.
@@ -36,10 +37,10 @@ def from_environment() -> Iterator[str]:
         if os.environ.get(name):
             yield f"--{name.lower()}={os.environ[name]}"
     if zero := os.environ.get("ZERO"):
-        template = CONFIGS / f"{zero}.json"
+        template = Path(zero) if zero.endswith(".json") else CONFIGS / f"{zero}.json"
         if not template.is_file():
             names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-            end(f"ZERO={zero}: {CONFIGS} has no {template.name}; it has {names}.")
+            end(f"ZERO={zero}: there is no {template}; {CONFIGS} has {names}.")
         yield f"--deepspeed_config_file={template}"
 
 
