@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -118,7 +119,7 @@ def train(plan: RunPlan) -> None:
     accelerator = Accelerator(
         mixed_precision=args.training.mixed_precision,
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
-        log_with=TRACKERS[args.output.report_to],
+        log_with=TRACKERS[args.output.report_to] or None,
         deepspeed_plugin=DeepSpeedPlugin(plan.zero, zero3_init_flag=False) if plan.zero else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
@@ -128,7 +129,7 @@ def train(plan: RunPlan) -> None:
     is_ddp_sft = args.model.training_type == "sft" and plan.zero is None
     weights = (plan.resume_from if is_ddp_sft else None) or plan.model_dir
     transformer = components.load_transformer(weights / "transformer", weight_dtype(args, plan.zero is not None))
-    transformer.to(accelerator.device)  # before a cast, which then needs no memory of the host
+    transformer.to(accelerator.device.type)  # before a cast, which then needs no memory of the host
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
@@ -235,5 +236,6 @@ def stop_if_not_finite(loss: torch.Tensor, timesteps: torch.Tensor, samples: lis
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of what DeepSpeed calls
     with told_to_the_user():
         main()
