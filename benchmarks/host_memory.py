@@ -35,7 +35,9 @@ def build(folder: Path, layers: int, dtype: torch.dtype) -> None:
     torch.set_default_dtype(torch.float32)
     transformer.save_pretrained(folder / "transformer")
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-    print(f"transformer: {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} G parameters, {size / GIB:.2f} GiB")
+    print(
+        f"transformer: {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} G parameters, {size / GIB:.2f} GiB"
+    )
 
 
 def main() -> None:

@@ -53,26 +53,28 @@ def arguments(model: Path, data: Path, output: Path, *more: object, task: str = 
     ]
 
 
-def run(script: str, *args: str, processes: int | None = None, **kwargs: object) -> subprocess.CompletedProcess:
+def run(script: str, *args: str, processes: int | None = None, **settings: object) -> subprocess.CompletedProcess:
     """Runs a script of the project from elsewhere, as a user would, and returns what it printed."""
-    return subprocess.run(
-        [*("bash" if script.endswith(".sh") else "python",), str(ROOT / script), *args],
-        env=environment(processes),
-        cwd="/",
-        text=True,
-        capture_output=True,
-        timeout=600,
-        **kwargs,
-    )
+    return subprocess.run(command(script, *args), env=environment(processes, **settings), timeout=600, **AS_A_USER)
 
 
-def environment(processes: int | None) -> dict[str, str]:
-    return os.environ | ({"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"} if processes else {})
+AS_A_USER = {"cwd": "/", "text": True, "capture_output": True}
 
 
-def succeed(script: str, *args: str, processes: int | None = None) -> str:
+def command(script: str, *args: str) -> list[str]:
+    return ["bash" if script.endswith(".sh") else "python", str(ROOT / script), *args]
+
+
+def environment(processes: int | None, **settings: object) -> dict[str, str]:
+    """The environment of a script; `settings` are variables such as ZERO."""
+    if processes:
+        settings |= {"NUM_PROCESSES": processes, "OMP_NUM_THREADS": 1}
+    return os.environ | {name: str(value) for name, value in settings.items()}
+
+
+def succeed(script: str, *args: str, processes: int | None = None, **settings: object) -> str:
     """Runs a script and returns its output; a failure shows all of it."""
-    done = run(script, *args, processes=processes)
+    done = run(script, *args, processes=processes, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

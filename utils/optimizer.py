@@ -35,7 +35,7 @@ def make_lr_scheduler(
     while hasattr(optimizer, "optimizer"):  # out of the wrappers of accelerate and DeepSpeed
         optimizer = optimizer.optimizer
     for group in optimizer.param_groups:
-        group.update(_settings(args), initial_lr=args.learning_rate)
+        group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate)
     return get_scheduler(
         args.lr_scheduler,
         optimizer,

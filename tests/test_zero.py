@@ -1,0 +1,224 @@
+"""Full fine-tuning under DeepSpeed with two CPU processes, through the scripts, from training to the demo's video."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import load_file
+
+from tests.conftest import FIRST_FRAME, arguments, command, environment, read_metrics, run, succeed
+from utils import export
+from utils.checkpoint import PROGRESS_FILE
+from utils.components import find_transformer
+from utils.errors import UserError
+from utils.lora import WEIGHTS_FILE
+from utils.stored_weights import read_merged
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def task_of(form: str) -> str:
+    return "i2v" if "i2v" in form else "t2v"
+
+
+def sft(model: Path, data: Path, output: Path, *more: object, form: str) -> list[str]:
+    """Four float32 updates of all weights, with a checkpoint after each.
+
+    The bias of 2b's keys has no influence on its output; a larger epsilon keeps Adam from making steps of its rounding.
+    """
+    steps = ["--training_type", "sft", "--train_steps", 4, "--checkpointing_steps", 1, "--epsilon", 1e-5]
+    return arguments(model, data, output, *steps, *more, task=task_of(form))
+
+
+@pytest.fixture
+def single_process(tiny, data, tmp_path):
+    """form -> transformer trained by one process without DeepSpeed, on the samples that two processes see."""
+
+    def train(form: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / "single"
+        options = sft(tiny(form), data, out, "--gradient_accumulation_steps", 2, form=form)
+        succeed(f"train_ddp_{task_of(form)}.sh", *options, processes=1)
+        return load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    return train
+
+
+def kill_one_rank_in_the_middle_of_a_save(script: str, options: list[str], out: Path, step: int, **settings) -> int:
+    """Starts a run, kills its second process while checkpoint-`step` is written; returns the script's exit code."""
+    with subprocess.Popen(
+        command(script, *options), env=environment(2, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (out / f".checkpoint-{step}.tmp").exists() and process.poll() is None:
+            time.sleep(0.001)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1":
+                child.kill()
+        return process.wait(timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [("zero2", "5b"), ("zero2_offload", "5b-i2v"), ("zero3", "1.5-i2v"), ("zero3_offload", "2b")],
+)
+def test_train_die_resume_merge_load_generate(tiny, data, tmp_path, monkeypatch, single_process, template, form):
+    script, out = f"train_zero_{task_of(form)}.sh", tmp_path / "out"
+    options = sft(tiny(form), data, out, "--checkpointing_limit", 3, form=form)
+    assert kill_one_rank_in_the_middle_of_a_save(script, options, out, 3, ZERO=template) == 128 + 9
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    printed = succeed(script, *options, processes=2, ZERO=template)
+    assert f"Resuming from {out / 'checkpoint-2'}" in printed
+    assert not list(out.glob(".checkpoint-*")) and len(list(out.glob("checkpoint-*"))) == 3
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4]
+
+    # DeepSpeed's own merge, run by hand in the checkpoint: safetensors or .bin, in shards
+    last, merged = out / "checkpoint-4", tmp_path / "merged"
+    kind = ["--safe_serialization"] if "offload" in template else []
+    merge = [sys.executable, "zero_to_fp32.py", ".", str(merged), "--max_shard_size", "200KB", *kind]
+    subprocess.run(merge, cwd=last, check=True, capture_output=True)
+    assert len(list(merged.glob("*.index.json"))) == 1
+    ours = {name: stored.read() for name, stored in read_merged(merged).items()}
+    theirs = CogVideoXTransformer3DModel.from_pretrained(last / "transformer", dtype=torch.float32).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    base = load_file(tiny(form) / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, expected in single_process(form).items():
+        # sums in another order; the weights have moved by 3e-3
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-6, msg=name)
+    assert (ours["proj_out.weight"] - base["proj_out.weight"]).abs().max() > 1e-3
+
+    image = ["--image_or_video_path", str(FIRST_FRAME)] if task_of(form) == "i2v" else []
+    demo = ["--model_path", str(tiny(form)), "--prompt", "a square", "--num_inference_steps", "2", *image]
+    succeed("cli_demo.py", *demo, "--transformer_path", str(merged), "--output_path", str(tmp_path / "demo.mp4"))
+
+    raw = out / "checkpoint-2"
+    with pytest.raises(UserError, match=f"python {raw}/zero_to_fp32.py {raw} {raw}/merged"):
+        find_transformer(raw)
+    with pytest.raises(UserError, match="has not been merged"):
+        find_transformer(raw / "pytorch_model")
+    monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", str(raw)])
+    export.main()
+    half = load_file(find_transformer(raw) / "diffusion_pytorch_model.safetensors")
+    assert half.keys() == base.keys() and {weight.dtype for weight in half.values()} == {torch.bfloat16}
+
+
+def test_half_precision_resumes_bit_for_bit_with_offload_switched(tiny, data, tmp_path):
+    """bf16, accumulation; the second half in a process of its own, with and without offload."""
+    options = ["--mixed_precision", "bf16", "--gradient_accumulation_steps", 2, "--export_dtype", "fp32"]
+
+    def train(out: Path, template: str, *more: object) -> dict[str, torch.Tensor]:
+        args = sft(tiny("5b"), data, out, *options, *more, form="5b")
+        succeed("train_zero_t2v.sh", *args, processes=2, ZERO=template)
+        return load_file(max(out.glob("checkpoint-*/transformer/*.safetensors"), key=os.path.getmtime))
+
+    whole = train(tmp_path / "whole", "zero3")
+    train(tmp_path / "parts", "zero3", "--train_steps", 2)
+    parts = train(tmp_path / "parts", "zero3")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
+    train(tmp_path / "switched", "zero2", "--train_steps", 2)
+    switched = train(tmp_path / "switched", "zero2_offload")
+    assert all(torch.allclose(whole[name], switched[name], rtol=0, atol=2e-3) for name in whole)
+
+
+def test_lora_and_validation_under_zero_3_are_those_of_ddp(tiny, data, validation, tmp_path):
+    """Three prompts on two processes: one of them keeps the other company."""
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (validation / name).read_text().splitlines()
+        (validation / name).write_text("\n".join([*lines, lines[0]]) + "\n")
+    checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 2, "--num_inference_steps", 2]
+
+    def train(out: Path, script: str, steps: int, **settings: object) -> None:
+        options = ["--train_steps", steps, "--checkpointing_steps", 2, *checks]
+        succeed(script, *arguments(tiny("5b-i2v"), data, out, *options, task="i2v"), processes=2, **settings)
+
+    ddp, zero = tmp_path / "ddp", tmp_path / "zero"
+    train(ddp, "train_ddp_i2v.sh", 4)
+    for steps in (2, 4):
+        train(zero, "train_zero_i2v.sh", steps, ZERO="zero3_offload")
+    ours, theirs = (load_file(out / "checkpoint-4" / WEIGHTS_FILE) for out in (zero, ddp))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
+    videos = [sorted(str(path.relative_to(out)) for path in out.glob("validation/*/*.mp4")) for out in (zero, ddp)]
+    assert videos[0] == videos[1] and len(videos[0]) == 9
+    for our_line, their_line in zip(read_metrics(zero), read_metrics(ddp), strict=True):
+        assert our_line == pytest.approx(their_line, rel=1e-4)
+
+
+def test_fp16_skips_updates_that_overflow_and_does_not_count_them(tiny, data, tmp_path):
+    """DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes it all the same."""
+    (tmp_path / "sitecustomize.py").write_text(ALLOW_FP16)
+    template = json.loads((ROOT / "configs" / "zero2.json").read_text())
+    template["fp16"]["initial_scale_power"] = 26
+    (tmp_path / "high.json").write_text(json.dumps(template))
+    out = tmp_path / "out"
+    options = sft(tiny("2b"), data, out, "--mixed_precision", "fp16", "--checkpointing_steps", 4, form="2b")
+    settings = {"ZERO": tmp_path / "high.json", "PYTHONPATH": tmp_path}
+    succeed("train_zero_t2v.sh", *options, processes=2, **settings)
+    progress = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())
+    skipped = progress["samples_seen"] // 2 - 4
+    assert progress["step"] == 4 and skipped >= 5
+    assert [line["learning_rate"] for line in read_metrics(out)] == [0.0, 5e-4, 1e-3, 1e-3]
+    weights = load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+ALLOW_FP16 = """
+import importlib.util, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "deepspeed.accelerator.cpu_accelerator":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            module.CPU_Accelerator.is_fp16_supported = lambda self: True
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("script", ["train_zero_t2v.sh", "train_ddp_t2v.sh"])
+def test_two_launchers_are_two_machines(tiny, data, tmp_path, single_process, script):
+    out = tmp_path / "out"
+    options = sft(tiny("5b"), data, out, form="5b")
+    machines = {"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "127.0.0.1", "MAIN_PROCESS_PORT": 29517, "OMP_NUM_THREADS": 1}
+    second = subprocess.Popen(
+        command(script, *options),
+        env=environment(None, MACHINE_RANK=1, **machines),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    succeed(script, *options, MACHINE_RANK=0, **machines)
+    assert second.wait(timeout=60) == 0
+    weights = load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, expected in single_process("5b").items():
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ZERO": "zero4"}, "ZERO=zero4: there is no .*zero4.json; .* has zero2, zero2_offload, zero3"),
+        ({"NUM_MACHINES": 2}, "NUM_MACHINES=2 needs MACHINE_RANK and MAIN_PROCESS_IP"),
+        ({"NUM_MACHINES": 2, "MACHINE_RANK": 2, "MAIN_PROCESS_IP": "127.0.0.1"}, "MACHINE_RANK=2: .* 0 to 1"),
+        ({"NUM_MACHINES": 2, "MACHINE_RANK": 0, "MAIN_PROCESS_IP": "x", "NUM_PROCESSES": 3}, "use 2, 4 or another"),
+    ],
+)
+def test_the_launcher_tells_what_does_not_go_together(settings, message):
+    done = run("train_zero_t2v.sh", **settings)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr), done.stderr
