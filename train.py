@@ -128,8 +128,9 @@ def train(plan: RunPlan) -> None:
     # ---- model: read once more from the checkpoint where full fine-tuning goes on
     is_ddp_sft = args.model.training_type == "sft" and plan.zero is None
     weights = (plan.resume_from if is_ddp_sft else None) or plan.model_dir
-    transformer = components.load_transformer(weights / "transformer", weight_dtype(args, plan.zero is not None))
-    transformer.to(accelerator.device.type)  # before a cast, which then needs no memory of the host
+    transformer = components.load_transformer(
+        weights / "transformer", weight_dtype(args, plan.zero is not None), accelerator.device.type
+    )
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")

@@ -1,6 +1,7 @@
 """Host memory of a run over a transformer of real size with random weights, sampled while it goes.
 
     python -m benchmarks.host_memory --zero zero3 --processes 2 --layers 30 -- --training_type lora --rank 128
+    python -m benchmarks.host_memory --load_only --processes 8
 
 Everything but the transformer is tiny, and so are the clips, so that what is measured are weights and optimizer.
 PSS counts a page that several processes share once in all; private is what a process has for itself alone.
@@ -9,18 +10,21 @@ PSS counts a page that several processes share once in all; private is what a pr
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from tests import tiny_models
+from utils import components
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -40,17 +44,47 @@ def build(folder: Path, layers: int, dtype: torch.dtype) -> None:
     )
 
 
+def load_and_read(folder: Path, ready: Any, done: Any) -> None:
+    """Loads a transformer as a rank under ZeRO does and reads each weight once, as the copy to a GPU would."""
+    transformer = components.load_transformer(folder)
+    for parameter in transformer.parameters():
+        parameter.sum()
+    ready.release()
+    done.wait()
+
+
+def measure_loads(folder: Path, processes: int) -> int:
+    """PSS of all processes that have loaded the transformer and still hold it, in bytes."""
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Semaphore(0), context.Event()
+    workers = [context.Process(target=load_and_read, args=(folder, ready, done)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        ready.acquire()
+    total = sum(psutil.Process(worker.pid).memory_full_info().pss for worker in workers)
+    done.set()
+    for worker in workers:
+        worker.join()
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--zero", help="template; default: DDP")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--model", type=Path, help="folder of the checkpoint, made if it is not there")
+    parser.add_argument("--load_only", action="store_true", help="every process loads the transformer, and no more")
     parser.add_argument("more", nargs="*", help="flags for train.py")
     args = parser.parse_args()
     model = args.model or Path(tempfile.mkdtemp()) / "model"
     if not model.exists():
         build(model, args.layers, torch.bfloat16)
+    if args.load_only:
+        total = measure_loads(model / "transformer", args.processes)
+        print(f"{args.processes} processes that hold the transformer: {total / GIB:.2f} GiB in all (PSS)")
+        return
     script = f"train_{'zero' if args.zero else 'ddp'}_t2v.sh"
     options = ["--model_path", model, "--data_root", ROOT / "examples/dataset", "--output_dir", tempfile.mkdtemp()]
     options += ["--train_resolution", "9x64x64", "--mixed_precision", "bf16", "--report_to", "none"]

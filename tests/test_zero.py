@@ -137,7 +137,7 @@ def test_lora_and_validation_under_zero_3_are_those_of_ddp(tiny, data, validatio
     checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 2, "--num_inference_steps", 2]
 
     def train(out: Path, script: str, steps: int, **settings: object) -> None:
-        options = ["--train_steps", steps, "--checkpointing_steps", 2, *checks]
+        options = ["--training_type", "lora", "--train_steps", steps, "--checkpointing_steps", 2, *checks]
         succeed(script, *arguments(tiny("5b-i2v"), data, out, *options, task="i2v"), processes=2, **settings)
 
     ddp, zero = tmp_path / "ddp", tmp_path / "zero"

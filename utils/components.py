@@ -106,8 +106,15 @@ def load_text_encoder(model_dir: Path, device: torch.device, dtype: torch.dtype 
     return encoder.requires_grad_(False).eval()
 
 
-def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CogVideoXTransformer3DModel:
-    return CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype or stored_dtype(folder))
+def load_transformer(
+    folder: Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> CogVideoXTransformer3DModel:
+    """A transformer on a device, in a dtype; by default in that of its files.
+
+    It is memory-mapped until each weight is copied or cast, so that the processes of a machine share the pages.
+    """
+    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=stored_dtype(folder))
+    return torch.nn.Module.to(transformer, device, dtype)  # diffusers' own warns of every cast
 
 
 def find_transformer(path: Path) -> Path:

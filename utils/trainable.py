@@ -18,15 +18,13 @@ def compute_dtype(args: Args) -> torch.dtype:
     return DTYPES[args.training.mixed_precision]
 
 
-def weight_dtype(args: Args, is_zero: bool) -> torch.dtype | None:
-    """The dtype in which the transformer is read; None for that of the checkpoint.
+def weight_dtype(args: Args, is_zero: bool) -> torch.dtype:
+    """The dtype of the transformer's weights on the device.
 
-    Half precision under adapters, float32 where it is trained itself. DeepSpeed keeps the float32 copy on its own, cut
-    among the processes, and casts what it gets; on a GPU that is, where it costs no memory of the host.
+    Half precision under adapters, float32 where they are trained themselves. DeepSpeed trains half-precision weights
+    and keeps the float32 ones on its own, cut among the processes.
     """
-    if is_zero:
-        return None if compute_dtype(args) != torch.float32 else torch.float32
-    return compute_dtype(args) if args.model.training_type == "lora" else torch.float32
+    return torch.float32 if args.model.training_type == "sft" and not is_zero else compute_dtype(args)
 
 
 def make_trainable(transformer: CogVideoXTransformer3DModel, args: Args) -> None:
