@@ -30,7 +30,7 @@ from dataset.latent_cache import LatentCache
 from dataset.precompute import Share, precompute_clips, precompute_prompts
 from utils import components, encoders
 from utils.args import parse_args
-from utils.checkpoint import Checkpoints, write_args
+from utils.checkpoint import ARGS_FILE, Checkpoints, write_args
 from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
 from utils.loss import draw, velocity_loss
@@ -66,6 +66,9 @@ def main() -> None:
         return
     if processes.is_main_process:
         write_args(plan.args, plan.args.output.output_dir)
+    processes.wait_for_everyone()
+    if not (plan.args.output.output_dir / ARGS_FILE).is_file():
+        raise UserError(f"--output_dir {plan.args.output.output_dir} is not on a disk that all machines share.")
     fill_cache(processes, plan)
     if not args.data.precompute_only:
         train(plan)
@@ -125,11 +128,12 @@ def train(plan: RunPlan) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
 
-    # ---- model: read once more from the checkpoint where full fine-tuning goes on
-    is_ddp_sft = args.model.training_type == "sft" and plan.zero is None
-    weights = (plan.resume_from if is_ddp_sft else None) or plan.model_dir
+    # ---- model: from the checkpoint where full fine-tuning goes on; DeepSpeed loads its own further below
+    is_zero, weights = plan.zero is not None, plan.model_dir
+    if plan.resume_from is not None and args.model.training_type == "sft" and not is_zero:
+        weights = plan.resume_from
     transformer = components.load_transformer(
-        weights / "transformer", weight_dtype(args, plan.zero is not None), accelerator.device.type
+        weights / "transformer", weight_dtype(args, is_zero), accelerator.device.type
     )
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
@@ -138,11 +142,11 @@ def train(plan: RunPlan) -> None:
 
     # ---- optimizer and schedule, from where the run stands
     progress = plan.progress
-    model, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, args.training))
+    model, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, args.training, is_zero))
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
-    lr_scheduler = make_lr_scheduler(optimizer, args.training, plan.total_steps, progress.step)
+    lr_scheduler = make_lr_scheduler(optimizer, args.training, is_zero, plan.total_steps, progress.step)
     metrics = Metrics(accelerator, output_dir, args.as_dict(), progress.step, plan.total_steps)
 
     # ---- data: one endless stream, entered where the run stands
