@@ -48,7 +48,7 @@ def test_the_templates():
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_auto_is_what_the_command_line_says(plan_with, name):
     flags = ["--batch_size", 3, "--gradient_accumulation_steps", 4, "--max_grad_norm", 0.5, "--mixed_precision", "bf16"]
-    zero = plan_with({"zero_optimization.reduce_bucket_size": "auto"}, *flags, name=name).zero
+    zero = plan_with({"zero_optimization.reduce_bucket_size": "auto", "amp": None}, *flags, name=name).zero
     assert zero["train_micro_batch_size_per_gpu"] == 3 and zero["gradient_accumulation_steps"] == 4
     assert zero["train_batch_size"] == 3 * 4 * 2 and zero["gradient_clipping"] == 0.5
     assert zero["bf16"]["enabled"] is True and zero["fp16"]["enabled"] is False
@@ -81,6 +81,9 @@ def test_numbers_that_agree_may_be_stated(plan_with):
         ({"zero_optimization.stage3_max_live_parameters": "auto"}, "which nothing fills in"),
         ({"zero_optimization.overlap_comm": "perhaps"}, "zero_optimization.overlap_comm: .*perhaps"),
         ({"bf16": True}, "bf16 must be a section"),
+        ({"zero_optimization.offload_optimizer": {"device": "nvme"}}, 'device is "nvme"; only "cpu" is supported'),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2; only data parallelism"),
+        ({"communication_data_type": "fp33"}, "DeepSpeed does not take it: .* Got: fp33"),
         ("{", "cannot be read as JSON"),
     ],
 )

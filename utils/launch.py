@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -87,6 +88,8 @@ def main() -> int:
         code = error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:
         code = error.returncode
+    except SignalException as error:  # Ctrl-C, or the scheduler of a cluster
+        code = -error.sigval
     else:
         return 0
     return code if code > 0 else 128 - code  # negative: ended by that signal

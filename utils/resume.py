@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def read_progress(args: Args, folder: Path, now: Progress) -> Progress:
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
         trained_with = {(group, name): saved[group][name] for group, name in MUST_AGREE}
         precision = saved["training"]["mixed_precision"]
+        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name != "base"):
+            raise ValueError(f"{PROGRESS_FILE} does not hold whole numbers")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{named}: {folder} is damaged ({error}); go on from another checkpoint. {have}") from error
     is_lora = args.model.training_type == "lora"

@@ -14,6 +14,12 @@ from utils.args import Args
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = (
+    *("bf16", "fp16", "amp", "optimizer", "optimizer.params", "scheduler"),
+    *("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "checkpoint"),
+)
+# They divide more than the samples among the processes, or change what a checkpoint is.
+UNSUPPORTED = ("sequence_parallel_size", "tensor_parallel", "checkpoint.load_universal")
 
 
 def find_template() -> Path | None:
@@ -47,10 +53,12 @@ def resolve_template(path: Path, args: Args, width: int, num_processes: int) -> 
         template = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(template, dict) or get(template, "zero_optimization.stage") not in (1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage must be 1, 2 or 3.")
-    for name in ("bf16", "fp16", "amp", "optimizer", "optimizer.params", "scheduler"):
-        if not isinstance(get(template, name) or {}, dict):
+    template = without_nulls(template)
+    stage = get(template, "zero_optimization.stage")
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 1, 2 or 3; it is {json.dumps(stage)}.")
+    for name in SECTIONS:
+        if not isinstance(get(template, name) if get(template, name) is not None else {}, dict):
             raise UserError(f"{path}: {name} must be a section, an object in braces.")
     config, faults = copy.deepcopy(template), []
     for key, (value, said) in known(args, num_processes).items():
@@ -71,19 +79,35 @@ def resolve_template(path: Path, args: Args, width: int, num_processes: int) -> 
     return config
 
 
+def without_nulls(value: Any) -> Any:
+    """A key that is null is one that is not there."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_nulls(item) for name, item in value.items() if item is not None}
+
+
 def refused_by_deepspeed(config: dict[str, Any]) -> Iterator[str]:
     """What DeepSpeed's own checks say, before it builds anything."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # two seconds to import
+    from deepspeed.runtime.config import DeepSpeedConfig  # two seconds to import
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    faults = []
     sections = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
     for name, kind in sections.items():
         try:
             kind(**config[name])
         except ValidationError as error:
             for fault in error.errors():
-                yield f"{'.'.join([name, *map(str, fault['loc'])])}: {fault['msg']} ({json.dumps(fault['input'])})."
+                key = ".".join([name, *map(str, fault["loc"])])
+                faults.append(f"{key}: {fault['msg']} ({json.dumps(fault['input'], default=str)}).")
+    if not faults:
+        try:  # everything else; how many processes there are it may not know yet
+            DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
+        except Exception as error:
+            faults.append(f"DeepSpeed does not take it: {' '.join(str(error).split())[:300]}")
+    yield from faults
 
 
 def known(args: Args, num_processes: int) -> dict[str, tuple[Any, str]]:
@@ -125,7 +149,13 @@ def unusable(template: dict[str, Any], args: Args) -> Iterator[str]:
             f"scheduler is {scheduler.get('type')}, but --lr_scheduler is {args.training.lr_scheduler}; the learning "
             "rate follows the command line, remove the section."
         )
+    for key in UNSUPPORTED:
+        if get(template, key):
+            yield f"{key} is {json.dumps(get(template, key))}; only data parallelism is supported, remove it."
     zero = template["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        if get(zero, f"{name}.device") == "nvme":
+            yield f'zero_optimization.{name}.device is "nvme"; only "cpu" is supported.'
     if get(zero, "offload_param.device") not in (None, "none") and zero["stage"] != 3:
         yield f"zero_optimization.offload_param needs stage 3; stage is {zero['stage']}."
     if get(zero, "offload_optimizer.device") == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -145,7 +175,7 @@ def sizes(width: int) -> dict[str, int]:
 def agree(stated: Any, value: Any) -> bool:
     if isinstance(stated, str) and isinstance(value, str):
         return stated.lower() == value.lower()
-    return type(stated) is not str and stated == value
+    return not isinstance(stated, str) and isinstance(stated, bool) == isinstance(value, bool) and stated == value
 
 
 def get(config: dict[str, Any], key: str) -> Any:
