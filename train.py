@@ -84,6 +84,8 @@ def on_main_process(processes: PartialState, function: Callable[..., Result], *a
             outcome = [error]
     broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
+        with suppress(RuntimeError):  # a process that ends while another still reads would break its connection
+            processes.wait_for_everyone()
         raise outcome[0]
     return outcome[0]
 
