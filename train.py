@@ -5,8 +5,12 @@ arguments -> preflight -> latent cache -> model -> optimizer -> loop -> checkpoi
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +47,7 @@ from utils.trainable import compute_dtype, make_trainable, trained_parameters, w
 from utils.validation import validate
 
 Result = TypeVar("Result")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A loss scale of 2^16 is down to 1 after as many halvings.
 MOST_SKIPPED_UPDATES = 16
 WHAT_TO_DO = (
@@ -242,7 +247,14 @@ def stop_if_not_finite(loss: torch.Tensor, timesteps: torch.Tensor, samples: lis
             )
 
 
+def end_with_the_launcher() -> None:
+    """A launcher that is killed outright would leave its processes training, beside those of the next run."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    end_with_the_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of what DeepSpeed calls
     with told_to_the_user():
         main()

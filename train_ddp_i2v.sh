@@ -77,6 +77,6 @@ VALIDATION_ARGS=(
 )
 
 # `accelerate launch`, without its stack trace when train.py ends with a sentence on what is wrong
-python "$HERE/utils/launch.py" --config_file "$HERE/configs/accelerate_ddp.yaml" "$HERE/train.py" \
+exec python "$HERE/utils/launch.py" --config_file "$HERE/configs/accelerate_ddp.yaml" "$HERE/train.py" \
     "${MODEL_ARGS[@]}" "${OUTPUT_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${LORA_ARGS[@]}" \
     "${SYSTEM_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${VALIDATION_ARGS[@]}" "$@"
