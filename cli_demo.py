@@ -152,7 +152,7 @@ def check_transformer(path: Path, form: ModelForm) -> None:
             shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
         except Exception as error:  # of zip files, pickles and safetensors
             raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
-        check_shapes(shapes, folder, flag, kind, form.transformer)
+        check_shapes(shapes, folder, flag, kind, form.transformer, no_others=True)
         return
     config = read_config(folder / "config.json", kind, flag)
     for name, expected in form.transformer.items():

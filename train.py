@@ -91,6 +91,7 @@ def on_main_process(processes: PartialState, function: Callable[..., Result], *a
     if isinstance(outcome[0], UserError):
         with suppress(RuntimeError):  # a process that ends while another still reads would break its connection
             processes.wait_for_everyone()
+        processes.destroy_process_group()
         raise outcome[0]
     return outcome[0]
 

@@ -173,6 +173,7 @@ def damaged_zero_files(folder: Path, num_processes: int) -> list[str]:
     if found is None or not (folder / "latest").is_file():
         return ["latest, pytorch_model/"]
     files = [*rank_files(found, "optim"), *rank_files(found, "model")]
-    damaged = [path.name for path in files if not zipfile.is_zipfile(path)]  # its directory is at its end
-    states = {int(number) for path in files for number in re.findall(r"zero_pp_rank_(\d+)", path.name)}
-    return damaged + [f"*_zero_pp_rank_{rank}_*" for rank in range(num_processes) if rank not in states]
+    states = [folder / f"random_states_{rank}.pkl" for rank in range(num_processes)]
+    damaged = [path.name for path in files + states if not zipfile.is_zipfile(path)]  # its directory is at its end
+    ranks = {int(number) for path in files for number in re.findall(r"zero_pp_rank_(\d+)", path.name)}
+    return damaged + [f"*_zero_pp_rank_{rank}_*" for rank in range(num_processes) if rank not in ranks]

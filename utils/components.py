@@ -29,7 +29,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.errors import UserError
 from utils.model_form import COMPONENTS
-from utils.stored_weights import merged_files, read_merged, zero_folder
+from utils.stored_weights import is_merged, read_merged, zero_folder
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {
@@ -128,7 +128,7 @@ def find_transformer(path: Path) -> Path:
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
-    if merged_files(path):
+    if is_merged(path):
         return path
     if (files := zero_folder(path)) is not None:
         checkpoint = path if files != path else path.parent

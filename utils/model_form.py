@@ -275,15 +275,27 @@ def check_weights(folder: Path, flag: str, kind: Any | None, config: dict[str, A
         check_shapes(shapes, folder, flag, kind, config)
 
 
-def check_shapes(shapes: dict[str, list[int]], folder: Path, flag: str, kind: Any, config: dict[str, Any]) -> None:
-    """Compares the tensors of a folder with those of a model of this config. Raises UserError."""
+def check_shapes(
+    shapes: dict[str, list[int]], folder: Path, flag: str, kind: Any, config: dict[str, Any], no_others: bool = False
+) -> None:
+    """Compares the tensors of a folder with those of a model of this config.
+
+    Args:
+        no_others: there must be no tensor besides.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or does not belong there.
+    """
     with init_empty_weights(include_buffers=True):
         expected = {name: list(tensor.shape) for name, tensor in kind.from_config(config).state_dict().items()}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
+    if no_others:
+        wrong += sorted(shapes.keys() - expected.keys())
     if wrong:
+        name = wrong[0]
         raise UserError(
             f"{flag}: {folder} does not hold the weights that its config describes; {len(wrong)} tensors differ, such "
-            f"as {wrong[0]}, which is {shapes.get(wrong[0], 'missing')} and should be {expected[wrong[0]]}."
+            f"as {name}, which is {shapes.get(name, 'missing')} and should be {expected.get(name, 'missing')}."
         )
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 LATEST = "latest"
+MERGED_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,26 @@ def read_bins(files: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def merged_files(folder: Path) -> list[Path]:
-    """What `zero_to_fp32.py` has written to a folder: one file or shards; empty where it is none of its folders."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    return []
+def is_merged(folder: Path) -> bool:
+    """Whether a folder holds weights under the names that `zero_to_fp32.py` gives them."""
+    return any(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern))
 
 
 def read_merged(folder: Path) -> dict[str, StoredTensor]:
-    """The output of `zero_to_fp32.py`. Raises ValueError where a shard of its index is missing."""
-    files = merged_files(folder)
-    for index in folder.glob("*.index.json"):
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
-        if missing:
-            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    """The output of `zero_to_fp32.py`: one file, or shards and their index, as safetensors or .bin.
+
+    Raises:
+        ValueError: a shard or the index is missing, or the folder holds the output of more than one merge.
+    """
+    names = [name for name in MERGED_NAMES for name in (name, f"{name}.index.json") if (folder / name).is_file()]
+    if len(names) != 1:
+        found = " and ".join(names) or "shards without an index"
+        raise ValueError(f"it holds {found}, where one merge is expected")
+    files = [folder / names[0]]
+    if names[0].endswith(".json"):
+        files = [folder / shard for shard in sorted(set(json.loads(files[0].read_text())["weight_map"].values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"{', '.join(missing)} is missing")
     return (read_bins if files[0].suffix == ".bin" else read_safetensors)(files)
 
 

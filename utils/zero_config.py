@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 import shutil
@@ -145,10 +146,15 @@ def unusable(template: dict[str, Any], args: Args) -> Iterator[str]:
     for name in {*optimizer, *(optimizer.get("params") or {})} - compared:
         yield f"optimizer has {name}; the optimizer is made from --optimizer and its flags, remove {name}."
     if scheduler := template.get("scheduler"):
+        kind = json.dumps(scheduler.get("type", scheduler))
         yield (
-            f"scheduler is {scheduler.get('type')}, but --lr_scheduler is {args.training.lr_scheduler}; the learning "
-            "rate follows the command line, remove the section."
+            f"scheduler is {kind}, but --lr_scheduler is {args.training.lr_scheduler}; the learning rate follows the "
+            "command line, remove the section."
         )
+    for key in template:
+        meant = difflib.get_close_matches(key, ("zero_optimization", *known(args, 1)), cutoff=0.85)
+        if meant and key not in meant:
+            yield f"{key} is no key of DeepSpeed's; {meant[0]} is."
     for key in UNSUPPORTED:
         if get(template, key):
             yield f"{key} is {json.dumps(get(template, key))}; only data parallelism is supported, remove it."
