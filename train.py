@@ -34,7 +34,7 @@ from dataset.latent_cache import LatentCache
 from dataset.precompute import Share, precompute_clips, precompute_prompts
 from utils import components, encoders
 from utils.args import parse_args
-from utils.checkpoint import ARGS_FILE, Checkpoints, write_args
+from utils.checkpoint import ARGS_FILE, Checkpoints, complete_last, write_args
 from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
 from utils.loss import draw, velocity_loss
@@ -50,6 +50,7 @@ Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A loss scale of 2^16 is down to 1 after as many halvings.
 MOST_SKIPPED_UPDATES = 16
+OVERFLOW = "The gradients of step {} overflow in fp16 at every loss scale; use --mixed_precision bf16."
 WHAT_TO_DO = (
     "The last checkpoint is sound; go on from it with a lower --learning_rate, --max_grad_norm 1 or --mixed_precision "
     "bf16, or look at the sample."
@@ -67,6 +68,8 @@ def main() -> None:
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
         return
     if plan.progress.step >= plan.total_steps and not args.data.precompute_only:
+        if plan.resume_from is not None and processes.is_main_process:
+            complete_last(plan.resume_from, plan.args)  # killed just before
         processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
         return
     if processes.is_main_process:
@@ -191,7 +194,7 @@ def train(plan: RunPlan) -> None:
             )
             loss = velocity_loss(predict, alphas_cumprod, drawn.latents, drawn.timesteps, drawn.noise)
             stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
-            accelerator.backward(loss.mean())
+            backward(accelerator, loss.mean(), progress.step)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
                 overflow = accelerator.optimizer_step_was_skipped or not math.isfinite(grad_norm)
@@ -207,9 +210,7 @@ def train(plan: RunPlan) -> None:
         if accelerator.optimizer_step_was_skipped:  # fp16: the loss scale is halved, and the update does not count
             losses, timesteps, skipped = [], [], skipped + 1
             if skipped > MOST_SKIPPED_UPDATES:
-                raise UserError(
-                    f"fp16 gradients overflowed {skipped} times in a row at step {progress.step + 1}; use bf16."
-                )
+                raise UserError(OVERFLOW.format(progress.step + 1))
             metrics.start_lap()
             continue
         skipped = 0
@@ -246,6 +247,16 @@ def stop_if_not_finite(loss: torch.Tensor, timesteps: torch.Tensor, samples: lis
                 f"The loss is {value} at step {step + 1}, sample {sample}, timestep {timestep}. {WHAT_TO_DO}",
                 on_every_rank=False,
             )
+
+
+def backward(accelerator: Accelerator, loss: torch.Tensor, step: int) -> None:
+    """The backward pass; under DeepSpeed the update as well, which it may give up before `MOST_SKIPPED_UPDATES`."""
+    try:
+        accelerator.backward(loss)
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise UserError(OVERFLOW.format(step + 1)) from error
 
 
 def end_with_the_launcher() -> None:

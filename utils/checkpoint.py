@@ -89,10 +89,18 @@ class Checkpoints:
             self.accelerator.save_state(str(aside / TRAINING_STATE))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._save_weights(aside, is_last)
+            if self.is_zero and (lacking := damaged_zero_files(aside, self.accelerator.num_processes)):
+                raise UserError(
+                    f"{aside} lacks {', '.join(lacking)} of other machines; --output_dir must be on a disk that all "
+                    "machines share.",
+                    on_every_rank=False,
+                )
+            self._save_weights(aside)
             write_args(self.args, aside)
             (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
             aside.rename(final)
+            if is_last:
+                complete_last(final, self.args)
             limit = self.args.checkpoint.checkpointing_limit
             for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
                 # out of sight before it is incomplete
@@ -124,8 +132,8 @@ class Checkpoints:
         # update, so it begins anew, whatever the number of ranks and of micro-batches is now
         self.accelerator.step = 0
 
-    def _save_weights(self, folder: Path, is_last: bool) -> None:
-        """On the main process, and from the files of all where ZeRO has divided the weights."""
+    def _save_weights(self, folder: Path) -> None:
+        """On the main process, and from the files of all where ZeRO has divided the adapters."""
         if self.is_zero:
             self.transformer.save_config(folder)
             (folder / "config.json").rename(folder / TRANSFORMER_CONFIG)
@@ -136,9 +144,6 @@ class Checkpoints:
             save_lora(state, lora_config(self.args), folder)
         elif not self.is_zero:
             self.transformer.save_pretrained(folder / "transformer")
-        elif is_last:
-            dtype = DTYPES[self.args.checkpoint.export_dtype or "bf16"]
-            export(read_zero(folder), folder / TRANSFORMER_CONFIG, folder / "transformer", dtype, "--output_dir")
 
     def _adapters(self, folder: Path) -> dict[str, torch.Tensor]:
         """The adapters under peft's names, float32."""
@@ -146,6 +151,15 @@ class Checkpoints:
             named = {name.replace(".default.", "."): stored for name, stored in read_zero(folder).items()}
             return {name: stored.read() for name, stored in named.items() if ".lora_" in name}
         return {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.transformer).items()}
+
+
+def complete_last(checkpoint: Path, args: Args) -> None:
+    """Writes the transformer/ of a run's last checkpoint where its weights are in DeepSpeed's files alone."""
+    if args.model.training_type == "sft" and not (checkpoint / "transformer").exists():
+        dtype = DTYPES[args.checkpoint.export_dtype or "bf16"]
+        export(
+            read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG, checkpoint / "transformer", dtype, "--output_dir"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -158,6 +158,9 @@ def unusable(template: dict[str, Any], args: Args) -> Iterator[str]:
     for key in UNSUPPORTED:
         if get(template, key):
             yield f"{key} is {json.dumps(get(template, key))}; only data parallelism is supported, remove it."
+    for key in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if get(template, key) is False:
+            yield f"{key} is false; gradients that are not finite would reach the weights, remove it."
     zero = template["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
         if get(zero, f"{name}.device") == "nvme":
