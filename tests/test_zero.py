@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -218,15 +219,20 @@ sys.meta_path.insert(0, Finder())
 def test_two_launchers_are_two_machines(tiny, data, tmp_path, single_process, script):
     out = tmp_path / "out"
     options = sft(tiny("5b"), data, out, form="5b")
-    machines = {"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "127.0.0.1", "MAIN_PROCESS_PORT": 29517, "OMP_NUM_THREADS": 1}
-    second = subprocess.Popen(
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    machines = {"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "127.0.0.1", "MAIN_PROCESS_PORT": port, "OMP_NUM_THREADS": 1}
+    with subprocess.Popen(
         command(script, *options),
         env=environment(None, MACHINE_RANK=1, **machines),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )
-    succeed(script, *options, MACHINE_RANK=0, **machines)
-    assert second.wait(timeout=60) == 0
+    ) as second:
+        try:
+            succeed(script, *options, MACHINE_RANK=0, **machines)
+            assert second.wait(timeout=60) == 0
+        finally:
+            second.kill()
     weights = load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, expected in single_process("5b").items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6, msg=name)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -73,7 +74,7 @@ def complete(args: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def end(fault: str) -> None:
+def end(fault: str) -> NoReturn:
     print(f"error: {fault}", file=sys.stderr)
     sys.exit(2)
 
@@ -88,6 +89,8 @@ def main() -> int:
         code = error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:
         code = error.returncode
+    except ConnectionError:
+        end(f"MAIN_PROCESS_PORT={args.main_process_port} is in use here; choose another, the same on all machines.")
     except SignalException as error:  # Ctrl-C, or the scheduler of a cluster
         code = -error.sigval
     else:
