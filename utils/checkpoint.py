@@ -35,7 +35,7 @@ from utils.components import DTYPES
 from utils.errors import UserError
 from utils.export import TRANSFORMER_CONFIG, export
 from utils.lora import save_lora
-from utils.stored_weights import rank_files, read_zero, zero_folder
+from utils.stored_weights import LATEST, rank_files, read_zero, zero_folder
 from utils.trainable import lora_config
 
 ARGS_FILE = "args.json"
@@ -184,8 +184,8 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 def damaged_zero_files(folder: Path, num_processes: int) -> list[str]:
     """Names of the files of DeepSpeed's that are missing or cut short in a checkpoint."""
     found = zero_folder(folder)
-    if found is None or not (folder / "latest").is_file():
-        return ["latest, pytorch_model/"]
+    if found is None or not (folder / LATEST).is_file():
+        return [f"{LATEST}, pytorch_model/"]
     files = [*rank_files(found, "optim"), *rank_files(found, "model")]
     states = [folder / f"random_states_{rank}.pkl" for rank in range(num_processes)]
     damaged = [path.name for path in files + states if not zipfile.is_zipfile(path)]  # its directory is at its end

@@ -45,7 +45,7 @@ def read_bins(files: list[Path]) -> dict[str, StoredTensor]:
     tensors = {}
     for file in files:
         for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
-            tensors[name] = StoredTensor(tuple(tensor.shape), partial(lambda mapped: mapped, tensor))
+            tensors[name] = StoredTensor(tuple(tensor.shape), tensor.detach)
     return tensors
 
 

@@ -74,7 +74,7 @@ def resolve_template(path: Path, args: Args, width: int, num_processes: int) -> 
         if get(config, key) == "auto":
             put(config, key, value)
     faults += [f'{path}: {key} is "auto", which nothing fills in; state a value.' for key in autos(config)]
-    faults += [f"{path}: {fault}" for fault in refused_by_deepspeed(config)] if not faults else []
+    faults = faults or [f"{path}: {fault}" for fault in refused_by_deepspeed(config)]
     if faults:
         raise UserError(faults)
     return config
@@ -87,7 +87,7 @@ def without_nulls(value: Any) -> Any:
     return {name: without_nulls(item) for name, item in value.items() if item is not None}
 
 
-def refused_by_deepspeed(config: dict[str, Any]) -> Iterator[str]:
+def refused_by_deepspeed(config: dict[str, Any]) -> list[str]:
     """What DeepSpeed's own checks say, before it builds anything."""
     from deepspeed.runtime.config import DeepSpeedConfig  # two seconds to import
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -108,7 +108,7 @@ def refused_by_deepspeed(config: dict[str, Any]) -> Iterator[str]:
             DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
         except Exception as error:
             faults.append(f"DeepSpeed does not take it: {' '.join(str(error).split())[:300]}")
-    yield from faults
+    return faults
 
 
 def known(args: Args, num_processes: int) -> dict[str, tuple[Any, str]]:
