@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dataset.video import ClipError, Resolution, decode, frames_available, load_image, probe
+from dataset.video import ClipError, Resolution, View, decode, frames_available, load_image, probe
 from utils import components
 from utils.args import finite, make_parser, option, parse_group, positive, seed_faults
 from utils.errors import Findings, UserError, told_to_the_user
@@ -102,8 +102,7 @@ def choose_resolution(args: DemoArgs, form: ModelForm, task: str) -> Resolution:
     resolution = Resolution(frames, args.height or form.native.height, args.width or form.native.width)
     if task != "v2v" or args.image_or_video_path is None:
         return resolution
-    _, times = told(probe, args.image_or_video_path)
-    available = frames_available(times, args.fps or form.fps)
+    available = frames_available(told(probe, args.image_or_video_path), args.fps or form.fps)
     # The pipeline takes the latents from the clip and does not pad them. 1.5 needs an even number of latent frames, and
     # the VAE gives back as many frames as it got only for 8N (even) and 8N+1 (odd).
     rest = 0 if form.is_v1_5 else 1
@@ -171,11 +170,10 @@ def read_condition(args: DemoArgs, form: ModelForm, task: str, resolution: Resol
         return {}
     if task == "i2v":
         pixels = told(load_image, path, resolution, "stretch")
-        return {"image": Image.fromarray(pixels.movedim(0, -1).numpy())}
+        return {"image": Image.fromarray(pixels.numpy())}
     if task == "v2v":
-        clip = told(decode, path, resolution, args.fps or form.fps, "stretch")
-        frames = [Image.fromarray(frame) for frame in clip.movedim(1, -1).numpy()]
-        return {"video": frames, "strength": args.strength}
+        clip = told(decode, path, View(resolution, args.fps or form.fps, "stretch", 0, resolution.frames))
+        return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
     return {}
 
 

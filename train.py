@@ -30,6 +30,7 @@ from accelerate.utils import (
 )
 
 from dataset.cached_dataset import DRAWS, CachedDataset, SampleStream, batches, seed_for
+from dataset.files import remove_leftovers
 from dataset.latent_cache import LatentCache
 from dataset.precompute import Share, precompute_clips, precompute_prompts
 from utils import components, encoders
@@ -42,12 +43,14 @@ from utils.metrics import TRACKERS, Metrics, quarter_means
 from utils.optimizer import make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.preflight import preflight
+from utils.roll_call import RollCall
 from utils.schedule import is_due
 from utils.trainable import compute_dtype, make_trainable, trained_parameters, weight_dtype
 from utils.validation import validate
 
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+BAD_SAMPLES_FILE = "bad_samples.txt"
 # A loss scale of 2^16 is down to 1 after as many halvings.
 MOST_SKIPPED_UPDATES = 16
 OVERFLOW = "The gradients of step {} overflow in fp16 at every loss scale; use --mixed_precision bf16."
@@ -62,7 +65,8 @@ def main() -> None:
     with suppress(UserError):  # told by preflight
         components.resolve_model_dir(args.model.model_path)  # a download, before processes wait for each other
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout))
-    plan = on_main_process(processes, preflight, args, processes.num_processes)
+    roll_call = RollCall(processes, args.system.nccl_timeout)
+    plan = on_main_process(processes, roll_call, preflight, args, processes.num_processes, roll_call.alive)
     processes.print(describe(plan))
     if args.output.dry_run:
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
@@ -77,12 +81,14 @@ def main() -> None:
     processes.wait_for_everyone()
     if not (plan.args.output.output_dir / ARGS_FILE).is_file():
         raise UserError(f"--output_dir {plan.args.output.output_dir} is not on a disk that all machines share.")
-    fill_cache(processes, plan)
+    plan = fill_cache(processes, roll_call, plan)
     if not args.data.precompute_only:
         train(plan)
 
 
-def on_main_process(processes: PartialState, function: Callable[..., Result], *args: Any) -> Result:
+def on_main_process(
+    processes: PartialState, roll_call: RollCall, function: Callable[..., Result], *args: Any
+) -> Result:
     """Calls a function on the main process and gives its result, or its UserError, to every process."""
     outcome: list[Any] = [None]
     if processes.is_main_process:
@@ -90,6 +96,8 @@ def on_main_process(processes: PartialState, function: Callable[..., Result], *a
             outcome = [function(*args)]
         except UserError as error:
             outcome = [error]
+        roll_call.done(function.__name__)
+    roll_call.wait_for([0], function.__name__)
     broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
         with suppress(RuntimeError):  # a process that ends while another still reads would break its connection
@@ -99,31 +107,67 @@ def on_main_process(processes: PartialState, function: Callable[..., Result], *a
     return outcome[0]
 
 
-def fill_cache(processes: PartialState, plan: RunPlan) -> None:
-    """Encodes what the cache lacks, each process its share. Raises UserError with all clips that cannot be used."""
+def fill_cache(processes: PartialState, roll_call: RollCall, plan: RunPlan) -> RunPlan:
+    """Encodes what the cache lacks, each process its share.
+
+    Returns:
+        the plan without the samples that cannot be used.
+
+    Raises:
+        UserError: there are some, and --skip_bad_samples is off; everything else is encoded then.
+    """
     args, device = plan.args, processes.device
     cache, share = LatentCache(plan.cache_dir), Share(processes.process_index, processes.num_processes)
+    if processes.is_main_process:
+        remove_leftovers(plan.cache_dir)
     load_prompt_encoder = partial(encoders.prompt_encoder, plan.model_dir, device, plan.form.max_text_seq_length)
     load_pixel_encoders = partial(
         encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
     )
-    faults = precompute_prompts(cache, plan.prompts, load_prompt_encoder, share)
-    faults += precompute_clips(
+    unusable = precompute_prompts(cache, plan.prompts, load_prompt_encoder, share, roll_call.alive)
+    unusable |= precompute_clips(
         cache,
         plan.samples + plan.validation,
         plan.keys + plan.validation_keys,
         load_pixel_encoders,
         share,
-        args.data.train_resolution,
-        plan.fps,
-        args.data.resize_mode,
         args.system.num_workers,
+        args.data.clip_timeout,
+        roll_call.alive,
     )
-    processes.wait_for_everyone()
-    if faults := gather_object(faults):
+    roll_call.done("cache")
+    roll_call.wait_for(roll_call.everyone, "cache")
+    shares = gather_object([unusable])
+    return without_bad_samples(plan, {name: fault for part in shares for name, fault in part.items()}, processes)
+
+
+def without_bad_samples(plan: RunPlan, unusable: dict[str, str], processes: PartialState) -> RunPlan:
+    """Lists them in a file and on the screen, and stops, or goes on with the rest.
+
+    Args:
+        unusable: entry -> why it could not be made.
+    """
+    sentences = [*plan.bad, *dict.fromkeys(unusable.values())]
+    listed = plan.args.output.output_dir / BAD_SAMPLES_FILE
+    if processes.is_main_process:
+        listed.unlink(missing_ok=True)
+        if sentences:
+            listed.write_text("\n".join(sentences) + "\n")
+    if not sentences:
+        return plan
+    if not plan.args.data.skip_bad_samples:
         raise UserError(
-            [*faults, "What is named above cannot be used; everything else is encoded and kept in the cache."]
+            [
+                *sentences,
+                f"What is named above cannot be used, and is listed in {listed}; everything else is encoded and in the "
+                "cache. Mend or remove these lines, or go on without them: --skip_bad_samples true.",
+            ]
         )
+    plan = plan.without(unusable.keys())
+    processes.print("\n".join([*sentences, f"Going on without these; they are listed in {listed}."]))
+    if not plan.samples:
+        raise UserError("No sample is left to train on.")
+    return plan
 
 
 def train(plan: RunPlan) -> None:
@@ -164,7 +208,13 @@ def train(plan: RunPlan) -> None:
     seed, batch_size = args.training.seed, args.training.batch_size
     dataset = CachedDataset(LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed)
     stream = SampleStream(
-        len(dataset), batch_size, accelerator.process_index, accelerator.num_processes, seed, progress.samples_seen
+        [excerpt.resolution for excerpt in plan.samples],
+        batch_size,
+        plan.samples_per_step,
+        accelerator.process_index,
+        accelerator.num_processes,
+        seed,
+        progress.samples_seen,
     )
     loader = batches(dataset, stream, args.system.num_workers, args.system.pin_memory)
 

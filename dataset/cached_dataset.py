@@ -1,13 +1,16 @@
 """Cached entries to batches, in an order that depends on the seed and on nothing else.
 
 The samples of a run form one endless stream: the dataset in a new random order each epoch, one epoch after the other.
-Sample n of the stream has its order, noise and timestep from (seed, n) alone. However the stream is dealt out, to
-ranks, micro-batches or a resumed run, every sample meets the same noise; resuming needs to know one number, n.
+Sample n of the stream has its order, noise and timestep from (seed, n) alone. An update takes the next samples that
+have the same resolution: as the stream goes by, each bucket collects, and the first that is full is the next update.
+However an update is dealt out, to ranks and micro-batches, and wherever a run is resumed, every sample meets the same
+noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ from dataset.latent_cache import DamagedEntry, LatentCache, SampleKeys
 from utils.errors import UserError
 
 # What a random number is for: the same seed and position serve each purpose with numbers of its own.
-ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT = range(4)
+ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT, FLIP = range(5)
 
 
 def seed_for(purpose: int, seed: int, number: int) -> int:
@@ -39,34 +42,54 @@ class SampleStream(Sampler[list[Place]]):
     """Deals the stream out in micro-batches: to each rank in turn, then the next micro-batch.
 
     Args:
-        dataset_size: number of samples.
+        buckets: of every sample of the dataset; equal where two may share a batch.
         batch_size: samples a rank and micro-batch.
-        start: position in the stream from which to go on.
+        samples_per_update: of all ranks and micro-batches.
+        start: number of samples of the stream that were trained on before.
     """
 
-    def __init__(self, dataset_size: int, batch_size: int, rank: int, world_size: int, seed: int, start: int) -> None:
-        self.dataset_size, self.batch_size, self.seed = dataset_size, batch_size, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
+    def __init__(
+        self,
+        buckets: Sequence[Any],
+        batch_size: int,
+        samples_per_update: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start: int,
+    ) -> None:
+        self.buckets, self.batch_size, self.samples_per_update = buckets, batch_size, samples_per_update
+        self.rank, self.world_size, self.seed, self.start = rank, world_size, seed, start
 
     def __iter__(self) -> Iterator[list[Place]]:
-        epoch, order = -1, []
-        for first in _count(self.start + self.rank * self.batch_size, self.world_size * self.batch_size):
-            places = []
-            for number in range(first, first + self.batch_size):
-                if number // self.dataset_size != epoch:
-                    epoch = number // self.dataset_size
-                    order = self._order(epoch)
-                places.append(Place(number, order[number % self.dataset_size]))
-            yield places
+        for update in self._updates():
+            mine = range(self.rank * self.batch_size, self.samples_per_update, self.world_size * self.batch_size)
+            for first in mine:
+                yield update[first : first + self.batch_size]
 
-    def _order(self, epoch: int) -> list[int]:
-        return np.random.default_rng(seed_for(ORDER, self.seed, epoch)).permutation(self.dataset_size).tolist()
+    def _updates(self) -> Iterator[list[Place]]:
+        """The samples of each update; the first `start` that would be trained on go by."""
+        collected: defaultdict[Any, list[tuple[int, int]]] = defaultdict(list)
+        buckets, size, to_pass = self.buckets, self.samples_per_update, self.start
+        for number, index in self._stream():
+            waiting = collected[buckets[index]]
+            waiting.append((number, index))
+            if to_pass and len(waiting) >= min(size, to_pass):  # the last ones need not fill an update of today's size
+                gone = min(size, to_pass)
+                del waiting[:gone]
+                to_pass -= gone
+            elif len(waiting) == size:
+                yield [Place(*place) for place in waiting]
+                waiting.clear()
 
-
-def _count(start: int, step: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += step
+    def _stream(self) -> Iterator[tuple[int, int]]:
+        """Endless (number, index)."""
+        number = 0
+        while True:
+            epoch = number // len(self.buckets)
+            order = np.random.default_rng(seed_for(ORDER, self.seed, epoch)).permutation(len(self.buckets))
+            yield from enumerate(order.tolist(), number)
+            number += len(self.buckets)
 
 
 class CachedDataset(Dataset):
@@ -87,18 +110,20 @@ class CachedDataset(Dataset):
 
     def __getitem__(self, place: Place) -> dict[str, Any] | DamagedEntry:
         keys = self.keys[place.index]
-        assert keys.video is not None  # only validation prompts go without a clip
-        generator = np.random.default_rng(seed_for(CAPTION_DROPOUT, self.seed, place.number))
-        dropped = generator.random() < self.caption_dropout
+        dropped = self._draw(CAPTION_DROPOUT, place) < self.caption_dropout
+        mirrored = len(keys.video) > 1 and self._draw(FLIP, place) < 0.5
         item: dict[str, Any] = {"number": place.number, "index": place.index}
         try:
-            item["video"] = self.cache.read(keys.video)
+            item["video"] = self.cache.read(keys.video[mirrored])
             item["prompt"] = self.cache.read(self.empty_prompt if dropped else keys.prompt)
-            if keys.image is not None:
-                item["image"] = self.cache.read(keys.image)
+            if keys.image:
+                item["image"] = self.cache.read(keys.image[mirrored])
         except DamagedEntry as damage:
             return damage  # raised in a worker it would reach the user as a traceback
         return item
+
+    def _draw(self, purpose: int, place: Place) -> float:
+        return np.random.default_rng(seed_for(purpose, self.seed, place.number)).random()
 
 
 def batches(
@@ -118,8 +143,9 @@ def batches(
         pin_memory=pin_memory and torch.cuda.is_available(),
     ):
         if isinstance(batch, DamagedEntry):
+            dataset.cache.remove(str(batch))
             raise UserError(
-                f"{dataset.cache.folder}: the entry {batch} was damaged or removed while training ran; "
+                f"{dataset.cache.folder}: the entry {batch} is damaged or was removed while training ran; "
                 "run the same command again to have it encoded anew.",
                 on_every_rank=False,
             )

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 import zlib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
+from safetensors.torch import save
 
-from dataset.manifest import Sample
-from dataset.video import PIXELS_VERSION, Resolution
+from dataset.excerpts import Excerpt
+from dataset.files import FileFacts, set_nanoseconds, write_whole
+from dataset.video import PIXELS_VERSION, SPREAD, View
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SUFFIX = ".safetensors"
 _TENSOR = "data"
 
 
@@ -40,15 +40,14 @@ class LatentCache:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+        return self.folder / f"{name}{SUFFIX}"
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Stores a tensor under `name`, atomically; the last writer wins."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensor = tensor.detach().cpu().contiguous()
-        aside = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
-        aside.replace(self.path(name))
+        content = save({_TENSOR: tensor}, metadata={"crc32": _checksum(name, tensor)})
+        write_whole(self.path(name), content, _seal(name, len(content)))
 
     def read(self, name: str) -> torch.Tensor:
         """Returns the tensor stored under `name`. Raises DamagedEntry."""
@@ -61,13 +60,38 @@ class LatentCache:
             raise DamagedEntry(name)
         return tensor
 
-    def is_intact(self, name: str) -> bool:
-        """Whether the entry is there and whole. Reads all of it."""
+    def is_intact(self, name: str, reads: bool = False) -> bool:
+        """Whether the entry is there and whole; what is left of a damaged one is removed.
+
+        Its modification time tells whether anybody has written to it since; only if so, or with `reads`, is it read.
+        """
+        path = self.path(name)
         try:
+            status = path.stat()
+            seal = _seal(name, status.st_size)
+            if status.st_mtime_ns % 10**9 == seal and not reads:
+                return True
             self.read(name)
-        except DamagedEntry:
+        except (OSError, DamagedEntry):
+            self.remove(name)
             return False
+        with suppress(OSError):  # a cache that can only be read
+            set_nanoseconds(path, seal)  # a copy, say; it need not be read again
         return True
+
+    def remove(self, name: str) -> None:
+        with suppress(OSError):  # another process may have done so, or the folder may be one that can only be read
+            self.path(name).unlink()
+
+    def names(self) -> Iterator[str]:
+        """Of all entries that are there."""
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            yield path.name.removesuffix(SUFFIX)
+
+
+def _seal(name: str, size: int) -> int:
+    """The nanoseconds of an entry's modification time; any other writer leaves others, but for one in 10^9."""
+    return zlib.crc32(f"{name} {size}".encode()) % 10**9
 
 
 def _checksum(name: str, tensor: torch.Tensor) -> str:
@@ -75,72 +99,69 @@ def _checksum(name: str, tensor: torch.Tensor) -> str:
     return str(zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode())))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleKeys:
-    """Names of a sample's cache entries; `image` is None for t2v, `video` for a validation prompt without a clip."""
+    """Names of a sample's cache entries.
 
-    video: str | None
-    image: str | None
+    Attributes:
+        video: one, and with --flip its mirror image; none for a validation prompt without a clip.
+        image: in the same order; none for t2v.
+    """
+
+    video: tuple[str, ...]
+    image: tuple[str, ...]
     prompt: str
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What, besides the files themselves, decides the encoded bytes.
+    """What, besides the files and what is taken of them, decides the encoded bytes.
 
     Attributes:
         vae, text_encoder: identity of the weights, with dtype and settings.
         image_noise: i2v: how the condition image is noised before it is encoded; None for t2v.
+        flip: whether the mirror image of each sample is encoded too.
     """
 
-    resolution: Resolution
-    fps: float
-    resize_mode: str
     vae: str
     text_encoder: str
     image_noise: str | None
+    flip: bool = False
 
     def prompt_key(self, prompt: str) -> str:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
-    def sample_keys(self, samples: list[Sample]) -> list[SampleKeys]:
-        """Reads every file once, for its digest."""
-        files = {path for sample in samples for path in (sample.video, sample.image) if path is not None}
-        digests = digest_files(files)
-        size = {
-            "height": self.resolution.height,
-            "width": self.resolution.width,
-            "mode": self.resize_mode,
-            "encoder": self.vae,
-            "pixels": PIXELS_VERSION,
-        }
-
-        def keys(sample: Sample) -> SampleKeys:
-            video = image = None
+    def sample_keys(self, excerpt: Excerpt, facts: Mapping[Path, FileFacts]) -> SampleKeys:
+        """Args: facts: of every file that the samples name."""
+        sample, video, image = excerpt.sample, [], []
+        for view in excerpt.views(self.flip):
             if sample.video is not None:
-                clip = {"content": digests[sample.video], "frames": self.resolution.frames, "fps": self.fps}
-                video = _name("video", **clip, **size)
-            source = sample.image or sample.video
-            if self.image_noise is not None and source is not None:
-                image = _name("image", content=digests[source], noise=self.image_noise, **size)
-            return SampleKeys(video, image, self.prompt_key(sample.prompt))
+                video.append(self._name("video", facts[sample.video], view, frames=view.resolution.frames))
+            if self.image_noise is not None and sample.image is not None:
+                still = replace(view, first=0)
+                image.append(self._name("image", facts[sample.image], still, noise=self.image_noise))
+            elif self.image_noise is not None and sample.video is not None:
+                image.append(self._name("image", facts[sample.video], view, noise=self.image_noise))
+        return SampleKeys(tuple(video), tuple(image), self.prompt_key(sample.prompt))
 
-        return [keys(sample) for sample in samples]
+    def _name(self, kind: str, facts: FileFacts, view: View, **more: Any) -> str:
+        begins = {"first": view.first, "rate": view.rate} if view.first or kind == "video" else {}
+        if view.rate == SPREAD and kind == "video":
+            begins["span"] = view.span
+        return _name(
+            kind,
+            content=facts.digest,
+            height=view.resolution.height,
+            width=view.resolution.width,
+            mode=view.mode,
+            flipped=view.flipped,
+            encoder=self.vae,
+            pixels=PIXELS_VERSION,
+            **begins,
+            **more,
+        )
 
 
 def _name(kind: str, **facts: Any) -> str:
     text = json.dumps({"format": FORMAT_VERSION, **facts}, sort_keys=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-
-
-def digest_files(files: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each file's content, computed in threads."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    files = sorted(files)
-    with ThreadPoolExecutor() as pool:
-        digests = tqdm(pool.map(digest, files), "Reading files", len(files), unit="file", delay=3, leave=False)
-        return dict(zip(files, digests, strict=True))

@@ -1,14 +1,20 @@
-"""Line files to samples. Finds every fault of a data folder before it reports any."""
+"""Line files, or a table, to samples. Finds every fault of a data folder before it reports any."""
 
 from __future__ import annotations
 
+import csv
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from utils.errors import UserError
 
+Content = TypeVar("Content")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One line of a data folder.
 
@@ -38,13 +44,44 @@ def with_id_token(prompt: str, id_token: str) -> str:
     return f"{id_token} {prompt}".strip()
 
 
+# The table that stands for the line files where a data folder has one of these and no captions.
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A .jsonl or .csv file in place of the line files; its columns are named prompt, video and image."""
+
+    name: str
+    required: tuple[str, ...] = ("prompt", "video")
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The texts of one column, with the place of each for messages: file and line."""
+
+    source: Path
+    texts: list[str]
+    lines: list[int]
+
+
+def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
+    """The name of a data folder's table; None where it has line files."""
+    if metadata is not None:
+        return metadata
+    found = [name for name in TABLES if (root / name).is_file()]
+    return found[0] if found and not (root / captions).exists() else None
+
+
 def read_manifest(
     root: Path,
-    captions: str,
-    videos: str | None,
-    images: str | None,
+    captions: str = "",
+    videos: str | None = None,
+    images: str | None = None,
     id_token: str = "",
     flag: str = "--data_root",
+    table: Table | None = None,
 ) -> list[Sample]:
     """Reads a data folder.
 
@@ -53,6 +90,7 @@ def read_manifest(
         captions, videos, images: names of the line files; None where there is none.
         id_token: put before every prompt.
         flag: the option that named the folder, for messages.
+        table: in place of the line files.
 
     Raises:
         UserError: with all faults found: missing folder or files, counts that differ, empty lines.
@@ -60,36 +98,104 @@ def read_manifest(
     if not root.is_dir():
         raise UserError(f"{flag} {root}: there is no such folder.")
     faults: list[str] = []
-    columns: dict[str, list[str]] = {}
-    for name in filter(None, (captions, videos, images)):
-        try:
-            columns[name] = read_lines(root / name)
-        except FileNotFoundError:
-            faults.append(f"{root / name}: there is no such file.")
-        except (UnicodeDecodeError, OSError) as error:
-            faults.append(f"{root / name}: cannot be read as UTF-8 text ({error}).")
-    if len({len(lines) for lines in columns.values()}) > 1:
-        counts = ", ".join(f"{name} has {len(lines)}" for name, lines in columns.items())
-        faults.append(f"{root}: the line files must have the same number of lines, one sample a line; {counts}.")
-    elif columns and not any(columns.values()):
-        faults.append(f"{root}: the line files are empty.")
-    for name, lines in columns.items():
-        for number, text in enumerate(lines, 1):
+    if table is not None:
+        columns = _read_table(root / table.name, table, faults)
+    else:
+        files = {"prompt": captions, "video": videos, "image": images}
+        columns = _read_line_files(root, {name: file for name, file in files.items() if file}, faults)
+    for name, column in columns.items():
+        for line, text in zip(column.lines, column.texts, strict=True):
             if not text:
-                faults.append(f"{root / name}, line {number}: the line is empty.")
-            elif name != captions and not _is_file(root / text):
-                faults.append(f"{root / name}, line {number}: there is no file {str(root / text)[:200]}.")
+                what = "the line" if table is None else f"its {name}"
+                faults.append(f"{column.source}, line {line}: {what} is empty.")
+            elif name != "prompt" and not _is_file(root / text):
+                faults.append(f"{column.source}, line {line}: there is no file {str(root / text)[:200]}.")
     if faults:
         raise UserError(faults)
 
-    def paths(name: str | None) -> list[Path | None]:
-        return [None] * len(columns[captions]) if name is None else [root / text for text in columns[name]]
+    prompts = columns["prompt"]
 
-    rows = zip(columns[captions], paths(videos), paths(images), strict=True)
-    return [
-        Sample(number, with_id_token(prompt, id_token), video, image)
-        for number, (prompt, video, image) in enumerate(rows, 1)
-    ]
+    def paths(name: str) -> Iterable[Path | None]:
+        return (root / text for text in columns[name].texts) if name in columns else [None] * len(prompts.texts)
+
+    rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), strict=True)
+    return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
+
+
+def _read_line_files(root: Path, files: dict[str, str], faults: list[str]) -> dict[str, _Column]:
+    columns = {}
+    for name, file in files.items():
+        texts = _read(root / file, read_lines, faults)
+        if texts is not None:
+            columns[name] = _Column(root / file, texts, list(range(1, len(texts) + 1)))
+    if len({len(column.texts) for column in columns.values()}) > 1:
+        counts = ", ".join(f"{files[name]} has {len(column.texts)}" for name, column in columns.items())
+        faults.append(f"{root}: the line files must have the same number of lines, one sample a line; {counts}.")
+    elif columns and not any(column.texts for column in columns.values()):
+        faults.append(f"{root}: the line files are empty.")
+    return columns
+
+
+def _read_table(path: Path, table: Table, faults: list[str]) -> dict[str, _Column]:
+    rows = _read(path, _read_csv if path.suffix == ".csv" else _read_jsonl, faults)
+    if rows is None:
+        return {}
+    if not rows:
+        faults.append(f"{path}: the table is empty.")
+    has = dict.fromkeys(str(key) for _, row in rows for key in row)
+    columns = {}
+    for name in (*table.required, *table.optional):
+        if name not in has:
+            if name in table.required and rows:
+                faults.append(f"{path} has no column '{name}'; it has {', '.join(has)}.")
+            continue
+        texts = [(line, row.get(name)) for line, row in rows]
+        faults += [
+            f"{path}, line {line}: it has no text '{name}'." for line, text in texts if not isinstance(text, str)
+        ]
+        given = [(line, text.strip()) for line, text in texts if isinstance(text, str)]
+        columns[name] = _Column(path, [text for _, text in given], [line for line, _ in given])
+    return columns
+
+
+def _read(path: Path, reader: Callable[[Path], Content], faults: list[str]) -> Content | None:
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        faults.append(f"{path}: there is no such file.")
+    except (UnicodeDecodeError, OSError) as error:
+        faults.append(f"{path}: cannot be read as UTF-8 text ({error}).")
+    except ValueError as error:
+        faults.append(f"{path}{error}")
+    return None
+
+
+def _read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line, row) of each line that is not empty."""
+    rows = []
+    for number, text in enumerate(read_lines(path), 1):
+        try:
+            row = json.loads(text) if text else None
+        except ValueError as error:
+            raise ValueError(f", line {number}: it is no JSON ({error}).") from error
+        if row is not None and not isinstance(row, dict):
+            raise ValueError(
+                f", line {number}: it is no JSON object; each line must be one, such as "
+                '{"video": "videos/0001.mp4", "prompt": "a kitten"}.'
+            )
+        if row is not None:
+            rows.append((number, row))
+    return rows
+
+
+def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line on which it ends, row); the first line names the columns."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            return [(reader.line_num, {key: value for key, value in row.items() if key}) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f", line {reader.line_num}: it is no CSV ({error}).") from error
 
 
 def _is_file(path: Path) -> bool:

@@ -6,18 +6,19 @@ checks only that share. Prompts and clips are two passes, so that their encoders
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dataset.excerpts import Excerpt
 from dataset.latent_cache import LatentCache, SampleKeys
-from dataset.manifest import Sample
-from dataset.video import ClipError, Resolution, decode, load_image
+from dataset.video import ClipError, View, decode, load_image
+from dataset.workers import Failure, contained
 
 EncodePrompt = Callable[[str], torch.Tensor]
 
@@ -27,8 +28,8 @@ class PixelEncoders:
     """Plain functions that stand for the VAE.
 
     Attributes:
-        video: uint8 [F, C, H, W] -> moments.
-        image: uint8 [C, H, W], and a seed for its noise -> moments.
+        video: uint8 [F, H, W, C] -> moments.
+        image: uint8 [H, W, C], and a seed for its noise -> moments.
     """
 
     video: Callable[[torch.Tensor], torch.Tensor]
@@ -48,38 +49,30 @@ class Share:
 
 @dataclass(frozen=True)
 class _Job:
-    sample: Sample
+    """A view of a sample, and the names of the entries to be made of it."""
+
+    excerpt: Excerpt
+    view: View
     video: str | None
     image: str | None
 
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.video, self.image) if name is not None]
 
-class _Decoded(Dataset):
-    """Job -> (job, pixels of the clip or None, pixels of the image or None, fault or None).
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """[H, W, C] of an image that is a file of its own."""
+        size = self.view.resolution
+        return (size.height, size.width, 3) if self.image and self.excerpt.sample.image else None
 
-    Pixels travel between processes as uint8, a quarter of what the encoder computes with.
-    """
-
-    def __init__(self, jobs: list[_Job], resolution: Resolution, fps: float, mode: str) -> None:
-        self.jobs, self.resolution, self.fps, self.mode = jobs, resolution, fps, mode
-
-    def __len__(self) -> int:
-        return len(self.jobs)
-
-    def __getitem__(self, index: int) -> tuple[_Job, torch.Tensor | None, torch.Tensor | None, str | None]:
-        job, video, image = self.jobs[index], None, None
-        at_fault: Path | None = job.sample.video
-        try:
-            if job.video is not None:
-                video = decode(job.sample.clip, self.resolution, self.fps, self.mode)
-            if job.image is not None and job.sample.image is not None:
-                at_fault = job.sample.image
-                image = load_image(job.sample.image, self.resolution, self.mode)
-            elif job.image is not None:
-                first = Resolution(1, self.resolution.height, self.resolution.width)
-                image = (decode(job.sample.clip, first, self.fps, self.mode) if video is None else video)[0]
-        except ClipError as error:
-            return job, None, None, f"{at_fault} (line {job.sample.line}) {error}."
-        return job, video, image, None
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """[F, H, W, C] of what is decoded of the clip: a single frame where only its image is wanted."""
+        size = self.view.resolution
+        if self.video is None and self.image_shape:
+            return None
+        return (size.frames if self.video else 1), size.height, size.width, 3
 
 
 def precompute_prompts(
@@ -87,87 +80,141 @@ def precompute_prompts(
     prompts: dict[str, str],
     load_encoder: Callable[[], AbstractContextManager[EncodePrompt]],
     share: Share,
-) -> list[str]:
+    alive: Callable[[], None],
+) -> dict[str, str]:
     """Encodes the missing prompts of this rank's share.
 
     Args:
         prompts: entry name -> text.
+        alive: called after each.
 
     Returns:
-        one sentence for each prompt that could not be encoded.
+        entry name -> what is wrong, for each prompt that could not be encoded.
     """
-    missing, faults = [name for name in share.of(prompts) if not cache.is_intact(name)], []
+    missing, faults = [name for name in share.of(prompts) if not cache.is_intact(name)], {}
     if not missing:
-        return []
+        return {}
     with load_encoder() as encode:
         for name in tqdm(missing, desc="Encoding prompts", unit="prompt", disable=share.rank != 0):
             embedding = encode(prompts[name])
             if embedding.isfinite().all():
                 cache.write(name, embedding)
             else:
-                faults.append(f"The prompt {prompts[name]!r}: the text encoder gave values that are not finite.")
+                faults[name] = f"The prompt {prompts[name]!r}: the text encoder gave values that are not finite."
+            alive()
     return faults
 
 
 def precompute_clips(
     cache: LatentCache,
-    samples: list[Sample],
+    excerpts: list[Excerpt],
     keys: list[SampleKeys],
     load_encoders: Callable[[], AbstractContextManager[PixelEncoders]],
     share: Share,
-    resolution: Resolution,
-    fps: float,
-    mode: str,
     num_workers: int,
-) -> list[str]:
+    timeout: float,
+    alive: Callable[[], None],
+) -> dict[str, str]:
     """Encodes the missing clips and images of this rank's share.
 
+    Args:
+        timeout: seconds that a clip may take to decode.
+        alive: called after each.
+
     Returns:
-        one sentence for each clip that could not be encoded; all the others are in the cache.
+        entry name -> what is wrong, for each that could not be made; all the others are in the cache.
     """
-    jobs = _missing_jobs(cache, samples, keys, share)
+    jobs = _missing_jobs(cache, excerpts, keys, share)
     if not jobs:
-        return []
-    faults = []
-    decoded = DataLoader(
-        _Decoded(jobs, resolution, fps, mode),
-        batch_size=None,
-        num_workers=min(num_workers, len(jobs)),
-        prefetch_factor=2 if num_workers else None,
-    )
-    with load_encoders() as encode:
-        for job, video, image, fault in tqdm(
-            decoded, total=len(jobs), desc="Encoding clips", unit="clip", disable=share.rank != 0
-        ):
-            if fault is not None:
-                faults.append(fault)
-                continue
-            moments = {}
-            if video is not None:
-                moments[job.video] = encode.video(video)
-            if image is not None:
-                # the seed comes from the key, so that the entry's bytes do not depend on order or rank
-                moments[job.image] = encode.image(image, int(job.image.rpartition("-")[2][:8], 16))
-            if all(tensor.isfinite().all() for tensor in moments.values()):
-                for name, tensor in moments.items():
-                    cache.write(name, tensor)
+        return {}
+    largest = max(_numel(job.shape) + _numel(job.image_shape) for job in jobs)
+    faults: list[tuple[int, list[str], str]] = []
+    encode = None
+    with (
+        ExitStack() as stack,
+        tqdm(total=len(jobs), desc="Encoding clips", unit="clip", disable=share.rank != 0) as bar,
+    ):
+
+        def still_lacking() -> Iterator[_Job]:
+            for job in jobs:
+                if all(cache.path(name).exists() for name in job.names):
+                    bar.update()  # another run on the same folder was here
+                else:
+                    yield job
+
+        for done in contained(_decode, still_lacking(), min(max(num_workers, 1), len(jobs)), timeout, largest):
+            if isinstance(done.outcome, Failure):
+                fault: str | None = done.outcome.reason
             else:
-                faults.append(f"{job.sample.video} (line {job.sample.line}): the VAE gave latents that are not finite.")
-    return faults
+                encode = encode or stack.enter_context(load_encoders())  # not read where nothing can be decoded
+                fault = _encode(cache, encode, done.job, done.buffer)
+            if fault is not None:
+                faults.append((done.job.excerpt.sample.line, done.job.names, f"{done.job.excerpt} {fault}."))
+            bar.update()
+            alive()
+    return {name: sentence for _, names, sentence in sorted(faults) for name in names}
 
 
-def _missing_jobs(cache: LatentCache, samples: list[Sample], keys: list[SampleKeys], share: Share) -> list[_Job]:
+def _decode(job: _Job, buffer: torch.Tensor) -> bool:
+    """In a worker: pixels into the buffer, the clip's and behind them those of an image of its own."""
+    pixels, image = _pixels(job, buffer)
+    if pixels is not None:
+        view = job.view if job.video else replace(job.view, resolution=replace(job.view.resolution, frames=1))
+        decode(job.excerpt.sample.clip, view, pixels)
+    if image is not None and job.excerpt.sample.image is not None:
+        try:
+            loaded = load_image(job.excerpt.sample.image, job.view.resolution, job.view.mode)
+        except ClipError as error:
+            raise ClipError(f"has an image, {job.excerpt.sample.image}, that {error}") from error
+        image.copy_(loaded.flip(1) if job.view.flipped else loaded)
+    return True
+
+
+def _pixels(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The parts of the buffer: [F, H, W, C] of the clip, [H, W, C] of the image."""
+    clip, image = _numel(job.shape), _numel(job.image_shape)
+    return (
+        buffer[:clip].view(job.shape) if job.shape else None,
+        buffer[clip : clip + image].view(job.image_shape) if job.image_shape else None,
+    )
+
+
+def _encode(cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.Tensor) -> str | None:
+    """Writes the entries of a decoded job; gives what is wrong with it."""
+    pixels, image = _pixels(job, buffer)
+    if image is None and pixels is not None:
+        image = pixels[0]
+    moments = {}
+    if job.video is not None and pixels is not None:
+        moments[job.video] = encode.video(pixels)
+    if job.image is not None and image is not None:
+        # the seed comes from the key, so that the entry's bytes do not depend on order or rank
+        moments[job.image] = encode.image(image, int(job.image.rpartition("-")[2][:8], 16))
+    if not all(tensor.isfinite().all() for tensor in moments.values()):
+        return "gives latents that are not finite"
+    for name, tensor in moments.items():
+        cache.write(name, tensor)
+    return None
+
+
+def _missing_jobs(cache: LatentCache, excerpts: list[Excerpt], keys: list[SampleKeys], share: Share) -> list[_Job]:
     """What the cache lacks of this rank's share; each entry is made once, however many samples name it."""
-    claimed: set[str | None] = {None}
+    claimed: set[str] = set()
     jobs = []
-    for sample, key in zip(samples, keys, strict=True):
-        job = _Job(sample, *(None if name in claimed else name for name in (key.video, key.image)))
-        claimed |= {key.video, key.image}
-        if job.video or job.image:
-            jobs.append(job)
+    for excerpt, key in zip(excerpts, keys, strict=True):
+        names = zip_longest(key.video, key.image)
+        for view, (video, image) in zip(excerpt.views(flip=True), names, strict=False):
+            job = _Job(excerpt, view, *(None if name in claimed else name for name in (video, image)))
+            claimed |= set(job.names)
+            if job.names:
+                jobs.append(job)
 
     def lacking(name: str | None) -> str | None:
         return None if name is None or cache.is_intact(name) else name
 
-    mine = [_Job(job.sample, lacking(job.video), lacking(job.image)) for job in share.of(jobs)]
-    return [job for job in mine if job.video or job.image]
+    mine = [replace(job, video=lacking(job.video), image=lacking(job.image)) for job in share.of(jobs)]
+    return [job for job in mine if job.names]
+
+
+def _numel(shape: tuple[int, ...] | None) -> int:
+    return math.prod(shape) if shape else 0

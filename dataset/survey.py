@@ -2,77 +2,165 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from dataset.excerpts import Cutting, Excerpt, cut
+from dataset.files import FileFacts, FileIndex, Stamp, digest_file, stamp_of
 from dataset.manifest import Sample
-from dataset.video import ClipError, ClipInfo, Resolution, choose_frames, load_image, probe, stretch
+from dataset.video import SPREAD, ClipInfo, Rate, Resolution, image_size, probe, stretch
+from dataset.workers import Failure, contained
 
 # A clip drawn out by more than this is worth a word.
 STRETCH_WORTH_A_WORD = 0.03
+# Seconds between writing down what was found so far.
+_SAVE_EVERY = 60
 
 
-@dataclass
-class Survey:
-    """What was found.
+@dataclass(frozen=True)
+class Found:
+    """What there is to train on and to validate with.
 
     Attributes:
-        clips: of the usable samples that have one.
-        faults: one sentence for each sample that cannot be used.
-        notes: sentences on the whole.
+        facts: of every file that these name.
+        bad: a sentence for each line of the data folders that cannot be used.
     """
 
-    clips: list[ClipInfo] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    samples: list[Excerpt]
+    validation: list[Excerpt]
+    facts: dict[Path, FileFacts]
+    bad: list[str]
 
-    def summary(self, resolution: Resolution, fps: float) -> str:
-        sizes = Counter(f"{info.width}x{info.height} at {info.fps:g} fps" for info in self.clips)
-        listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
-        more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
-        used = resolution.frames / fps
-        total = sum(info.seconds for info in self.clips)
-        share = sum(min(used, info.seconds) for info in self.clips) / total
-        return (
-            f"{listed}{more}; {total:.0f} s in all, of which the first {used:.2f} s of each clip "
-            f"({resolution.frames} frames at {fps:g} fps) are {share:.0%}"
+
+def examine(
+    samples: list[Sample],
+    validation: list[Sample],
+    index: FileIndex,
+    how: Cutting,
+    num_workers: int,
+    timeout: float,
+    saves: bool,
+    alive: Callable[[], None],
+) -> Found:
+    """Looks at every file and cuts the excerpts, one of each clip for validation. Args as of `survey`."""
+    facts, faults = survey(samples + validation, index, num_workers, timeout, saves, alive)
+    bad: list[str] = []
+
+    def excerpts(part: list[Sample], how: Cutting) -> list[Excerpt]:
+        sound, unreadable = usable(part, faults)
+        taken, too_short = cut(sound, facts, how)
+        bad.extend(unreadable + too_short)
+        return taken
+
+    return Found(excerpts(samples, how), excerpts(validation, replace(how, clips_per_video=1)), facts, bad)
+
+
+def survey(
+    samples: list[Sample],
+    index: FileIndex,
+    num_workers: int,
+    timeout: float,
+    saves: bool,
+    alive: Callable[[], None],
+) -> tuple[dict[Path, FileFacts], dict[Path, str]]:
+    """Looks at the files that are not in the index as they are now, in worker processes.
+
+    Args:
+        timeout: seconds a file.
+        saves: whether the index is written.
+        alive: called after each file.
+
+    Returns:
+        what is known of each usable file, and what is wrong with each of the others.
+    """
+    is_image = {sample.image: True for sample in samples if sample.image is not None}
+    is_image |= {sample.video: False for sample in samples if sample.video is not None}
+    facts, faults, new = {}, {}, []
+    for path in is_image:
+        known = index.get(path)
+        if known is None:
+            new.append(path)
+        else:
+            facts[path] = known
+    looks = contained(_look, [(path, is_image[path]) for path in new], max(num_workers, 1), timeout)
+    saved = time.monotonic()
+    for done in tqdm(looks, "Looking at clips", len(new), unit="file", delay=3, leave=False):
+        alive()
+        path = done.job[0]
+        if isinstance(done.outcome, Failure):
+            faults[path] = done.outcome.reason
+            continue
+        stamp, facts[path] = done.outcome
+        index.add(path, stamp, facts[path])
+        if saves and time.monotonic() - saved > _SAVE_EVERY:
+            index.save()
+            saved = time.monotonic()
+    if saves:
+        index.save()
+    return facts, faults
+
+
+def _look(job: tuple[Path, bool], buffer: Any) -> tuple[Stamp, FileFacts]:
+    path, is_image = job
+    stamp = stamp_of(path)
+    if is_image:
+        height, width = image_size(path)
+        info = ClipInfo(1, 1.0, 0.0, height, width)
+    else:
+        info = probe(path)
+    return stamp, FileFacts(digest_file(path), info)
+
+
+def usable(samples: list[Sample], faults: Mapping[Path, str]) -> tuple[list[Sample], list[str]]:
+    """The samples whose files can be used, and a sentence for each that cannot."""
+    sound, sentences = [], []
+    for sample in samples:
+        wrong = [path for path in (sample.video, sample.image) if path is not None and path in faults]
+        sentences += [f"{path} (line {sample.line}) {faults[path]}." for path in wrong]
+        if not wrong:
+            sound.append(sample)
+    return sound, sentences
+
+
+def summary(excerpts: list[Excerpt], facts: Mapping[Path, FileFacts], mode: str, rate: Rate) -> list[str]:
+    """What the clips are, and how much of them each bucket takes."""
+    clips = {excerpt.sample.clip: excerpt for excerpt in excerpts}
+    infos = {path: facts[path].info for path in clips}
+    sizes = Counter(f"{info.width}x{info.height} at {info.fps:.4g} fps" for info in infos.values())
+    listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
+    more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
+    lines = [f"Clips: {listed}{more}; {sum(info.seconds for info in infos.values()):.0f} s in all"]
+    counts = Counter(excerpt.resolution for excerpt in excerpts)
+    for bucket, count in counts.items():
+        inside = {path: infos[path] for path, excerpt in clips.items() if excerpt.resolution == bucket}
+        total = sum(info.seconds for info in inside.values())
+        time_used = total if rate == SPREAD else min(count * bucket.frames / rate, total)
+        lines.append(
+            f"  {bucket}: {count} samples of {len(inside)} clips, {time_used / total:.0%} of their time; "
+            + _distortion(inside, bucket, mode)
         )
-
-
-def survey(samples: list[Sample], resolution: Resolution, fps: float, mode: str) -> Survey:
-    """Probes clips and images in threads."""
-
-    def look(sample: Sample) -> ClipInfo | str | None:
-        at_fault = sample.video
-        try:
-            info = None
-            if sample.video is not None:
-                info, times = probe(sample.video)
-                choose_frames(times, resolution.frames, fps)
-            if sample.image is not None:
-                at_fault = sample.image
-                load_image(sample.image, Resolution(1, 16, 16), "stretch")
-            return info
-        except ClipError as error:
-            return f"{at_fault} (line {sample.line}) {error}."
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looks = list(tqdm(pool.map(look, samples), "Looking at clips", len(samples), unit="clip", delay=3, leave=False))
-    usable = [(info, sample) for info, sample in zip(looks, samples, strict=True) if isinstance(info, ClipInfo)]
-    found = Survey([info for info, _ in usable], [fault for fault in looks if isinstance(fault, str)])
-    distorted = [(stretch(info, resolution), sample.video) for info, sample in usable]
-    beyond = [pair for pair in distorted if pair[0] > STRETCH_WORTH_A_WORD]
-    if beyond and mode == "stretch":
-        worst, path = max(beyond)
-        found.notes.append(
-            f"{len(beyond)} of {len(usable)} clips are stretched to {resolution.height}x{resolution.width}, the worst "
-            f"by {worst:.0%} ({path}); --resize_mode crop keeps the aspect ratio."
-        )
-    slower = sum(info.fps < fps - 0.5 for info in found.clips)
+    slower = 0 if rate == SPREAD else sum(info.fps < rate - 0.5 for info in infos.values())
     if slower:
-        found.notes.append(f"{slower} of {len(usable)} clips have fewer than {fps:g} frames a second; frames repeat.")
-    return found
+        lines.append(f"Note: {slower} of {len(infos)} clips have fewer than {rate:g} frames a second; frames repeat.")
+    return lines
+
+
+def _distortion(infos: Mapping[Path, ClipInfo], bucket: Resolution, mode: str) -> str:
+    """How far clips are stretched, or how much is cut from them."""
+    amounts = {path: stretch(info, bucket) for path, info in infos.items()}
+    if mode == "crop":
+        amounts = {path: 1 - 1 / (1 + amount) for path, amount in amounts.items()}
+    worst = max(amounts, key=lambda path: amounts[path])
+    beyond = sum(amount > STRETCH_WORTH_A_WORD for amount in amounts.values())
+    done = "cut" if mode == "crop" else "stretched"
+    if not beyond:
+        return f"none {done} by more than {STRETCH_WORTH_A_WORD:.0%}"
+    mean = sum(amounts.values()) / len(amounts)
+    advice = "" if mode == "crop" else "; --resize_mode crop keeps the aspect ratio"
+    return f"{beyond} {done}, by {mean:.0%} on average, the worst by {amounts[worst]:.0%} ({worst}){advice}"

@@ -12,9 +12,12 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from transformers import T5EncoderModel
 
-from dataset.latent_cache import DamagedEntry, Encoding, LatentCache
+from dataset.excerpts import Cutting
+from dataset.files import FileIndex
+from dataset.latent_cache import DamagedEntry, Encoding, LatentCache, SampleKeys
 from dataset.manifest import read_manifest
 from dataset.precompute import PixelEncoders, Share, precompute_clips, precompute_prompts
+from dataset.survey import examine
 from dataset.video import Resolution, decode, to_model_range
 from utils import components, encoders
 
@@ -22,37 +25,46 @@ SIZE = Resolution(9, 64, 64)
 CPU = torch.device("cpu")
 
 
-def encoding(**changes) -> Encoding:
-    facts = {"resolution": SIZE, "fps": 8.0, "resize_mode": "stretch", "vae": "v", "text_encoder": "t"}
-    return Encoding(**{**facts, "image_noise": "some", **changes})
+def alive():
+    """Nobody waits."""
 
 
-def samples_of(data: Path):
-    return read_manifest(data, "prompts.txt", "videos.txt", None)
+def look(data: Path, **how):
+    """What there is in a data folder, at the tests' resolution."""
+    samples = read_manifest(data, "prompts.txt", "videos.txt", None)
+    cutting = Cutting(**{"buckets": (SIZE,), "rate": 8.0, "mode": "stretch", **how})
+    return examine(samples, [], FileIndex(data / "latent"), cutting, 1, 60, True, alive)
 
 
-def fill(cache, samples, keys, load_encoders, share=Share(0, 1), workers=0):  # noqa: B008
-    return precompute_clips(cache, samples, keys, load_encoders, share, SIZE, 8.0, "stretch", workers)
+def keys_of(found, **facts) -> list[SampleKeys]:
+    encoding = Encoding(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts})
+    return [encoding.sample_keys(excerpt, found.facts) for excerpt in found.samples]
+
+
+def fill(cache, excerpts, keys, load_encoders, share=Share(0, 1), workers=0):  # noqa: B008
+    faults = precompute_clips(cache, excerpts, keys, load_encoders, share, workers, 60, alive)
+    return list(dict.fromkeys(faults.values()))
 
 
 @contextmanager
 def constant_encoders():
-    yield PixelEncoders(lambda pixels: pixels[0, :1].float(), lambda pixels, seed: pixels[:1].float())
+    yield PixelEncoders(lambda pixels: pixels[0].float(), lambda pixels, seed: pixels.float())
 
 
 def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
-    model_dir, samples, cache = tiny("1.5-i2v"), samples_of(data), LatentCache(tmp_path / "cache")
-    keys = encoding().sample_keys(samples)
-    assert fill(cache, samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == []
+    model_dir, found, cache = tiny("1.5-i2v"), look(data), LatentCache(tmp_path / "cache")
+    keys = keys_of(found)
+    assert (
+        fill(cache, found.samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == []
+    )
     vae = components.load_vae(model_dir, CPU, True, True)
-    pixels = decode(samples[3].video, SIZE, 8.0, "stretch")
-    pixels = to_model_range(pixels)
-    expected = vae.encode(pixels.movedim(0, 1)[None]).latent_dist.parameters[0]
-    assert torch.equal(cache.read(keys[3].video), expected)
-    images = cache.read(keys[3].image)
+    pixels = to_model_range(decode(found.samples[3].sample.clip, found.samples[3].view)).permute(3, 0, 1, 2)
+    expected = vae.encode(pixels[None]).latent_dist.parameters[0]
+    assert torch.equal(cache.read(keys[3].video[0]), expected)
+    images = cache.read(keys[3].image[0])
     assert images.shape == (encoders.IMAGE_NOISE_DRAWS, 32, 1, 8, 8)
     # noised by sigma about exp(-3): near the clean picture's moments, and each a little different
-    clean = vae.encode(pixels[:1].movedim(0, 1)[None]).latent_dist.parameters[0]
+    clean = vae.encode(pixels[None, :, :1]).latent_dist.parameters[0]
     distances = (images - clean).abs().mean((1, 2, 3, 4)) / clean.abs().mean()
     assert 0 < distances.min() < distances.max() < 1 and len(set(distances.tolist())) == len(distances)
 
@@ -62,7 +74,7 @@ def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tm
     for name, kind in {"vae": AutoencoderKLCogVideoX, "text_encoder": T5EncoderModel}.items():
         kind.from_pretrained(model_dir / name, dtype=torch.bfloat16).save_pretrained(model_dir / name)
     with encoders.pixel_encoders(model_dir, CPU, True, True) as encode:
-        assert encode.video(torch.zeros(9, 3, 64, 64, dtype=torch.uint8)).dtype == torch.bfloat16
+        assert encode.video(torch.zeros(9, 64, 64, 3, dtype=torch.uint8)).dtype == torch.bfloat16
     with encoders.prompt_encoder(model_dir, CPU, 26) as encode:
         assert encode("a circle").dtype == torch.bfloat16
     del encode
@@ -73,7 +85,7 @@ def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tm
 def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
     model_dir, cache = tiny("5b"), LatentCache(tmp_path)
     prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
-    precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26), Share(0, 1))
+    precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26), Share(0, 1), alive)
     pipeline = CogVideoXPipeline.from_pretrained(model_dir)
     for name, text in prompts.items():
         expected, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=26)
@@ -81,17 +93,25 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
 
 
 def test_keys_cover_what_changes_the_bytes(data):
-    samples = samples_of(data)
-    first = encoding().sample_keys(samples)
-    for change in ({"vae": "w"}, {"resize_mode": "crop"}, {"resolution": Resolution(9, 64, 80)}):
-        other = encoding(**change).sample_keys(samples)
+    found = look(data)
+    first = keys_of(found)
+    changes = [({}, {"vae": "w"}), ({"mode": "crop"}, {}), ({"buckets": (Resolution(9, 64, 80),)}, {})]
+    for how, facts in changes:
+        other = keys_of(look(data, **how), **facts)
         assert all(a.video != b.video and a.image != b.image for a, b in zip(first, other, strict=True))
-    for change in ({"fps": 4.0}, {"resolution": Resolution(17, 64, 64)}):  # do not touch the first frame
-        other = encoding(**change).sample_keys(samples)
+    for how in ({"rate": 4.0}, {"buckets": (Resolution(17, 64, 64),)}):  # do not touch the first frame
+        other = keys_of(look(data, **how))
         assert all(a.video != b.video and a.image == b.image for a, b in zip(first, other, strict=True))
-    assert encoding(text_encoder="u").sample_keys(samples)[0].prompt != first[0].prompt
-    samples[0].video.write_bytes(samples[1].video.read_bytes())  # the content counts, not the name
-    changed = encoding().sample_keys(samples)
+    assert keys_of(found, text_encoder="u")[0].prompt != first[0].prompt
+    mirrored = keys_of(found, flip=True)[0]
+    assert (mirrored.video[0], mirrored.image[0]) == (first[0].video[0], first[0].image[0])
+    assert len({*mirrored.video, *mirrored.image}) == 4
+    windows = keys_of(look(data, rate=16.0, clips_per_video=3))  # the first window is the one there was without
+    assert len({key.video for key in windows}) == 3 * len(first)
+    assert windows[0].video == keys_of(look(data, rate=16.0))[0].video
+    clips = [excerpt.sample.clip for excerpt in found.samples]
+    clips[0].write_bytes(clips[1].read_bytes())  # the content counts, not the name
+    changed = keys_of(look(data))
     assert changed[0].video == first[1].video and changed[2:] == first[2:]
 
 
@@ -107,16 +127,16 @@ def test_identity_follows_weights_and_settings(tiny, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "another's"])
 def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
-    samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
-    keys = encoding().sample_keys(samples)
+    found, cache = look(data), LatentCache(tmp_path / "cache")
+    samples, keys = found.samples, keys_of(found)
     fill(cache, samples, keys, constant_encoders)
-    path = cache.path(keys[2].video)
+    path = cache.path(keys[2].video[0])
     whole = path.read_bytes()
     if damage == "deleted":
         path.unlink()
     else:
         flipped = whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
-        others = cache.path(keys[3].video).read_bytes()
+        others = cache.path(keys[3].video[0]).read_bytes()
         damages = {
             "truncated": whole[:-5],
             "flipped": flipped,
@@ -126,47 +146,47 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
         }
         path.write_bytes(damages[damage])
     with pytest.raises(DamagedEntry):
-        cache.read(keys[2].video)
-    untouched = cache.path(keys[1].video).stat().st_mtime_ns
+        cache.read(keys[2].video[0])
+    untouched = cache.path(keys[1].video[0]).stat().st_mtime_ns
     fill(cache, samples, keys, constant_encoders)
     assert path.read_bytes() == whole
-    assert cache.path(keys[1].video).stat().st_mtime_ns == untouched
+    assert cache.path(keys[1].video[0]).stat().st_mtime_ns == untouched
 
 
 def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
-    samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
-    whole = samples[1].video.read_bytes()
-    samples[1].video.write_bytes(whole[: len(whole) // 2])
-    samples[4].video.write_bytes(b"nothing")
-    keys = encoding().sample_keys(samples)
+    found, cache = look(data), LatentCache(tmp_path / "cache")
+    samples, keys = found.samples, keys_of(found)
+    whole = samples[1].sample.clip.read_bytes()  # after the look at them
+    samples[1].sample.clip.write_bytes(whole[: len(whole) // 2])
+    samples[4].sample.clip.write_bytes(b"nothing")
 
     @contextmanager
     def overflowing():
         def video(pixels):  # clip 6 is given latents that are not finite
-            value = torch.inf if pixels.equal(decode(samples[6].video, SIZE, 8.0, "stretch")) else 1.0
+            value = torch.inf if pixels.equal(decode(samples[6].sample.clip, samples[6].view)) else 1.0
             return torch.full((1, 1), value)
 
         yield PixelEncoders(video, lambda pixels, seed: torch.ones(1))
 
     faults = fill(cache, samples, keys, overflowing, workers=1)
     for number, fault in zip((1, 4, 6), faults, strict=True):
-        assert f"{samples[number].video} (line {number + 1})" in fault
+        assert f"{samples[number].sample.clip} (line {number + 1})" in fault
     assert "not finite" in faults[2]
-    intact = [cache.is_intact(key.video) for key in keys]
+    intact = [cache.is_intact(key.video[0]) for key in keys]
     assert intact == [True, False, True, True, False, True, False, True]
 
 
 def test_ranks_share_the_work_and_idle_ones_read_no_encoder(data, tmp_path):
-    samples, cache = samples_of(data), LatentCache(tmp_path / "cache")
-    keys = encoding().sample_keys(samples)
+    found, cache = look(data), LatentCache(tmp_path / "cache")
+    samples, keys = found.samples, keys_of(found)
     for rank in range(3):
         fill(cache, samples, keys, constant_encoders, Share(rank, 3))
-    assert all(cache.is_intact(key.video) and cache.is_intact(key.image) for key in keys)
+    assert all(cache.is_intact(key.video[0]) and cache.is_intact(key.image[0]) for key in keys)
 
     def never():
         raise AssertionError("an encoder was read for nothing")
 
     for rank in range(12):  # more ranks than clips, and nothing left to do
         assert fill(cache, samples, keys, never, Share(rank, 12)) == []
-        precompute_prompts(cache, {}, never, Share(rank, 12))
+        precompute_prompts(cache, {}, never, Share(rank, 12), alive)
     assert not list(cache.folder.glob(".*"))  # nothing is left lying aside

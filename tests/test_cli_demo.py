@@ -27,7 +27,7 @@ def test_videos_have_the_native_or_the_wanted_size(tiny, tmp_path, form, more, s
     output = tmp_path / "new" / "demo.mp4"
     options = ["--prompt", "a red circle", "--num_inference_steps", "3", "--output_path", str(output), *more]
     succeed("cli_demo.py", "--model_path", str(tiny(form)), *options)
-    info, _ = probe(output)
+    info = probe(output)
     assert (info.frames, info.height, info.width, info.fps) == size
 
 

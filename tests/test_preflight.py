@@ -91,7 +91,8 @@ def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tm
     clip = data / "videos" / "green_circle_right_black.mp4"  # a sound container around damaged frames
     clip.write_bytes(bytes(~b & 255 if 60 < n < 2000 else b for n, b in enumerate(clip.read_bytes())))
     (data / "images.txt").write_text("prompts.txt\n" * 8)
-    faults = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, "--image_column", "images.txt", task="i2v"))
+    options = ["--image_column", "images.txt", "--dry_run"]
+    faults = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, *options, task="i2v"))
     assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in faults)
     assert any("green_circle_right_black.mp4 (line 2)" in fault for fault in faults)
     assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 6
@@ -161,7 +162,7 @@ def test_booleans_mean_what_they_say(tiny, data, tmp_path):
 def test_defaults_follow_the_model(tiny, data, tmp_path):
     plain = ["--model_path", tiny("1.5"), "--model_type", "t2v", "--data_root", data, "--output_dir", tmp_path]
     plan = preflight(parse_args(list(map(str, [*plain, "--train_resolution", "9x64x64", "--id_token", "SKS"]))), 2)
-    assert plan.samples[0].prompt == "SKS a red circle moves left on a white background"
+    assert plan.samples[0].sample.prompt == "SKS a red circle moves left on a white background"
     assert (plan.args.data.fps, plan.args.validation.gen_fps) == (16, 16)
     assert plan.args.lora.lora_alpha == plan.args.lora.rank == 128
     assert plan.args.training.mixed_precision == "bf16"

@@ -9,9 +9,13 @@ import pytest
 from dataset.cached_dataset import CAPTION_DROPOUT, DRAWS, HELD_OUT, ORDER, SampleStream, seed_for
 from utils.schedule import is_due, total_updates
 
+ONE = ["a"] * 5
+THREE = ["a", "b", "a", "c", "b", "a", "a", "b", "a", "a", "a"]
 
-def places(batch_size, rank, world_size, start=0, count=12):
-    stream = SampleStream(5, batch_size, rank, world_size, 3, start)
+
+def places(batch_size, rank, world_size, start=0, count=12, buckets=ONE, accumulation=1):
+    update = batch_size * world_size * accumulation
+    stream = SampleStream(buckets, batch_size, update, rank, world_size, 3, start)
     return list(islice(iter(stream), count))
 
 
@@ -33,6 +37,29 @@ def test_the_stream_is_the_same_however_it_is_dealt_out(batch_size, world_size):
 def test_the_stream_goes_on_where_it_was_left():
     whole = places(2, 1, 2, count=8)
     assert whole[3:] == places(2, 1, 2, start=3 * 4, count=5)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), [(4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 4)])
+def test_an_update_has_one_bucket_and_an_epoch_every_sample(batch_size, world_size, accumulation):
+    """However it is dealt out, the updates are the same; what does not fill one waits for the next epoch."""
+    shape = {"buckets": THREE, "accumulation": accumulation, "count": 30 * accumulation}
+    ranks = [places(batch_size, rank, world_size, **shape) for rank in range(world_size)]
+    flat = [place for turn in zip(*ranks, strict=True) for batch in turn for place in batch]
+    assert flat == [place for batch in places(4, 0, 1, buckets=THREE, count=30) for place in batch]
+    updates = [flat[start : start + 4] for start in range(0, len(flat), 4)]
+    assert all(len({THREE[place.index] for place in update}) == 1 for update in updates)
+    assert len({THREE[update[0].index] for update in updates}) == 3
+    assert len({place.number for place in flat}) == len(flat)
+    for epoch in range(8):
+        seen = [place.index for place in flat if place.number // len(THREE) == epoch]
+        assert sorted(seen) == list(range(len(THREE)))
+    assert places(2, 0, 2, start=4 * 9, buckets=THREE, count=5) == places(2, 0, 2, buckets=THREE, count=14)[9:]
+
+
+def test_updates_of_another_size_go_on_with_what_was_not_trained_on():
+    before = [place for batch in places(3, 0, 1, count=4, buckets=ONE) for place in batch]
+    after = [place for batch in places(2, 0, 1, start=12, count=4, buckets=ONE) for place in batch]
+    assert [place.number for place in before + after] == list(range(20))
 
 
 def test_seeds_differ():

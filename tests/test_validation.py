@@ -17,6 +17,7 @@ from utils import components
 from utils.args import parse_args
 from utils.metrics import Metrics
 from utils.preflight import preflight
+from utils.roll_call import RollCall
 from utils.trainable import make_trainable
 from utils.validation import validate
 
@@ -32,7 +33,8 @@ def test_no_weight_and_no_random_state_changes(tiny, data, validation, tmp_path,
     options = ["--do_validation", "--validation_dir", validation, "--num_inference_steps", 2]
     args = arguments(tiny(form), data, tmp_path, "--training_type", training_type, *options, task=task)
     plan = preflight(parse_args(args), 1)
-    train.fill_cache(PartialState(cpu=True), plan)
+    processes = PartialState(cpu=True)
+    train.fill_cache(processes, RollCall(processes, 60), plan)
     accelerator = Accelerator(cpu=True)
     transformer = components.load_transformer(plan.model_dir / "transformer", torch.float32)
     make_trainable(transformer, plan.args)

@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from dataset.video import Resolution
+from dataset.video import SPREAD, Rate, Resolution
 from utils.errors import UserError
 
 Group = TypeVar("Group")
@@ -78,24 +78,44 @@ class DataArgs:
         None, help="i2v: file below --data_root with one image a line; without it the clip's first frame is used"
     )
     id_token: str = option("", help="put before every prompt, in training and in validation")
-    train_resolution: Resolution = option(Resolution(49, 480, 720), help="FxHxW: frames (8N+1), height, width")
+    metadata: str | None = option(
+        None,
+        help="a .jsonl or .csv file below --data_root with the columns video, prompt[, image], in place of the line "
+        "files; default: metadata.jsonl or metadata.csv where there is no file of captions",
+    )
+    train_resolution: tuple[Resolution, ...] = option(
+        (Resolution(49, 480, 720),),
+        help="FxHxW: frames (8N+1), height, width; each clip goes to that of several which keeps most of it",
+    )
     resize_mode: Literal["stretch", "crop"] = option(
         "stretch", help="stretch: to the exact size; crop: keep the aspect ratio, cut the centre"
     )
-    fps: float | None = option(None, help="frames a second at which clips are sampled; default: the model's own")
+    fps: Rate | None = option(
+        None,
+        help="frames a second at which clips are sampled; default: the model's own; native_stride: spread over the "
+        "whole clip",
+    )
+    clips_per_video: int = option(1, help="the most samples cut from a clip; they do not overlap")
+    pad_short_clips: bool = option(False, help="repeat the last frame of clips that are too short")
+    flip: bool = option(False, help="train on mirror images too: twice the cache; not where left and right matter")
+    skip_bad_samples: bool = option(False, help="go on without clips that cannot be used, in place of stopping")
+    clip_timeout: float = option(120.0, help="seconds that decoding a clip may take")
     cache_dir: Path | None = option(None, help="latent cache; default: latent/ in the folder that holds the clips")
     precompute_only: bool = option(False, help="fill the latent cache and stop")
     caption_dropout: float = option(0.0, help="share of samples trained with the empty prompt")
     image_dropout: float = option(0.0, help="i2v: share of samples trained with an empty image condition")
 
     def faults(self) -> Iterator[str]:
-        if self.train_resolution.frames % 8 != 1:
-            below = max(self.train_resolution.frames // 8 * 8 + 1, 9)
-            yield (
-                f"--train_resolution {self.train_resolution}: {self.train_resolution.frames} frames; "
-                f"the number must be 8N+1, such as {below} or {below + 8}."
-            )
-        yield from positive(self, "fps")
+        for resolution in self.train_resolution:
+            if resolution.frames % 8 != 1:
+                below = max(resolution.frames // 8 * 8 + 1, 9)
+                yield (
+                    f"--train_resolution {resolution}: {resolution.frames} frames; "
+                    f"the number must be 8N+1, such as {below} or {below + 8}."
+                )
+        if self.fps != SPREAD:
+            yield from positive(self, "fps")
+        yield from positive(self, "clips_per_video", "clip_timeout")
         yield from unit_interval(self, "caption_dropout", "image_dropout")
 
 
@@ -251,8 +271,19 @@ def parse_resolution(text: str) -> Resolution:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def parse_rate(text: str) -> Rate:
+    if text == SPREAD:
+        return SPREAD
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor {SPREAD}") from None
+
+
 def _how_to_parse(annotation: Any) -> dict[str, Any]:
     """The argparse keywords of a field's type."""
+    if set(typing.get_args(Rate)) <= set(typing.get_args(annotation)):
+        return {"type": parse_rate, "metavar": f"FPS|{SPREAD}"}
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # X | None
         annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
     if annotation is bool:
@@ -262,7 +293,7 @@ def _how_to_parse(annotation: Any) -> dict[str, Any]:
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:
-        return {"nargs": "+", "type": typing.get_args(annotation)[0]}
+        return {"nargs": "+", **_how_to_parse(typing.get_args(annotation)[0])}
     return {"type": annotation}
 
 

@@ -22,14 +22,14 @@ IMAGE_NOISE = f"{IMAGE_NOISE_DRAWS} draws of log sigma ~ N({LOG_SIGMA_MEAN}, {LO
 
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [F, C, H, W] -> moments (mean and log-variance on channels) [2C, F, H, W] in the VAE's dtype."""
+    """uint8 [F, H, W, C] -> moments (mean and log-variance on channels) [2C, F, H, W] in the VAE's dtype."""
     return _moments(vae, to_model_range(pixels.to(vae.device)))
 
 
 def _moments(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
-    """float32 [F, C, H, W] in [-1, 1] -> moments [2C, F, H, W]."""
-    clip = frames.movedim(0, 1)[None]  # [F, C, H, W] -> [1, C, F, H, W]
-    return vae.encode(clip.to(vae.device, vae.dtype)).latent_dist.parameters[0].cpu()
+    """float32 [F, H, W, C] in [-1, 1] -> moments [2C, F, H, W]."""
+    clip = frames.to(vae.device, vae.dtype).movedim(-1, 0).contiguous()[None]  # [F, H, W, C] -> [1, C, F, H, W]
+    return vae.encode(clip).latent_dist.parameters[0].cpu()
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -
     arXiv:2408.06072, section 2.2; after Stable Video Diffusion).
 
     Args:
-        pixels: uint8 [C, H, W].
+        pixels: uint8 [H, W, C].
 
     Returns:
         moments [IMAGE_NOISE_DRAWS, 2C, 1, H, W] in the VAE's dtype.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.excerpts import Excerpt
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.manifest import Sample
-from dataset.survey import Survey
+from dataset.survey import Found, summary
+from dataset.video import SPREAD
 from utils import components
 from utils.args import Args
 from utils.checkpoint import Progress
@@ -19,6 +23,9 @@ from utils.errors import UserError
 from utils.model_form import ModelForm
 from utils.schedule import total_updates
 
+# Lines of the data that cannot be used, shown at the start; all of them are listed in the end.
+MOST_LISTED = 5
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -26,6 +33,8 @@ class RunPlan:
 
     Attributes:
         args: with every default that depends on the model filled in.
+        bad: a sentence for each line of the data folders that cannot be used.
+        clips: what the clips are and what is taken of them, for the log.
         keys, validation_keys: the cache entries of `samples` and `validation`, in their order.
         prompts: entry name -> text, of every prompt of the run, the empty one included.
         resume_from, progress: the checkpoint to go on from, and how far the run has come.
@@ -36,10 +45,11 @@ class RunPlan:
     args: Args
     model_dir: Path
     form: ModelForm
-    samples: list[Sample]
-    survey: Survey
+    samples: list[Excerpt]
+    bad: list[str]
+    clips: list[str]
     keys: list[SampleKeys]
-    validation: list[Sample]
+    validation: list[Excerpt]
     validation_keys: list[SampleKeys]
     prompts: dict[str, str]
     empty_prompt: str
@@ -58,14 +68,21 @@ class RunPlan:
 
     def lacking_entries(self) -> set[str]:
         """Names of the cache entries that are not there yet."""
-        clips = {name for keys in self.keys + self.validation_keys for name in (keys.video, keys.image) if name}
+        clips = {name for keys in self.keys + self.validation_keys for name in keys.video + keys.image}
         cache = LatentCache(self.cache_dir)
         return {name for name in clips | self.prompts.keys() if not cache.path(name).exists()}
 
-    @property
-    def fps(self) -> float:
-        """Frames a second at which clips are sampled."""
-        return self.args.data.fps or self.form.fps
+    def without(self, unusable: Set[str]) -> RunPlan:
+        """The same run without the samples that need one of these cache entries."""
+
+        def kept(excerpts: list[Excerpt], keys: list[SampleKeys]) -> tuple[list[Excerpt], list[SampleKeys]]:
+            pairs = zip(excerpts, keys, strict=True)
+            sound = [pair for pair in pairs if unusable.isdisjoint([*pair[1].video, *pair[1].image, pair[1].prompt])]
+            return [excerpt for excerpt, _ in sound], [key for _, key in sound]
+
+        samples, keys = kept(self.samples, self.keys)
+        validation, validation_keys = kept(self.validation, self.validation_keys)
+        return replace(self, samples=samples, keys=keys, validation=validation, validation_keys=validation_keys)
 
     @property
     def gen_fps(self) -> float:
@@ -77,9 +94,8 @@ def make_plan(
     args: Args,
     model_dir: Path,
     form: ModelForm,
-    samples: list[Sample],
-    validation: list[Sample],
-    found: Survey,
+    found: Found,
+    cache_dir: Path,
     resume_from: Path | None,
     progress: Progress,
     num_processes: int,
@@ -88,9 +104,6 @@ def make_plan(
 ) -> RunPlan:
     """Names the cache entries of a run that has been checked."""
     encoding = Encoding(
-        args.data.train_resolution,
-        args.data.fps or form.fps,
-        args.data.resize_mode,
         vae=components.identity(model_dir / "vae", tiling=args.system.enable_tiling),
         text_encoder=components.identity(
             model_dir / "text_encoder",
@@ -98,19 +111,21 @@ def make_plan(
             length=form.max_text_seq_length,
         ),
         image_noise=IMAGE_NOISE if form.task == "i2v" else None,
+        flip=args.data.flip,
     )
-    cache_dir = args.data.cache_dir or common_folder(samples, args.data.data_root) / "latent"
     training = args.training
+    prompts = dict.fromkeys(["", *(excerpt.sample.prompt for excerpt in found.samples + found.validation)])
     return RunPlan(
         args=replace(args, data=replace(args.data, cache_dir=cache_dir)),
         model_dir=model_dir,
         form=form,
-        samples=samples,
-        survey=found,
-        keys=encoding.sample_keys(samples),
-        validation=validation,
-        validation_keys=encoding.sample_keys(validation),
-        prompts={encoding.prompt_key(text): text for text in ["", *(s.prompt for s in samples + validation)]},
+        samples=found.samples,
+        bad=found.bad,
+        clips=summary(found.samples, found.facts, args.data.resize_mode, args.data.fps or form.fps),
+        keys=[encoding.sample_keys(excerpt, found.facts) for excerpt in found.samples],
+        validation=found.validation,
+        validation_keys=[encoding.sample_keys(excerpt, found.facts) for excerpt in found.validation],
+        prompts={encoding.prompt_key(text): text for text in prompts},
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
         resume_from=resume_from,
@@ -138,14 +153,13 @@ def nearest_existing(path: Path) -> Path:
 
 def check_disk_space(plan: RunPlan, lacking: set[str]) -> None:
     """Raises UserError where the entries that the cache lacks will not fit on its disk."""
-    frames, height, width = plan.form.latent_size(plan.args.data.train_resolution)
-    moments = 2 * plan.form.latent_channels * height * width * 4  # float32 at most
-    sizes = {
-        "video": moments * frames,
-        "image": moments * IMAGE_NOISE_DRAWS,
-        "prompt": plan.form.max_text_seq_length * plan.form.transformer["text_embed_dim"] * 4,
-    }
-    needed = sum(sizes[name.partition("-")[0]] for name in lacking)
+    prompt_size = plan.form.max_text_seq_length * plan.form.transformer["text_embed_dim"]
+    sizes = dict.fromkeys(plan.prompts, prompt_size)
+    for excerpt, keys in zip(plan.samples + plan.validation, plan.keys + plan.validation_keys, strict=True):
+        frames, height, width = plan.form.latent_size(excerpt.resolution)
+        moments = 2 * plan.form.latent_channels * height * width
+        sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
+    needed = 4 * sum(sizes[name] for name in lacking)  # float32 at most
     free = shutil.disk_usage(nearest_existing(plan.cache_dir)).free
     if needed > free:
         raise UserError(
@@ -162,11 +176,21 @@ def strategy(zero: dict[str, Any] | None) -> str:
     return f"DeepSpeed ZeRO-{section['stage']}" + "".join(f", {name} offloaded" for name in offloaded)
 
 
+def bucket_notes(plan: RunPlan) -> list[str]:
+    """Buckets with so few samples that they will hardly fill an update."""
+    epochs = plan.total_steps * plan.samples_per_step / len(plan.samples)
+    counts = Counter(excerpt.resolution for excerpt in plan.samples)
+    return [
+        f"Note: {bucket} has {count} samples; an update takes {plan.samples_per_step} of one resolution, and the run "
+        "ends before they fill one. Leave this resolution out, or make updates smaller."
+        for bucket, count in counts.items()
+        if count * epochs < plan.samples_per_step
+    ] + [f"Note: no clip goes to {bucket}." for bucket in plan.args.data.train_resolution if bucket not in counts]
+
+
 def describe(plan: RunPlan) -> str:
     """The plan of a run in a few lines, for the log and for --dry_run."""
     args, training, form = plan.args, plan.args.training, plan.form
-    resolution = args.data.train_resolution
-    video_tokens, text_tokens = form.tokens(resolution)
     lines = [
         f"Model: {form.task}, CogVideoX{'1.5' if form.is_v1_5 else ' 1.0'}, {form.positions} positions, "
         f"{plan.model_dir}",
@@ -174,12 +198,23 @@ def describe(plan: RunPlan) -> str:
         f"{plan.samples_per_step} samples ({training.batch_size} x {training.gradient_accumulation_steps} accumulation "
         f"x {plan.num_processes} processes), {plan.total_steps * plan.samples_per_step / len(plan.samples):.1f} epochs",
         f"Strategy: {strategy(plan.zero)}",
-        f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens",
-        f"Dataset: {len(plan.samples)} samples, {len({sample.prompt for sample in plan.samples})} distinct prompts; "
-        + plan.survey.summary(resolution, plan.fps),
+        f"Dataset: {len(plan.samples)} samples, {len({excerpt.sample.prompt for excerpt in plan.samples})} distinct "
+        f"prompts, frames by time at {args.data.fps} fps"
+        if args.data.fps != SPREAD
+        else f"Dataset: {len(plan.samples)} samples, frames spread over each clip",
+        *plan.clips,
+    ]
+    for resolution in args.data.train_resolution:
+        video_tokens, text_tokens = form.tokens(resolution)
+        lines.append(f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens")
+    lines += [
         f"Validation: {len(plan.validation)} prompts" if plan.validation else "Validation: off",
         f"Latent cache: {plan.cache_dir}",
+        *bucket_notes(plan),
     ]
+    if plan.bad:
+        lines.append(f"Cannot be used: {len(plan.bad)} lines of the data, such as")
+        lines += [f"  {sentence}" for sentence in plan.bad[:MOST_LISTED]]
     if plan.resume_from:
         lines.append(f"Resuming from {plan.resume_from}, at step {plan.progress.step}")
     if training.lr_scheduler != "constant" and training.lr_warmup_steps >= plan.total_steps:

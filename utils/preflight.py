@@ -5,11 +5,12 @@ What was checked becomes the plan of the run.
 
 from __future__ import annotations
 
-import math
 import netrc
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -17,22 +18,30 @@ from urllib.parse import urlparse
 
 import torch
 
-from dataset.manifest import Sample, read_manifest
-from dataset.survey import survey
+from dataset.excerpts import Cutting
+from dataset.files import FileIndex
+from dataset.manifest import Sample, Table, find_table, read_manifest
+from dataset.survey import Found, examine
 from utils import components
 from utils.args import Args
 from utils.checkpoint import Progress
 from utils.errors import Findings, UserError
 from utils.metrics import TRACKERS
 from utils.model_form import ModelForm, read_form
-from utils.plan import RunPlan, check_disk_space, make_plan, nearest_existing
+from utils.plan import RunPlan, check_disk_space, common_folder, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
 from utils.trainable import unfit_targets
 from utils.zero_config import find_template, resolve_template
 
+# So many clips that have not been looked at yet that other mistakes are told before they are.
+MANY_CLIPS = 1000
 
-def preflight(args: Args, num_processes: int) -> RunPlan:
+
+def preflight(args: Args, num_processes: int, alive: Callable[[], None] = lambda: None) -> RunPlan:
     """Checks everything; reads configs, line files, the headers of weights and the first frame of each clip.
+
+    Args:
+        alive: called now and then while that goes on.
 
     Raises:
         UserError: with every fault found.
@@ -48,7 +57,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         if template is not None:
             zero = found.of(resolve_template, template, args, form.width, num_processes)
         found.faults += model_faults(args, form, template is not None)
-        found.notes += form.frames_notes(args.data.train_resolution.frames)
+        found.notes += [note for size in args.data.train_resolution for note in form.frames_notes(size.frames)]
         resume_from = found.of(choose_checkpoint, args)
         progress = Progress(
             base=components.identity(model_dir / "transformer"),
@@ -66,31 +75,32 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 
     samples = found.of(read_training_samples, args) or []
     validation = found.of(read_validation_samples, args) or []
-    # the default is the model's own; without a model, or with a rate that is a fault itself, 8 serves to find others
-    fps = args.data.fps if args.data.fps and 0 < args.data.fps < math.inf else 8.0
-    data = args.data
-    surveys = [survey(part, data.train_resolution, fps, data.resize_mode) for part in (samples, validation)]
-    found.faults += [fault for one in surveys for fault in one.faults]
-    found.notes += surveys[0].notes
     if form is not None:
         prompts = {sample.prompt for sample in samples + validation}
         found.notes += found.of(prompt_notes, model_dir, prompts, form.max_text_seq_length) or []
     plan = None
     if form is not None and samples and not out_of_range:
-        plan = found.of(
-            make_plan,
-            args,
-            model_dir,
-            form,
-            samples,
-            validation,
-            surveys[0],
-            resume_from,
-            progress,
-            num_processes,
-            zero,
-            found.notes,
-        )
+        cache_dir = args.data.cache_dir or common_folder(samples, args.data.data_root) / "latent"
+        index = FileIndex(cache_dir)
+        if found.faults and sum(index.get(sample.clip) is None for sample in samples) > MANY_CLIPS:
+            raise UserError(found.faults)  # not after an hour
+        data = look_at_data(args, samples, validation, index, alive)
+        if (args.output.dry_run and not args.data.skip_bad_samples) or not data.samples:
+            found.faults += data.bad
+        if data.samples:
+            plan = found.of(
+                make_plan,
+                args,
+                model_dir,
+                form,
+                data,
+                cache_dir,
+                resume_from,
+                progress,
+                num_processes,
+                zero,
+                found.notes,
+            )
     if plan is not None and (lacking := plan.lacking_entries()):
         found.of(check_writable, plan.cache_dir, "--cache_dir")
         found.of(check_disk_space, plan, lacking)
@@ -145,7 +155,8 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool) -> list[str]:
             "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and so is the transformer/ "
             "of DDP, which resuming reads; python -m utils.export makes a smaller copy."
         )
-    faults += form.resolution_faults(args.data.train_resolution, "--train_resolution")
+    for resolution in args.data.train_resolution:
+        faults += form.resolution_faults(resolution, "--train_resolution")
     if args.model.training_type == "lora":
         for target in unfit_targets(form.transformer, args.lora.target_modules):
             faults.append(
@@ -195,38 +206,52 @@ def prompt_notes(model_dir: Path, prompts: set[str], max_length: int) -> list[st
         tokenizer = components.load_tokenizer(model_dir)
     except Exception as error:
         raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
-    cut = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > max_length]
+    texts = sorted(prompts)
+    lengths = map(len, tokenizer(texts).input_ids if texts else [])
+    cut = [text for text, length in zip(texts, lengths, strict=True) if length > max_length]
     if not cut:
         return []
-    return [
-        f"{len(cut)} of {len(prompts)} prompts are longer than {max_length} tokens and are cut: {min(cut)[:60]!r}..."
-    ]
+    return [f"{len(cut)} of {len(prompts)} prompts are longer than {max_length} tokens and are cut: {cut[0][:60]!r}..."]
+
+
+def look_at_data(
+    args: Args, samples: list[Sample], validation: list[Sample], index: FileIndex, alive: Callable[[], None]
+) -> Found:
+    """Args: args: with the rate at which clips are sampled."""
+    data = args.data
+    assert data.fps is not None
+    how = Cutting(data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips)
+    workers = len(os.sched_getaffinity(0))  # the other processes of the run wait meanwhile
+    saves = not args.output.dry_run
+    return examine(samples, validation, index, how, workers, data.clip_timeout, saves, alive)
 
 
 def read_training_samples(args: Args) -> list[Sample]:
     data = args.data
+    table = find_table(data.data_root, data.caption_column, data.metadata)
+    if table is not None:
+        optional = ("image",) if args.model.model_type == "i2v" else ()
+        return read_manifest(data.data_root, table=Table(table, optional=optional), id_token=data.id_token)
     return read_manifest(data.data_root, data.caption_column, data.video_column, data.image_column, data.id_token)
 
 
 def read_validation_samples(args: Args) -> list[Sample]:
     """The validation folder; its clips are optional and, where there are any, give the held-out loss."""
-    options = args.validation
-    if not options.do_validation or options.validation_dir is None:
+    options, root = args.validation, args.validation.validation_dir
+    if not options.do_validation or root is None:
         return []
-    videos: str | None = args.data.video_column
-    if options.validation_dir.is_dir() and not (options.validation_dir / args.data.video_column).exists():
-        videos = None
-    samples = read_manifest(
-        options.validation_dir,
-        options.validation_prompts,
-        videos,
-        options.validation_images,
-        args.data.id_token,
-        "--validation_dir",
-    )
-    if args.model.model_type == "i2v" and videos is None and options.validation_images is None:
+    is_i2v = args.model.model_type == "i2v"
+    read = partial(read_manifest, root, id_token=args.data.id_token, flag="--validation_dir")
+    table = find_table(root, options.validation_prompts, None)
+    if table is not None:
+        optional = ("video", "image") if is_i2v else ("video",)
+        samples = read(table=Table(table, ("prompt",), optional))
+    else:
+        videos = args.data.video_column if (root / args.data.video_column).exists() or not root.is_dir() else None
+        samples = read(options.validation_prompts, videos, options.validation_images)
+    if is_i2v and not all(sample.video or sample.image for sample in samples):
         raise UserError(
-            f"--validation_dir {options.validation_dir}: image-to-video needs an image a prompt; give "
-            f"--validation_images, or a {args.data.video_column} whose clips' first frames serve."
+            f"--validation_dir {root}: image-to-video needs an image a prompt; give --validation_images, or a "
+            f"{args.data.video_column} whose clips' first frames serve."
         )
     return samples

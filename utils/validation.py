@@ -11,7 +11,7 @@ import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from PIL import Image
 
 from dataset.cached_dataset import HELD_OUT, seed_for
+from dataset.excerpts import Excerpt
 from dataset.latent_cache import LatentCache
-from dataset.manifest import Sample
 from dataset.precompute import Share
 from dataset.video import Resolution, decode, load_image
 from utils import components
@@ -102,7 +102,7 @@ class Turn:
     Attributes:
         prompt_embeds, empty_embeds: [1, S, D].
         video, image: moments of clip and condition image, [1, ...] as in the cache, for the held-out loss.
-        condition: image of i2v at the training resolution.
+        condition: image of i2v at `resolution`.
         counts: False where the line is another process's, and this one only keeps it company.
     """
 
@@ -113,28 +113,30 @@ class Turn:
     video: torch.Tensor | None
     image: torch.Tensor | None
     condition: Image.Image | None
+    resolution: Resolution
     counts: bool
 
 
 def read_turns(plan: RunPlan, share: Share) -> list[Turn]:
     """This process's lines; under ZeRO-3 as many turns as every other process has."""
-    cache, data = LatentCache(plan.cache_dir), plan.args.data
+    cache = LatentCache(plan.cache_dir)
     numbers = [(number, True) for number in share.of(range(len(plan.validation)))]
     if plan.zero is not None and plan.zero["zero_optimization"]["stage"] == 3:
         most = math.ceil(len(plan.validation) / share.world_size)
         numbers += [(len(plan.validation) - 1, False)] * (most - len(numbers))
     turns = []
     for number, counts in numbers:
-        sample, keys = plan.validation[number], plan.validation_keys[number]
+        excerpt, keys = plan.validation[number], plan.validation_keys[number]
         turns.append(
             Turn(
                 number,
-                sample.prompt,
+                excerpt.sample.prompt,
                 cache.read(keys.prompt)[None],
                 cache.read(plan.empty_prompt)[None],
-                cache.read(keys.video)[None] if keys.video is not None else None,
-                cache.read(keys.image)[None] if keys.image is not None else None,
-                condition_image(sample, data.train_resolution, data.resize_mode) if plan.form.task == "i2v" else None,
+                cache.read(keys.video[0])[None] if keys.video else None,
+                cache.read(keys.image[0])[None] if keys.image else None,
+                condition_image(excerpt) if plan.form.task == "i2v" else None,
+                excerpt.resolution,
                 counts,
             )
         )
@@ -199,7 +201,7 @@ def load_pipeline(
 
 def generate(pipeline: DiffusionPipeline, plan: RunPlan, turn: Turn, step: int) -> list[tuple[Path, str]]:
     """Generates one line of the validation folder; gives the mp4 and its prompt."""
-    args, resolution, device = plan.args, plan.args.data.train_resolution, pipeline.vae.device
+    args, resolution, device = plan.args, turn.resolution, pipeline.vae.device
     video = pipeline(
         prompt_embeds=turn.prompt_embeds.to(device, compute_dtype(args)),
         negative_prompt_embeds=turn.empty_embeds.to(device, compute_dtype(args)),
@@ -223,10 +225,11 @@ def folder_for(plan: RunPlan, step: int) -> Path:
     return plan.args.output.output_dir / "validation" / f"step-{step}"
 
 
-def condition_image(sample: Sample, resolution: Resolution, mode: str) -> Image.Image:
-    """The image of a validation line, or its clip's first frame, at the training resolution."""
-    if sample.image is not None:
-        pixels = load_image(sample.image, resolution, mode)
+def condition_image(excerpt: Excerpt) -> Image.Image:
+    """The image of a validation line, or its clip's first frame, at the resolution of the line."""
+    view = replace(excerpt.view, resolution=replace(excerpt.resolution, frames=1))
+    if excerpt.sample.image is not None:
+        pixels = load_image(excerpt.sample.image, view.resolution, view.mode)
     else:
-        pixels = decode(sample.clip, Resolution(1, resolution.height, resolution.width), 1.0, mode)[0]
-    return Image.fromarray(pixels.movedim(0, -1).numpy())
+        pixels = decode(excerpt.sample.clip, view)[0]
+    return Image.fromarray(pixels.numpy())

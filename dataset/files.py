@@ -1,0 +1,123 @@
+"""Files of a data folder and its cache: what is known of them, and how they are written.
+
+What is known of each clip and image, the digest of its content, its length, rate and size, is kept in a file beside the
+latents, so that a run looks only at files that are new or changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from dataset.video import ClipInfo
+
+# Raise it whenever the same file could be seen differently than before.
+INDEX_VERSION = 1
+INDEX_FILE = "files.jsonl"
+# Seconds after which a file that was being written on another machine is taken to be left by a killed run.
+_LEFT_BEHIND = 24 * 3600
+
+Stamp = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a clip or image was found to be.
+
+    Attributes:
+        digest: SHA-256 of the content.
+        info: length, rate and size; an image is a clip of one frame.
+    """
+
+    digest: str
+    info: ClipInfo
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Changes when the file does: size, modification time, and change time, which nobody can set back."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileIndex:
+    """Facts by the path of each file; relative where it lies below the folder around the cache, which may move."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self.path = cache_dir / INDEX_FILE
+        self._root = f"{cache_dir.absolute().parent}{os.sep}"
+        self._known: dict[str, tuple[Stamp, FileFacts]] = {}
+        self._changed = False
+        try:
+            version, *lines = self.path.read_text().splitlines()
+        except (OSError, ValueError):
+            return
+        for line in lines if version == str(INDEX_VERSION) else []:
+            try:
+                name, stamp, digest, info = json.loads(line)
+                self._known[name] = tuple(stamp), FileFacts(digest, ClipInfo(*info))
+            except (ValueError, TypeError):
+                continue  # damaged: that file is looked at again
+
+    def get(self, path: Path) -> FileFacts | None:
+        """What is known of a file as it is now."""
+        known = self._known.get(self._name(path))
+        return known[1] if known is not None and known[0] == stamp_of(path) else None
+
+    def add(self, path: Path, stamp: Stamp, facts: FileFacts) -> None:
+        """Args: stamp: as it was before the file was read."""
+        self._known[self._name(path)] = stamp, facts
+        self._changed = True
+
+    def save(self) -> None:
+        """Writes what was added, whole. Of two runs that do so the last one's stays, and the other looks again."""
+        if not self._changed:
+            return
+        rows = (
+            json.dumps([name, stamp, facts.digest, astuple(facts.info)]) for name, (stamp, facts) in self._known.items()
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, "\n".join([str(INDEX_VERSION), *rows]).encode())
+        self._changed = False
+
+    def _name(self, path: Path) -> str:
+        return str(path.absolute()).removeprefix(self._root)
+
+
+def write_whole(path: Path, content: bytes, nanoseconds: int | None = None) -> None:
+    """Writes a file aside and renames it, so that it is complete or absent, also if two processes do it at once.
+
+    Args:
+        nanoseconds: put in place of those of the modification time.
+    """
+    aside = path.with_name(f".{path.name}@{socket.gethostname()}@{os.getpid()}.tmp")
+    aside.write_bytes(content)
+    if nanoseconds is not None:
+        set_nanoseconds(aside, nanoseconds)
+    aside.replace(path)
+
+
+def set_nanoseconds(path: Path, nanoseconds: int) -> None:
+    second = path.stat().st_mtime_ns // 10**9 * 10**9
+    os.utime(path, ns=(second + nanoseconds, second + nanoseconds))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs were writing to a folder, and nothing that a process is writing now."""
+    for path in folder.glob(".*@*@*.tmp"):
+        host, process = path.name.removesuffix(".tmp").split("@")[-2:]
+        try:
+            gone = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+            if gone or time.time() - path.stat().st_mtime > _LEFT_BEHIND:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # renamed meanwhile

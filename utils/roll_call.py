@@ -1,0 +1,59 @@
+"""Waiting for processes that work for hours on shares of their own.
+
+A collective call ends a run when a process comes to it later than --nccl_timeout, however hard it works. Here each
+process gives signs of life, and one that waits gives up only when those of another have been missing for that long.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+from accelerate import PartialState
+from torch.distributed import TCPStore
+
+from utils.errors import UserError
+
+# Seconds between two looks.
+_EVERY = 0.5
+
+
+class RollCall:
+    """Signs of life in the store through which the processes have found each other."""
+
+    def __init__(self, processes: PartialState, timeout: float) -> None:
+        self.rank, self.everyone, self.timeout = processes.process_index, range(processes.num_processes), timeout
+        self.store: TCPStore | None = None
+        if len(self.everyone) > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+
+    def alive(self) -> None:
+        if self.store is not None:
+            self.store.add(f"alive/{self.rank}", 1)
+
+    def done(self, stage: str) -> None:
+        if self.store is not None:
+            self.store.set(f"done/{stage}/{self.rank}", "")
+
+    def wait_for(self, ranks: Iterable[int], stage: str) -> None:
+        """Until these processes are done with a stage.
+
+        Raises:
+            UserError: one of them has given no sign of life for the timeout.
+        """
+        for rank in ranks if self.store is not None else []:
+            assert self.store is not None
+            signs, since = -1, time.monotonic()
+            while not self.store.check([f"done/{stage}/{rank}"]):
+                if (now := self.store.add(f"alive/{rank}", 0)) != signs:
+                    signs, since = now, time.monotonic()
+                if time.monotonic() - since > self.timeout:
+                    raise UserError(
+                        f"Process {rank} has given no sign of life for {self.timeout:g} s (--nccl_timeout) while "
+                        f"others wait for it; what is encoded is kept.",
+                        on_every_rank=False,
+                    )
+                time.sleep(_EVERY)
