@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -79,15 +80,16 @@ class FileIndex:
         self._changed = True
 
     def save(self) -> None:
-        """Writes what was added, whole. Of two runs that do so the last one's stays, and the other looks again."""
+        """Writes what was added, whole, where that can be done. What one of two runs at a time adds may be lost."""
         if not self._changed:
             return
         rows = (
             json.dumps([name, stamp, facts.digest, astuple(facts.info)]) for name, (stamp, facts) in self._known.items()
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "\n".join([str(INDEX_VERSION), *rows]).encode())
-        self._changed = False
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, "\n".join([str(INDEX_VERSION), *rows]).encode())
+            self._changed = False
 
     def _name(self, path: Path) -> str:
         return str(path.absolute()).removeprefix(self._root)

@@ -126,14 +126,16 @@ def frame_times(reader: decord.VideoReader) -> tuple[np.ndarray, int]:
     edit list that hides what comes before it. Those frames have negative times, and the decoder does not give them.
     """
     spans = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
-    hidden = int((spans[:, 0] < -_TIE).sum())
-    if hidden == len(spans):
+    starts = spans[:, 0]
+    if not np.all(np.diff(starts) > 0):  # a container without usable time stamps, such as AVI with B-frames
+        return np.arange(len(starts) + 1) / float(reader.get_avg_fps()), 0
+    hidden = int((starts < -_TIE).sum())
+    if hidden == len(starts):
         raise ClipError("has no frames that are shown")
-    spans = spans[hidden:]
-    times = np.append(spans[:, 0], spans[-1, 1]) - spans[0, 0]
-    if np.all(np.diff(times) > 0):
-        return times, hidden
-    return np.arange(len(spans) + 1) / float(reader.get_avg_fps()), hidden  # a container without usable time stamps
+    length = spans[-1, 1] - starts[-1]
+    if length <= 0:  # mp4 with VP9 says nothing of its last frame
+        length = 1 / float(reader.get_avg_fps())
+    return np.append(starts[hidden:], starts[-1] + length) - starts[hidden], hidden
 
 
 def probe(path: Path) -> ClipInfo:

@@ -95,7 +95,7 @@ def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tm
     faults = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, *options, task="i2v"))
     assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in faults)
     assert any("green_circle_right_black.mp4 (line 2)" in fault for fault in faults)
-    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 6
+    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 8
     (validation / "videos.txt").unlink()
     faults = faults_of(
         *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import decord
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,10 @@ from dataset.video import (
     View,
     choose_frames,
     decode,
+    frame_times,
     frames_available,
     load_image,
+    open_clip,
     probe,
     resize,
     stretch,
@@ -102,6 +106,80 @@ def test_resize_modes():
     assert stretched[..., :18].max() == 0 and stretched[..., 26:38].min() == 255
     assert stretch(info(1, 1, 480, 720), Resolution(1, 480, 720)) == 0
     assert round(stretch(info(1, 1, 480, 720), Resolution(1, 480, 480)), 3) == 0.5
+
+
+def ffmpeg(*args: object) -> bytes:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *map(str, args)]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+SOURCE = ("-f", "lavfi", "-i", "testsrc2=size=96x64:rate=30:duration=4")
+
+
+def make_clip(kind: str, folder: Path) -> Path:
+    """What people have: clips of other coders, cut without re-encoding, turned by their header."""
+    path = folder / f"{kind}.{'avi' if kind == 'mpeg4' else 'mp4'}"
+    plain = folder / "plain.mp4"
+    ffmpeg(*SOURCE, "-c:v", "libx264", "-g", "48", "-pix_fmt", "yuv420p", plain)
+    coders = {
+        "hevc": ("libx265", "-x265-params", "log-level=error:keyint=48:min-keyint=48"),  # open groups of pictures
+        "h264": ("libx264", "-x264-params", "open-gop=1:keyint=48:min-keyint=48"),
+        "mpeg4": ("mpeg4", "-g", "48", "-bf", "2", "-q:v", "2"),  # no presentation times
+        "vp9": ("libvpx-vp9", "-g", "48"),
+        "ten bits": ("libx264", "-g", "48", "-pix_fmt", "yuv420p10le"),
+        "variable": ("libx264", "-vf", "select='not(mod(n,3))+gt(n,60)'", "-fps_mode", "vfr"),
+    }
+    if kind == "cut":
+        ffmpeg("-ss", "0.7", "-i", plain, "-c", "copy", path)
+    elif kind == "turned":
+        ffmpeg("-display_rotation", "90", "-i", plain, "-c", "copy", path)
+    else:
+        ffmpeg(*SOURCE, "-c:v", *coders[kind], *(() if kind == "ten bits" else ("-pix_fmt", "yuv420p")), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["hevc", "h264", "mpeg4", "vp9", "ten bits", "variable", "cut", "turned"])
+def test_every_frame_is_the_one_that_is_meant(tmp_path: Path, kind: str):
+    """At 8 frames a second, and from the middle on: each is nearest to the frame that ffmpeg shows at that number."""
+    path = make_clip(kind, tmp_path)
+    height, width = (96, 64) if kind == "turned" else (64, 96)
+    shown = np.frombuffer(
+        ffmpeg("-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"), np.uint8
+    ).reshape(-1, height, width, 3)
+    found = probe(path)
+    assert (found.frames, found.height, found.width) == (len(shown), height, width)
+    reader = open_clip(path)
+    times, _ = frame_times(reader)
+    for seen in (view(17, size=(height, width)), view(9, 30.0, first=40, size=(height, width))):
+        pixels = decode(path, seen).numpy().astype(int)
+        for frame, index in zip(pixels, choose_frames(times, seen), strict=True):
+            near = range(max(index - 6, 0), min(index + 7, len(shown)))
+            differences = {number: abs(shown[number] - frame).mean() for number in near}
+            assert min(differences, key=differences.__getitem__) == index
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac", path), "has no video, only sound"),
+        (lambda path: Image.new("RGB", (64, 64)).save(path, "PNG"), "is an image"),
+        (lambda path: Image.new("RGB", (64, 64)).save(path, "JPEG"), "is an image"),
+        (lambda path: ffmpeg(*SOURCE, "-frames:v", 9, "-c:v", "libsvtav1", path), "a codec that decord cannot decode"),
+    ],
+)
+def test_the_reason_is_told(tmp_path: Path, make, reason: str):
+    make(tmp_path / "odd.mp4")
+    with pytest.raises(ClipError, match=reason):
+        probe(tmp_path / "odd.mp4")
+
+
+@pytest.mark.parametrize("size", [0.5, 0.97])
+def test_a_clip_that_is_cut_short_is_told(tmp_path: Path, size: float):
+    path = tmp_path / "cut.mp4"
+    ffmpeg(*SOURCE, "-c:v", "libx264", "-movflags", "+faststart", path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * size)])
+    with pytest.raises(ClipError, match="damaged or cut short"):
+        probe(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video", b"\0" * 5000])

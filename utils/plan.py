@@ -16,7 +16,7 @@ from dataset.manifest import Sample
 from dataset.survey import Found, summary
 from dataset.video import SPREAD
 from utils import components
-from utils.args import Args
+from utils.args import Args, DataArgs
 from utils.checkpoint import Progress
 from utils.encoders import IMAGE_NOISE, IMAGE_NOISE_DRAWS
 from utils.errors import UserError
@@ -103,16 +103,7 @@ def make_plan(
     notes: list[str],
 ) -> RunPlan:
     """Names the cache entries of a run that has been checked."""
-    encoding = Encoding(
-        vae=components.identity(model_dir / "vae", tiling=args.system.enable_tiling),
-        text_encoder=components.identity(
-            model_dir / "text_encoder",
-            tokenizer=components.identity(model_dir / "tokenizer"),
-            length=form.max_text_seq_length,
-        ),
-        image_noise=IMAGE_NOISE if form.task == "i2v" else None,
-        flip=args.data.flip,
-    )
+    encoding = encoding_of(model_dir, form, args.system.enable_tiling, args.data.flip)
     training = args.training
     prompts = dict.fromkeys(["", *(excerpt.sample.prompt for excerpt in found.samples + found.validation)])
     return RunPlan(
@@ -135,6 +126,23 @@ def make_plan(
         zero=zero,
         notes=notes,
     )
+
+
+def encoding_of(model_dir: Path, form: ModelForm, tiling: bool, flip: bool) -> Encoding:
+    return Encoding(
+        vae=components.identity(model_dir / "vae", tiling=tiling),
+        text_encoder=components.identity(
+            model_dir / "text_encoder",
+            tokenizer=components.identity(model_dir / "tokenizer"),
+            length=form.max_text_seq_length,
+        ),
+        image_noise=IMAGE_NOISE if form.task == "i2v" else None,
+        flip=flip,
+    )
+
+
+def find_cache_dir(data: DataArgs, samples: list[Sample]) -> Path:
+    return data.cache_dir or common_folder(samples, data.data_root) / "latent"
 
 
 def common_folder(samples: list[Sample], root: Path) -> Path:

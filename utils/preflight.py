@@ -23,12 +23,12 @@ from dataset.files import FileIndex
 from dataset.manifest import Sample, Table, find_table, read_manifest
 from dataset.survey import Found, examine
 from utils import components
-from utils.args import Args
+from utils.args import Args, DataArgs, ValidationArgs
 from utils.checkpoint import Progress
 from utils.errors import Findings, UserError
 from utils.metrics import TRACKERS
 from utils.model_form import ModelForm, read_form
-from utils.plan import RunPlan, check_disk_space, common_folder, make_plan, nearest_existing
+from utils.plan import RunPlan, check_disk_space, find_cache_dir, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
 from utils.trainable import unfit_targets
 from utils.zero_config import find_template, resolve_template
@@ -73,18 +73,18 @@ def preflight(args: Args, num_processes: int, alive: Callable[[], None] = lambda
             f"--resume_from_checkpoint latest: {args.output.output_dir} has no checkpoint; starting anew."
         )
 
-    samples = found.of(read_training_samples, args) or []
-    validation = found.of(read_validation_samples, args) or []
+    samples = found.of(read_training_samples, args.data, args.model.model_type) or []
+    validation = found.of(read_validation_samples, args.data, args.validation, args.model.model_type) or []
     if form is not None:
         prompts = {sample.prompt for sample in samples + validation}
         found.notes += found.of(prompt_notes, model_dir, prompts, form.max_text_seq_length) or []
     plan = None
     if form is not None and samples and not out_of_range:
-        cache_dir = args.data.cache_dir or common_folder(samples, args.data.data_root) / "latent"
+        cache_dir = find_cache_dir(args.data, samples)
         index = FileIndex(cache_dir)
         if found.faults and sum(index.get(sample.clip) is None for sample in samples) > MANY_CLIPS:
             raise UserError(found.faults)  # not after an hour
-        data = look_at_data(args, samples, validation, index, alive)
+        data = look_at_data(args.data, samples, validation, index, not args.output.dry_run, alive)
         if (args.output.dry_run and not args.data.skip_bad_samples) or not data.samples:
             found.faults += data.bad
         if data.samples:
@@ -215,43 +215,43 @@ def prompt_notes(model_dir: Path, prompts: set[str], max_length: int) -> list[st
 
 
 def look_at_data(
-    args: Args, samples: list[Sample], validation: list[Sample], index: FileIndex, alive: Callable[[], None]
+    data: DataArgs,
+    samples: list[Sample],
+    validation: list[Sample],
+    index: FileIndex,
+    saves: bool = True,
+    alive: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Args: args: with the rate at which clips are sampled."""
-    data = args.data
+    """Args as of `survey`; `data` with the rate at which clips are sampled."""
     assert data.fps is not None
     how = Cutting(data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips)
     workers = len(os.sched_getaffinity(0))  # the other processes of the run wait meanwhile
-    saves = not args.output.dry_run
     return examine(samples, validation, index, how, workers, data.clip_timeout, saves, alive)
 
 
-def read_training_samples(args: Args) -> list[Sample]:
-    data = args.data
+def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
     table = find_table(data.data_root, data.caption_column, data.metadata)
     if table is not None:
-        optional = ("image",) if args.model.model_type == "i2v" else ()
+        optional = ("image",) if task == "i2v" else ()
         return read_manifest(data.data_root, table=Table(table, optional=optional), id_token=data.id_token)
     return read_manifest(data.data_root, data.caption_column, data.video_column, data.image_column, data.id_token)
 
 
-def read_validation_samples(args: Args) -> list[Sample]:
+def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) -> list[Sample]:
     """The validation folder; its clips are optional and, where there are any, give the held-out loss."""
-    options, root = args.validation, args.validation.validation_dir
+    root = options.validation_dir
     if not options.do_validation or root is None:
         return []
-    is_i2v = args.model.model_type == "i2v"
-    read = partial(read_manifest, root, id_token=args.data.id_token, flag="--validation_dir")
+    read = partial(read_manifest, root, id_token=data.id_token, flag="--validation_dir")
     table = find_table(root, options.validation_prompts, None)
     if table is not None:
-        optional = ("video", "image") if is_i2v else ("video",)
-        samples = read(table=Table(table, ("prompt",), optional))
+        samples = read(table=Table(table, ("prompt",), ("video", "image") if task == "i2v" else ("video",)))
     else:
-        videos = args.data.video_column if (root / args.data.video_column).exists() or not root.is_dir() else None
+        videos = data.video_column if (root / data.video_column).exists() or not root.is_dir() else None
         samples = read(options.validation_prompts, videos, options.validation_images)
-    if is_i2v and not all(sample.video or sample.image for sample in samples):
+    if task == "i2v" and not all(sample.video or sample.image for sample in samples):
         raise UserError(
             f"--validation_dir {root}: image-to-video needs an image a prompt; give --validation_images, or a "
-            f"{args.data.video_column} whose clips' first frames serve."
+            f"{data.video_column} whose clips' first frames serve."
         )
     return samples

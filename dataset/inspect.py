@@ -1,0 +1,189 @@
+"""Shows what training will see of a data folder, and looks after its latent cache.
+
+    python -m dataset.inspect data --train_resolution 49x480x720 49x720x480
+    python -m dataset.inspect data --model_path THUDM/CogVideoX-5b --verify_cache
+    python -m dataset.inspect data --model_path THUDM/CogVideoX-5b --prune_cache
+
+It takes the data and validation flags of `train.py`. A command of its own: nothing of the training imports it.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from dataset.excerpts import Excerpt
+from dataset.files import FileIndex, remove_leftovers
+from dataset.latent_cache import LatentCache
+from dataset.survey import Found, summary
+from dataset.video import SPREAD, decode, stretch
+from dataset.workers import Failure, contained
+from utils import components
+from utils.args import DataArgs, ValidationArgs, add_options, collect, make_parser, option
+from utils.errors import UserError, told_to_the_user
+from utils.model_form import ModelForm, read_form
+from utils.plan import encoding_of, find_cache_dir
+from utils.preflight import look_at_data, read_training_samples, read_validation_samples
+
+COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
+SHOWN_ROWS, SHEET_ROWS, SHEET_COLUMNS, THUMBNAIL_HEIGHT, CAPTION_HEIGHT = 20, 12, 6, 120, 16
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    model_path: str | None = option(
+        None, help="gives the default --fps and checks the resolutions; needed for what concerns the cache"
+    )
+    enable_tiling: bool = option(True, help="as in training: it decides what the VAE gives")
+    inspect_dir: Path = option(Path("inspect"), help="samples.csv and contact_sheet.png are written here")
+    verify_cache: bool = option(False, help="read every entry of the cache; damaged ones are removed")
+    prune_cache: bool = option(False, help="remove entries that no sample of this folder uses with these flags")
+
+
+def main() -> None:
+    data, validation, options = parse(sys.argv[1:])
+    form = model_dir = None
+    if options.model_path is not None:
+        model_dir = components.resolve_model_dir(options.model_path)
+        form = read_form(model_dir)
+    data = replace(data, fps=data.fps or (form.fps if form else 8.0))
+    faults = [*data.faults()]
+    if form is not None:
+        faults += [
+            fault for size in data.train_resolution for fault in form.resolution_faults(size, "--train_resolution")
+        ]
+    if (options.verify_cache or options.prune_cache) and form is None:
+        faults.append("--verify_cache and --prune_cache need --model_path: entries belong to an encoder.")
+    if faults:
+        raise UserError(faults)
+    task = form.task if form else ("i2v" if data.image_column else "t2v")
+    samples = read_training_samples(data, task)
+    held_out = read_validation_samples(data, replace(validation, do_validation=True), task)
+    cache_dir = find_cache_dir(data, samples)
+    found = look_at_data(data, samples, held_out, FileIndex(cache_dir), saves=cache_dir.is_dir())
+    show(data, found, options.inspect_dir)
+    if form is not None and model_dir is not None and cache_dir.is_dir():
+        care_for_cache(options, data, found, LatentCache(cache_dir), model_dir, form)
+
+
+def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
+    parser = make_parser("Shows what training will see of a data folder: python -m dataset.inspect DATA_ROOT ...")
+    groups = (DataArgs, ValidationArgs, InspectArgs)
+    for group in groups:
+        add_options(parser, group)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--data_root", *argv]
+    values = vars(parser.parse_args(argv))
+    data, validation, options = (collect(values, group) for group in groups)
+    return data, validation, options
+
+
+def show(data: DataArgs, found: Found, folder: Path) -> None:
+    assert data.fps is not None
+    if found.samples:
+        print("\n".join(summary(found.samples, found.facts, data.resize_mode, data.fps)))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "samples.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(COLUMNS)
+            for number, row in enumerate(rows(data, found)):
+                table.writerow(row)
+                if number < SHOWN_ROWS:
+                    print("  ".join(str(value)[-40:].ljust(10) for value in row))
+        print(f"{len(found.samples)} samples in {folder / 'samples.csv'}")
+        contact_sheet(found.samples, data.clip_timeout).save(folder / "contact_sheet.png")
+        print(f"{SHEET_COLUMNS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
+    for sentence in found.bad:
+        print(f"Cannot be used: {sentence}")
+
+
+def rows(data: DataArgs, found: Found) -> Iterator[tuple[object, ...]]:
+    """One row of `COLUMNS` a sample; left out is the share of the picture that is cut, or its distortion."""
+    for excerpt in found.samples:
+        view, info = excerpt.view, found.facts[excerpt.sample.clip].info
+        rate = info.fps if view.rate == SPREAD else view.rate
+        distortion = stretch(info, view.resolution)
+        changed = f"{1 - 1 / (1 + distortion):.0%} cut" if data.resize_mode == "crop" else f"{distortion:.0%} stretched"
+        span = f"{view.first / rate:.2f}", f"{min((view.first + view.span) / rate, info.seconds):.2f}"
+        yield excerpt.sample.line, excerpt.sample.clip, view.resolution, *span, changed, excerpt.sample.prompt
+
+
+def contact_sheet(samples: list[Excerpt], timeout: float) -> Image.Image:
+    """A row of frames a sample, evenly taken from the dataset and from each sample, as training gets them."""
+    chosen = [
+        samples[number] for number in sorted({*np.linspace(0, len(samples) - 1, SHEET_ROWS).astype(int).tolist()})
+    ]
+    largest = max(size.frames * size.height * size.width * 3 for size in {excerpt.resolution for excerpt in chosen})
+    strips = {}
+    for done in contained(_thumbnails, list(enumerate(chosen)), 2, timeout, largest):
+        number, excerpt = done.job
+        caption = f"{excerpt.resolution}  {excerpt}  {excerpt.sample.prompt}"
+        strips[number] = (done.outcome.reason if isinstance(done.outcome, Failure) else done.outcome, caption)
+    width = max([strip.width for strip, _ in strips.values() if isinstance(strip, Image.Image)], default=480)
+    sheet = Image.new("RGB", (width, len(chosen) * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (strip, caption) in strips.items():
+        top = number * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)
+        pen.text((2, top + 2), caption.encode("ascii", "replace").decode(), fill="black")
+        if isinstance(strip, Image.Image):
+            sheet.paste(strip, (0, top + CAPTION_HEIGHT))
+        else:
+            pen.text((2, top + CAPTION_HEIGHT + 2), strip, fill="red")
+    return sheet
+
+
+def _thumbnails(job: tuple[int, Excerpt], buffer: torch.Tensor) -> Image.Image:
+    size = job[1].resolution
+    pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
+    decode(job[1].sample.clip, job[1].view, pixels)
+    width = round(THUMBNAIL_HEIGHT * size.width / size.height)
+    strip = Image.new("RGB", (SHEET_COLUMNS * width, THUMBNAIL_HEIGHT))
+    for place, number in enumerate(np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)):
+        strip.paste(Image.fromarray(pixels[number].numpy()).resize((width, THUMBNAIL_HEIGHT)), (place * width, 0))
+    return strip
+
+
+def care_for_cache(
+    options: InspectArgs, data: DataArgs, found: Found, cache: LatentCache, model_dir: Path, form: ModelForm
+) -> None:
+    """Says how much of the cache these samples use; verifies and prunes it where that is wanted."""
+    encoding = encoding_of(model_dir, form, options.enable_tiling, data.flip)
+    used = {encoding.prompt_key("")}
+    for excerpt in found.samples + found.validation:
+        keys = encoding.sample_keys(excerpt, found.facts)
+        used |= {*keys.video, *keys.image, keys.prompt}
+    there = set(cache.names())
+    print(f"Latent cache {cache.folder}: {len(used & there)} of {len(used)} entries are there")
+    if options.verify_cache:
+        with ThreadPoolExecutor() as pool:
+            verdicts = pool.map(partial(cache.is_intact, reads=True), sorted(used & there))
+            damaged = [*tqdm(verdicts, "Reading entries", len(used & there), unit="entry")].count(False)
+        print(
+            f"{damaged} entries were damaged and are removed; the next run encodes them anew"
+            if damaged
+            else "All are whole"
+        )
+    unused = there - used
+    size = sum(cache.path(name).stat().st_size for name in unused) / 2**30
+    if options.prune_cache:
+        for name in unused:
+            cache.remove(name)
+        remove_leftovers(cache.folder)
+        print(f"{len(unused)} entries that nothing here uses are removed, {size:.2f} GiB")
+    elif unused:
+        print(f"{len(unused)} entries, {size:.2f} GiB, are for other flags, data or models; --prune_cache removes them")
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        main()
