@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from dataset.files import FileFacts
 from dataset.manifest import Sample
@@ -50,7 +49,7 @@ class Excerpt:
         return f"{self.sample}, from frame {self.view.first}" if self.view.first else str(self.sample)
 
 
-def cut(samples: list[Sample], facts: Mapping[Path, FileFacts], how: Cutting) -> tuple[list[Excerpt], list[str]]:
+def cut(samples: list[Sample], facts: Mapping[str, FileFacts], how: Cutting) -> tuple[list[Excerpt], list[str]]:
     """Excerpts of all samples, and a sentence for each clip that is too short.
 
     Args:

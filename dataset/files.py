@@ -23,8 +23,6 @@ INDEX_FILE = "files.jsonl"
 # Seconds after which a file that was being written on another machine is taken to be left by a killed run.
 _LEFT_BEHIND = 24 * 3600
 
-Stamp = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
@@ -39,10 +37,11 @@ class FileFacts:
     info: ClipInfo
 
 
-def stamp_of(path: Path) -> Stamp:
-    """Changes when the file does: size, modification time, and change time, which nobody can set back."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def stamp_of(path: str) -> int:
+    """Changes when the file does: of its size, modification time, and change time, which nobody can set back."""
+    status = Path(path).stat()
+    text = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def digest_file(path: Path) -> str:
@@ -56,25 +55,26 @@ class FileIndex:
     def __init__(self, cache_dir: Path) -> None:
         self.path = cache_dir / INDEX_FILE
         self._root = f"{cache_dir.absolute().parent}{os.sep}"
-        self._known: dict[str, tuple[Stamp, FileFacts]] = {}
+        self._known: dict[str, tuple[int, FileFacts]] = {}
         self._changed = False
         try:
             version, *lines = self.path.read_text().splitlines()
         except (OSError, ValueError):
             return
+        equal: dict[tuple, ClipInfo] = {}  # clips of one camera have the same
         for line in lines if version == str(INDEX_VERSION) else []:
             try:
                 name, stamp, digest, info = json.loads(line)
-                self._known[name] = tuple(stamp), FileFacts(digest, ClipInfo(*info))
+                self._known[name] = stamp, FileFacts(digest, equal.setdefault(tuple(info), ClipInfo(*info)))
             except (ValueError, TypeError):
                 continue  # damaged: that file is looked at again
 
-    def get(self, path: Path) -> FileFacts | None:
+    def get(self, path: str) -> FileFacts | None:
         """What is known of a file as it is now."""
         known = self._known.get(self._name(path))
         return known[1] if known is not None and known[0] == stamp_of(path) else None
 
-    def add(self, path: Path, stamp: Stamp, facts: FileFacts) -> None:
+    def add(self, path: str, stamp: int, facts: FileFacts) -> None:
         """Args: stamp: as it was before the file was read."""
         self._known[self._name(path)] = stamp, facts
         self._changed = True
@@ -91,8 +91,8 @@ class FileIndex:
             write_whole(self.path, "\n".join([str(INDEX_VERSION), *rows]).encode())
             self._changed = False
 
-    def _name(self, path: Path) -> str:
-        return str(path.absolute()).removeprefix(self._root)
+    def _name(self, path: str) -> str:
+        return str(Path(path).absolute()).removeprefix(self._root)
 
 
 def write_whole(path: Path, content: bytes, nanoseconds: int | None = None) -> None:

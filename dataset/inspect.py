@@ -145,7 +145,7 @@ def contact_sheet(samples: list[Excerpt], timeout: float) -> Image.Image:
 def _thumbnails(job: tuple[int, Excerpt], buffer: torch.Tensor) -> Image.Image:
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
-    decode(job[1].sample.clip, job[1].view, pixels)
+    decode(Path(job[1].sample.clip), job[1].view, pixels)
     width = round(THUMBNAIL_HEIGHT * size.width / size.height)
     strip = Image.new("RGB", (SHEET_COLUMNS * width, THUMBNAIL_HEIGHT))
     for place, number in enumerate(np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)):

@@ -131,7 +131,7 @@ class Encoding:
     def prompt_key(self, prompt: str) -> str:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
-    def sample_keys(self, excerpt: Excerpt, facts: Mapping[Path, FileFacts]) -> SampleKeys:
+    def sample_keys(self, excerpt: Excerpt, facts: Mapping[str, FileFacts]) -> SampleKeys:
         """Args: facts: of every file that the samples name."""
         sample, video, image = excerpt.sample, [], []
         for view in excerpt.views(self.flip):

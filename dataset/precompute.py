@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -160,10 +161,10 @@ def _decode(job: _Job, buffer: torch.Tensor) -> bool:
     pixels, image = _pixels(job, buffer)
     if pixels is not None:
         view = job.view if job.video else replace(job.view, resolution=replace(job.view.resolution, frames=1))
-        decode(job.excerpt.sample.clip, view, pixels)
+        decode(Path(job.excerpt.sample.clip), view, pixels)
     if image is not None and job.excerpt.sample.image is not None:
         try:
-            loaded = load_image(job.excerpt.sample.image, job.view.resolution, job.view.mode)
+            loaded = load_image(Path(job.excerpt.sample.image), job.view.resolution, job.view.mode)
         except ClipError as error:
             raise ClipError(f"has an image, {job.excerpt.sample.image}, that {error}") from error
         image.copy_(loaded.flip(1) if job.view.flipped else loaded)

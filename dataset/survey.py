@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.excerpts import Cutting, Excerpt, cut
-from dataset.files import FileFacts, FileIndex, Stamp, digest_file, stamp_of
+from dataset.files import FileFacts, FileIndex, digest_file, stamp_of
 from dataset.manifest import Sample
 from dataset.video import SPREAD, ClipInfo, Rate, Resolution, image_size, probe, stretch
 from dataset.workers import Failure, contained
@@ -34,7 +34,7 @@ class Found:
 
     samples: list[Excerpt]
     validation: list[Excerpt]
-    facts: dict[Path, FileFacts]
+    facts: dict[str, FileFacts]
     bad: list[str]
 
 
@@ -68,7 +68,7 @@ def survey(
     timeout: float,
     saves: bool,
     alive: Callable[[], None],
-) -> tuple[dict[Path, FileFacts], dict[Path, str]]:
+) -> tuple[dict[str, FileFacts], dict[str, str]]:
     """Looks at the files that are not in the index as they are now, in worker processes.
 
     Args:
@@ -106,9 +106,9 @@ def survey(
     return facts, faults
 
 
-def _look(job: tuple[Path, bool], buffer: Any) -> tuple[Stamp, FileFacts]:
-    path, is_image = job
-    stamp = stamp_of(path)
+def _look(job: tuple[str, bool], buffer: Any) -> tuple[int, FileFacts]:
+    path, is_image = Path(job[0]), job[1]
+    stamp = stamp_of(job[0])
     if is_image:
         height, width = image_size(path)
         info = ClipInfo(1, 1.0, 0.0, height, width)
@@ -117,7 +117,7 @@ def _look(job: tuple[Path, bool], buffer: Any) -> tuple[Stamp, FileFacts]:
     return stamp, FileFacts(digest_file(path), info)
 
 
-def usable(samples: list[Sample], faults: Mapping[Path, str]) -> tuple[list[Sample], list[str]]:
+def usable(samples: list[Sample], faults: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
     """The samples whose files can be used, and a sentence for each that cannot."""
     sound, sentences = [], []
     for sample in samples:
@@ -128,7 +128,7 @@ def usable(samples: list[Sample], faults: Mapping[Path, str]) -> tuple[list[Samp
     return sound, sentences
 
 
-def summary(excerpts: list[Excerpt], facts: Mapping[Path, FileFacts], mode: str, rate: Rate) -> list[str]:
+def summary(excerpts: list[Excerpt], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
     """What the clips are, and how much of them each bucket takes."""
     clips = {excerpt.sample.clip: excerpt for excerpt in excerpts}
     infos = {path: facts[path].info for path in clips}
@@ -151,7 +151,7 @@ def summary(excerpts: list[Excerpt], facts: Mapping[Path, FileFacts], mode: str,
     return lines
 
 
-def _distortion(infos: Mapping[Path, ClipInfo], bucket: Resolution, mode: str) -> str:
+def _distortion(infos: Mapping[str, ClipInfo], bucket: Resolution, mode: str) -> str:
     """How far clips are stretched, or how much is cut from them."""
     amounts = {path: stretch(info, bucket) for path, info in infos.items()}
     if mode == "crop":

@@ -58,7 +58,7 @@ def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
         fill(cache, found.samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == []
     )
     vae = components.load_vae(model_dir, CPU, True, True)
-    pixels = to_model_range(decode(found.samples[3].sample.clip, found.samples[3].view)).permute(3, 0, 1, 2)
+    pixels = to_model_range(decode(Path(found.samples[3].sample.clip), found.samples[3].view)).permute(3, 0, 1, 2)
     expected = vae.encode(pixels[None]).latent_dist.parameters[0]
     assert torch.equal(cache.read(keys[3].video[0]), expected)
     images = cache.read(keys[3].image[0])
@@ -109,7 +109,7 @@ def test_keys_cover_what_changes_the_bytes(data):
     windows = keys_of(look(data, rate=16.0, clips_per_video=3))  # the first window is the one there was without
     assert len({key.video for key in windows}) == 3 * len(first)
     assert windows[0].video == keys_of(look(data, rate=16.0))[0].video
-    clips = [excerpt.sample.clip for excerpt in found.samples]
+    clips = [Path(excerpt.sample.clip) for excerpt in found.samples]
     clips[0].write_bytes(clips[1].read_bytes())  # the content counts, not the name
     changed = keys_of(look(data))
     assert changed[0].video == first[1].video and changed[2:] == first[2:]
@@ -156,14 +156,14 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
 def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
     found, cache = look(data), LatentCache(tmp_path / "cache")
     samples, keys = found.samples, keys_of(found)
-    whole = samples[1].sample.clip.read_bytes()  # after the look at them
-    samples[1].sample.clip.write_bytes(whole[: len(whole) // 2])
-    samples[4].sample.clip.write_bytes(b"nothing")
+    whole = Path(samples[1].sample.clip).read_bytes()  # after the look at them
+    Path(samples[1].sample.clip).write_bytes(whole[: len(whole) // 2])
+    Path(samples[4].sample.clip).write_bytes(b"nothing")
 
     @contextmanager
     def overflowing():
         def video(pixels):  # clip 6 is given latents that are not finite
-            value = torch.inf if pixels.equal(decode(samples[6].sample.clip, samples[6].view)) else 1.0
+            value = torch.inf if pixels.equal(decode(Path(samples[6].sample.clip), samples[6].view)) else 1.0
             return torch.full((1, 1), value)
 
         yield PixelEncoders(video, lambda pixels, seed: torch.ones(1))

@@ -147,7 +147,7 @@ def find_cache_dir(data: DataArgs, samples: list[Sample]) -> Path:
 
 def common_folder(samples: list[Sample], root: Path) -> Path:
     """The folder that holds the clips; the data folder where they lie scattered outside of it."""
-    folders = {sample.clip.parent.absolute() for sample in samples}
+    folders = {Path(folder).absolute() for folder in {os.path.dirname(sample.clip) for sample in samples}}  # noqa: PTH120
     common = Path(os.path.commonpath(folders))
     return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
 

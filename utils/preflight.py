@@ -206,9 +206,12 @@ def prompt_notes(model_dir: Path, prompts: set[str], max_length: int) -> list[st
         tokenizer = components.load_tokenizer(model_dir)
     except Exception as error:
         raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
-    texts = sorted(prompts)
-    lengths = map(len, tokenizer(texts).input_ids if texts else [])
-    cut = [text for text, length in zip(texts, lengths, strict=True) if length > max_length]
+    long = sorted(text for text in prompts if len(text.encode()) >= max_length)  # a token has a byte at least
+    cut: list[str] = []
+    for start in range(0, len(long), 1000):  # all at once they would take more memory than the whole dataset
+        some = long[start : start + 1000]
+        tokens = tokenizer(some).input_ids
+        cut += [text for text, ids in zip(some, tokens, strict=True) if len(ids) > max_length]
     if not cut:
         return []
     return [f"{len(cut)} of {len(prompts)} prompts are longer than {max_length} tokens and are cut: {cut[0][:60]!r}..."]

@@ -229,7 +229,7 @@ def condition_image(excerpt: Excerpt) -> Image.Image:
     """The image of a validation line, or its clip's first frame, at the resolution of the line."""
     view = replace(excerpt.view, resolution=replace(excerpt.resolution, frames=1))
     if excerpt.sample.image is not None:
-        pixels = load_image(excerpt.sample.image, view.resolution, view.mode)
+        pixels = load_image(Path(excerpt.sample.image), view.resolution, view.mode)
     else:
-        pixels = decode(excerpt.sample.clip, view)[0]
+        pixels = decode(Path(excerpt.sample.clip), view)[0]
     return Image.fromarray(pixels.numpy())

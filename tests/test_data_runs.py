@@ -1,0 +1,126 @@
+"""Whole runs over data as people have it: several shapes and lengths, bad clips, killed while encoding."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import psutil
+import pytest
+
+from tests.conftest import ROOT, arguments, command, environment, read_metrics, run, succeed
+
+BUCKETS = ("--train_resolution", "9x64x64", "9x64x96", "17x96x64")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A data folder with a table, of eleven clips in three shapes, two of them long enough for two samples."""
+    folder = tmp_path / "mixed"
+    (folder / "clips").mkdir(parents=True)
+    rows = []
+    for number in range(11):
+        size, seconds = [("96x64", 1.5), ("64x96", 2.5), ("70x64", 1.2)][number % 3]
+        name = f"clips/{number}.mp4"
+        source = f"testsrc2=size={size}:rate=24:duration={seconds + 2 * (number in (0, 2))},hue=h={30 * number}"
+        subprocess.run(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", source, str(folder / name)],
+            check=True,
+        )
+        rows.append(json.dumps({"video": name, "prompt": f"picture {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_a_run_in_buckets_is_the_same_on_two_processes_and_in_two_parts(tiny, mixed, tmp_path):
+    def train(out: str, steps: int, accumulation: int, processes: int) -> str:
+        options = [*BUCKETS, "--clips_per_video", 2, "--flip", "--resize_mode", "crop", "--caption_dropout", 0.3]
+        options += ["--train_steps", steps, "--gradient_accumulation_steps", accumulation]
+        options += ["--resume_from_checkpoint", "latest"]
+        args = arguments(tiny("5b", (17, 96, 96)), mixed, tmp_path / out, *options)
+        return succeed("train_ddp_t2v.sh", *args, processes=processes)
+
+    printed = train("one", 8, 4, 1)
+    for line in ("9x64x96: 5 samples of 4 clips", "17x96x64: 4 samples of 4 clips", "9x64x64: 4 samples of 3 clips"):
+        assert line in printed
+    train("two", 4, 2, 2)
+    train("two", 8, 2, 2)
+    losses = [[line["loss"] for line in read_metrics(tmp_path / out)] for out in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 8
+
+
+def test_a_run_goes_on_without_bad_clips_if_told_to(tiny, data, tmp_path):
+    clips = (data / "videos.txt").read_text().split()
+    whole = (data / clips[2]).read_bytes()
+    (data / clips[2]).write_bytes(whole[:1500] + bytes(len(whole) - 1600) + whole[-100:])  # damaged further inside
+    shutil.copy(ROOT / "tests" / "first_frame.png", data / clips[5])
+    out = tmp_path / "out"
+    options = arguments(tiny("5b"), data, out, "--train_steps", 2, "--resume_from_checkpoint", "latest")
+    stopped = run("train_ddp_t2v.sh", *options, processes=2)
+    assert stopped.returncode == 2 and "--skip_bad_samples true" in stopped.stderr
+    assert len(list((data / "videos" / "latent").glob("video-*"))) == 6
+    listed = (out / "bad_samples.txt").read_text()
+    assert f"{data / clips[2]} (line 3)" in listed and f"{data / clips[5]} (line 6) is an image" in listed
+    printed = succeed("train_ddp_t2v.sh", *options, "--skip_bad_samples", "true", processes=2)
+    assert "Going on without these" in printed and (out / "checkpoint-2").is_dir()
+
+
+def test_a_cache_that_was_killed_at_random_and_made_by_two_runs_at_a_time_is_the_same(tiny, data, tmp_path):
+    def precompute(cache: str) -> list[str]:
+        task = ["--precompute_only", "--cache_dir", tmp_path / cache, "--flip"]
+        return command("train.py", *arguments(tiny("1.5-i2v"), data, tmp_path / "out", *task, task="i2v"))
+
+    def start(cache: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            precompute(cache), env=environment(1), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+
+    assert start("whole").wait() == 0
+    entries = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.safetensors")}
+    for kill in range(3):
+        with start("killed") as process:
+            while len(list((tmp_path / "killed").glob("*.safetensors"))) <= 12 * kill and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(random.random() / 5)
+            for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                member.kill()
+    both = [start("killed"), start("killed")]
+    assert [process.wait() for process in both] == [0, 0]
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {*entries, "files.jsonl"}
+    assert all((tmp_path / "killed" / name).read_bytes() == content for name, content in entries.items())
+
+
+def test_inspect_shows_what_training_sees_and_cares_for_the_cache(tiny, mixed, tmp_path):
+    options = ["--model_path", tiny("5b", (17, 96, 96)), *BUCKETS]
+    succeed("train_ddp_t2v.sh", *arguments(options[1], mixed, tmp_path / "out", *BUCKETS, "--precompute_only"))
+    cache = mixed / "clips" / "latent"
+    damaged = sorted(cache.glob("video-*"))[0]
+    status, content = damaged.stat(), bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk would do it
+    done = subprocess.run(
+        [
+            "python",
+            "-m",
+            "dataset.inspect",
+            mixed,
+            *map(str, options),
+            "--inspect_dir",
+            tmp_path / "seen",
+            "--verify_cache",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "11 samples in" in done.stdout and "1 entries were damaged" in done.stdout and not damaged.exists()
+    assert len((tmp_path / "seen" / "samples.csv").read_text().splitlines()) == 12
+    assert (tmp_path / "seen" / "contact_sheet.png").stat().st_size > 10_000

@@ -1,0 +1,108 @@
+"""Which bucket a clip goes to, which windows are cut from it, and the tables that name the clips."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dataset.excerpts import Cutting, choose_bucket, cut, windows
+from dataset.files import FileFacts
+from dataset.manifest import Sample, Table, read_manifest
+from dataset.video import SPREAD, ClipInfo, Resolution
+from utils.errors import UserError
+
+WIDE, TALL, LONG = Resolution(49, 480, 720), Resolution(49, 720, 480), Resolution(81, 480, 720)
+
+
+def info(seconds: float, height: int, width: int, fps: float = 30.0) -> ClipInfo:
+    frames = round(seconds * fps)
+    return ClipInfo(frames, frames / fps, (frames - 1) / fps, height, width)
+
+
+@pytest.mark.parametrize(
+    ("clip", "expected"),
+    [
+        (info(7, 480, 720), WIDE),
+        (info(11, 480, 720), LONG),
+        (info(7, 1920, 1080), TALL),
+        (info(60, 1080, 1920), LONG),
+        (info(12, 1280, 720), TALL),  # half of the picture is worse than half of the time
+        (info(5, 480, 720), None),
+    ],
+)
+def test_a_clip_goes_where_most_of_it_is_kept(clip, expected):
+    assert choose_bucket(clip, Cutting((WIDE, TALL, LONG), 8.0, "crop")) == expected
+
+
+def test_of_equal_shapes_the_one_that_enlarges_least_is_taken_and_then_the_largest():
+    sizes = tuple(Resolution(49, height, height * 3 // 2) for height in (320, 480, 640))
+    how = Cutting(sizes, 8.0, "crop")
+    assert [choose_bucket(info(7, height, height * 3 // 2), how).height for height in (240, 500, 1280)] == [
+        320,
+        480,
+        640,
+    ]
+
+
+def test_windows_do_not_overlap_and_cover_the_clip():
+    how = Cutting((WIDE,), 8.0, "crop", clips_per_video=3)
+    assert windows(info(30, 480, 720), WIDE, how) == [(0, 49), (95, 49), (191, 49)]
+    assert windows(info(13, 480, 720), WIDE, how) == [(0, 49), (55, 49)]
+    assert windows(info(7, 480, 720), WIDE, how) == [(0, 49)]
+    spread = Cutting((WIDE,), SPREAD, "crop", clips_per_video=3)
+    assert windows(info(10, 480, 720), WIDE, spread) == [(0, 100), (100, 100), (200, 100)]
+
+
+def test_short_clips_are_told_with_their_length_or_padded():
+    samples = [Sample(4, "a", "short.mp4", None), Sample(5, "b", "long.mp4", None)]
+    facts = {"short.mp4": FileFacts("x", info(6, 480, 720, 8)), "long.mp4": FileFacts("y", info(9, 480, 720, 8))}
+    excerpts, faults = cut(samples, facts, Cutting((LONG, WIDE), 8.0, "crop"))
+    assert [excerpt.sample.line for excerpt in excerpts] == [5]
+    assert len(faults) == 1 and faults[0].startswith(
+        "short.mp4 (line 4) is too short: its 48 frames are 6.00 s, but 49 frames at 8 fps take 6.12 s"
+    )
+    excerpts, faults = cut(samples, facts, Cutting((LONG, WIDE), 8.0, "crop", pads=True))
+    assert [excerpt.resolution for excerpt in excerpts] == [WIDE, WIDE] and not faults
+
+
+ROWS = [{"video": "a.mp4", "prompt": 'a "red", circle'}, {"video": "b.mp4", "prompt": "two\nlines", "image": "b.png"}]
+TABLE = Table("metadata.jsonl", optional=("image",))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.mp4", "b.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_tables_name_the_samples(folder):
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    samples = read_manifest(folder, table=Table("metadata.jsonl"), id_token="SKS")
+    assert [(sample.line, sample.prompt) for sample in samples] == [(1, 'SKS a "red", circle'), (2, "SKS two\nlines")]
+    assert [sample.video for sample in samples] == [f"{folder}/a.mp4", f"{folder}/b.mp4"]
+    (folder / "metadata.csv").write_text('video,prompt,note\na.mp4,"a ""red"", circle",x\nb.mp4,"two\nlines",y\n')
+    rows = read_manifest(folder, table=Table("metadata.csv"), id_token="SKS")
+    assert [(sample.video, sample.prompt) for sample in rows] == [(sample.video, sample.prompt) for sample in samples]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"video": "a.mp4", "text": "x"}\n', "has no column 'prompt'; it has video, text"),
+        ('{"video": "a.mp4", "prompt": "x"}\n{"video": "b.mp4"}\n', "line 2: it has no text 'prompt'"),
+        ('{"video": "a.mp4", "prompt": "x"}\n["b.mp4"]\n', "line 2: it is no JSON object"),
+        ('{"video": "a.mp4", "prompt": "x"}\n\n{"video"\n', "line 3: it is no JSON ("),
+        ('{"video": "c.mp4", "prompt": " "}\n', "line 1: there is no file"),
+        ('{"video": "c.mp4", "prompt": " "}\n', "line 1: its prompt is empty"),
+        ('{"video": 7, "prompt": "x"}\n', "line 1: it has no text 'video'"),
+        (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]), "line 1: it has no text 'image'"),
+        ("", "the table is empty"),
+    ],
+)
+def test_mistakes_in_tables_are_told_by_line(folder, text, message):
+    (folder / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_manifest(folder, table=TABLE)
+    assert any(message in fault for fault in caught.value.faults), caught.value.faults
