@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from dataset.files import FileFacts
@@ -102,6 +103,7 @@ def windows(info: ClipInfo, bucket: Resolution, how: Cutting) -> list[tuple[int,
     return [(spare * n // (number - 1) if n else 0, count) for n in range(number)]
 
 
+@lru_cache(maxsize=1024)
 def _view(how: Cutting, bucket: Resolution, first: int, span: int) -> View:
     return View(bucket, how.rate, how.mode, first, span)
 

@@ -57,17 +57,12 @@ class FileIndex:
         self._root = f"{cache_dir.absolute().parent}{os.sep}"
         self._known: dict[str, tuple[int, FileFacts]] = {}
         self._changed = False
-        try:
-            version, *lines = self.path.read_text().splitlines()
-        except (OSError, ValueError):
-            return
         equal: dict[tuple, ClipInfo] = {}  # clips of one camera have the same
-        for line in lines if version == str(INDEX_VERSION) else []:
-            try:
-                name, stamp, digest, info = json.loads(line)
-                self._known[name] = stamp, FileFacts(digest, equal.setdefault(tuple(info), ClipInfo(*info)))
-            except (ValueError, TypeError):
-                continue  # damaged: that file is looked at again
+        with suppress(OSError, UnicodeDecodeError), self.path.open() as file:
+            for line in file if next(file, "").strip() == str(INDEX_VERSION) else []:
+                with suppress(ValueError, TypeError):  # damaged: that file is looked at again
+                    name, stamp, digest, info = json.loads(line)
+                    self._known[name] = stamp, FileFacts(digest, equal.setdefault(tuple(info), ClipInfo(*info)))
 
     def get(self, path: str) -> FileFacts | None:
         """What is known of a file as it is now."""

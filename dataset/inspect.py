@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dataset.excerpts import Excerpt
-from dataset.files import FileIndex, remove_leftovers
+from dataset.files import remove_leftovers
 from dataset.latent_cache import LatentCache
 from dataset.survey import Found, summary
 from dataset.video import SPREAD, decode, stretch
@@ -70,7 +70,7 @@ def main() -> None:
     samples = read_training_samples(data, task)
     held_out = read_validation_samples(data, replace(validation, do_validation=True), task)
     cache_dir = find_cache_dir(data, samples)
-    found = look_at_data(data, samples, held_out, FileIndex(cache_dir), saves=cache_dir.is_dir())
+    found = look_at_data(data, samples, held_out, cache_dir, saves=cache_dir.is_dir())
     show(data, found, options.inspect_dir)
     if form is not None and model_dir is not None and cache_dir.is_dir():
         care_for_cache(options, data, found, LatentCache(cache_dir), model_dir, form)
@@ -159,8 +159,7 @@ def care_for_cache(
     """Says how much of the cache these samples use; verifies and prunes it where that is wanted."""
     encoding = encoding_of(model_dir, form, options.enable_tiling, data.flip)
     used = {encoding.prompt_key("")}
-    for excerpt in found.samples + found.validation:
-        keys = encoding.sample_keys(excerpt, found.facts)
+    for keys in encoding.keys(found.samples + found.validation, found.facts):
         used |= {*keys.video, *keys.image, keys.prompt}
     there = set(cache.names())
     print(f"Latent cache {cache.folder}: {len(used & there)} of {len(used)} entries are there")

@@ -131,8 +131,11 @@ class Encoding:
     def prompt_key(self, prompt: str) -> str:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
-    def sample_keys(self, excerpt: Excerpt, facts: Mapping[str, FileFacts]) -> SampleKeys:
+    def keys(self, excerpts: list[Excerpt], facts: Mapping[str, FileFacts]) -> list[SampleKeys]:
         """Args: facts: of every file that the samples name."""
+        return [self._sample_keys(excerpt, facts) for excerpt in excerpts]
+
+    def _sample_keys(self, excerpt: Excerpt, facts: Mapping[str, FileFacts]) -> SampleKeys:
         sample, video, image = excerpt.sample, [], []
         for view in excerpt.views(self.flip):
             if sample.video is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ class Sample:
 
 
 def with_id_token(prompt: str, id_token: str) -> str:
-    return f"{id_token} {prompt}".strip()
+    return f"{id_token} {prompt}" if id_token else prompt
 
 
 # The table that stands for the line files where a data folder has one of these and no captions.
@@ -63,7 +63,7 @@ class _Column:
 
     source: Path
     texts: list[str]
-    lines: list[int]
+    lines: Sequence[int]
 
 
 def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
@@ -127,7 +127,7 @@ def _read_line_files(root: Path, files: dict[str, str], faults: list[str]) -> di
     for name, file in files.items():
         texts = _read(root / file, read_lines, faults)
         if texts is not None:
-            columns[name] = _Column(root / file, texts, list(range(1, len(texts) + 1)))
+            columns[name] = _Column(root / file, texts, range(1, len(texts) + 1))
     if len({len(column.texts) for column in columns.values()}) > 1:
         counts = ", ".join(f"{files[name]} has {len(column.texts)}" for name, column in columns.items())
         faults.append(f"{root}: the line files must have the same number of lines, one sample a line; {counts}.")

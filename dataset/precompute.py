@@ -201,20 +201,18 @@ def _encode(cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.
 def _missing_jobs(cache: LatentCache, excerpts: list[Excerpt], keys: list[SampleKeys], share: Share) -> list[_Job]:
     """What the cache lacks of this rank's share; each entry is made once, however many samples name it."""
     claimed: set[str] = set()
-    jobs = []
+    missing, position = [], 0
     for excerpt, key in zip(excerpts, keys, strict=True):
-        names = zip_longest(key.video, key.image)
-        for view, (video, image) in zip(excerpt.views(flip=True), names, strict=False):
-            job = _Job(excerpt, view, *(None if name in claimed else name for name in (video, image)))
-            claimed |= set(job.names)
-            if job.names:
-                jobs.append(job)
-
-    def lacking(name: str | None) -> str | None:
-        return None if name is None or cache.is_intact(name) else name
-
-    mine = [replace(job, video=lacking(job.video), image=lacking(job.image)) for job in share.of(jobs)]
-    return [job for job in mine if job.names]
+        for view, names in zip(excerpt.views(flip=True), zip_longest(key.video, key.image), strict=False):
+            own = [None if name in claimed else name for name in names]
+            claimed.update(name for name in own if name is not None)
+            if any(own):
+                position += 1
+                if position % share.world_size == share.rank:
+                    video, image = (None if name is None or cache.is_intact(name) else name for name in own)
+                    if video or image:
+                        missing.append(_Job(excerpt, view, video, image))
+    return missing
 
 
 def _numel(shape: tuple[int, ...] | None) -> int:

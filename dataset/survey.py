@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,39 +128,59 @@ def usable(samples: list[Sample], faults: Mapping[str, str]) -> tuple[list[Sampl
     return sound, sentences
 
 
+@dataclass
+class _Tally:
+    """What goes to one bucket. `changed` is the share of a clip's picture that is cut, or by which it is stretched."""
+
+    samples: int = 0
+    clips: int = 0
+    seconds: float = 0.0
+    beyond: int = 0
+    changed: float = 0.0
+    worst: tuple[float, str] = (0.0, "")
+
+
 def summary(excerpts: list[Excerpt], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
     """What the clips are, and how much of them each bucket takes."""
-    clips = {excerpt.sample.clip: excerpt for excerpt in excerpts}
-    infos = {path: facts[path].info for path in clips}
-    sizes = Counter(f"{info.width}x{info.height} at {info.fps:.4g} fps" for info in infos.values())
+    sizes: Counter[str] = Counter()
+    tallies: defaultdict[Resolution, _Tally] = defaultdict(_Tally)
+    slower, last = 0, None
+    for excerpt in excerpts:
+        sample, tally = excerpt.sample, tallies[excerpt.resolution]
+        tally.samples += 1
+        if sample is last:  # another part of the same clip
+            continue
+        last, info = sample, facts[sample.clip].info
+        sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
+        slower += rate != SPREAD and info.fps < rate - 0.5
+        changed = stretch(info, excerpt.resolution)
+        if mode == "crop":
+            changed = 1 - 1 / (1 + changed)
+        tally.clips += 1
+        tally.seconds += info.seconds
+        tally.beyond += changed > STRETCH_WORTH_A_WORD
+        tally.changed += changed
+        tally.worst = max(tally.worst, (changed, sample.clip))
     listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
     more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
-    lines = [f"Clips: {listed}{more}; {sum(info.seconds for info in infos.values()):.0f} s in all"]
-    counts = Counter(excerpt.resolution for excerpt in excerpts)
-    for bucket, count in counts.items():
-        inside = {path: infos[path] for path, excerpt in clips.items() if excerpt.resolution == bucket}
-        total = sum(info.seconds for info in inside.values())
-        time_used = total if rate == SPREAD else min(count * bucket.frames / rate, total)
+    lines = [f"Clips: {listed}{more}; {sum(tally.seconds for tally in tallies.values()):.0f} s in all"]
+    for bucket, tally in tallies.items():
+        used = 1.0 if rate == SPREAD else min(tally.samples * bucket.frames / rate / tally.seconds, 1)
         lines.append(
-            f"  {bucket}: {count} samples of {len(inside)} clips, {time_used / total:.0%} of their time; "
-            + _distortion(inside, bucket, mode)
+            f"  {bucket}: {tally.samples} samples of {tally.clips} clips, {used:.0%} of their time; "
+            + _changed(tally, "cut" if mode == "crop" else "stretched")
         )
-    slower = 0 if rate == SPREAD else sum(info.fps < rate - 0.5 for info in infos.values())
     if slower:
-        lines.append(f"Note: {slower} of {len(infos)} clips have fewer than {rate:g} frames a second; frames repeat.")
+        lines.append(
+            f"Note: {slower} of {sizes.total()} clips have fewer than {rate:g} frames a second; frames repeat."
+        )
     return lines
 
 
-def _distortion(infos: Mapping[str, ClipInfo], bucket: Resolution, mode: str) -> str:
-    """How far clips are stretched, or how much is cut from them."""
-    amounts = {path: stretch(info, bucket) for path, info in infos.items()}
-    if mode == "crop":
-        amounts = {path: 1 - 1 / (1 + amount) for path, amount in amounts.items()}
-    worst = max(amounts, key=lambda path: amounts[path])
-    beyond = sum(amount > STRETCH_WORTH_A_WORD for amount in amounts.values())
-    done = "cut" if mode == "crop" else "stretched"
-    if not beyond:
+def _changed(tally: _Tally, done: str) -> str:
+    if not tally.beyond:
         return f"none {done} by more than {STRETCH_WORTH_A_WORD:.0%}"
-    mean = sum(amounts.values()) / len(amounts)
-    advice = "" if mode == "crop" else "; --resize_mode crop keeps the aspect ratio"
-    return f"{beyond} {done}, by {mean:.0%} on average, the worst by {amounts[worst]:.0%} ({worst}){advice}"
+    amount, path = tally.worst
+    advice = "" if done == "cut" else "; --resize_mode crop keeps the aspect ratio"
+    mean = tally.changed / tally.clips
+    return f"{tally.beyond} {done}, by {mean:.0%} on average, the worst by {amount:.0%} ({path}){advice}"

@@ -37,8 +37,9 @@ def look(data: Path, **how):
 
 
 def keys_of(found, **facts) -> list[SampleKeys]:
-    encoding = Encoding(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts})
-    return [encoding.sample_keys(excerpt, found.facts) for excerpt in found.samples]
+    return Encoding(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts}).keys(
+        found.samples, found.facts
+    )
 
 
 def fill(cache, excerpts, keys, load_encoders, share=Share(0, 1), workers=0):  # noqa: B008

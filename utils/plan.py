@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ class RunPlan:
 
     def lacking_entries(self) -> set[str]:
         """Names of the cache entries that are not there yet."""
-        clips = {name for keys in self.keys + self.validation_keys for name in keys.video + keys.image}
+        clips = (name for keys in self.keys + self.validation_keys for name in keys.video + keys.image)
         cache = LatentCache(self.cache_dir)
-        return {name for name in clips | self.prompts.keys() if not cache.path(name).exists()}
+        return {name for name in chain(clips, self.prompts) if not cache.path(name).exists()}
 
     def without(self, unusable: Set[str]) -> RunPlan:
         """The same run without the samples that need one of these cache entries."""
@@ -105,7 +106,10 @@ def make_plan(
     """Names the cache entries of a run that has been checked."""
     encoding = encoding_of(model_dir, form, args.system.enable_tiling, args.data.flip)
     training = args.training
-    prompts = dict.fromkeys(["", *(excerpt.sample.prompt for excerpt in found.samples + found.validation)])
+    keys, validation_keys = (encoding.keys(excerpts, found.facts) for excerpts in (found.samples, found.validation))
+    prompts = {encoding.prompt_key(""): ""}
+    for excerpt, names in zip(found.samples + found.validation, keys + validation_keys, strict=True):
+        prompts[names.prompt] = excerpt.sample.prompt
     return RunPlan(
         args=replace(args, data=replace(args.data, cache_dir=cache_dir)),
         model_dir=model_dir,
@@ -113,10 +117,10 @@ def make_plan(
         samples=found.samples,
         bad=found.bad,
         clips=summary(found.samples, found.facts, args.data.resize_mode, args.data.fps or form.fps),
-        keys=[encoding.sample_keys(excerpt, found.facts) for excerpt in found.samples],
+        keys=keys,
         validation=found.validation,
-        validation_keys=[encoding.sample_keys(excerpt, found.facts) for excerpt in found.validation],
-        prompts={encoding.prompt_key(text): text for text in prompts},
+        validation_keys=validation_keys,
+        prompts=prompts,
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
         resume_from=resume_from,

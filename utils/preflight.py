@@ -33,7 +33,7 @@ from utils.resume import choose_checkpoint, read_progress
 from utils.trainable import unfit_targets
 from utils.zero_config import find_template, resolve_template
 
-# So many clips that have not been looked at yet that other mistakes are told before they are.
+# So many clips that other mistakes are told before they are looked at.
 MANY_CLIPS = 1000
 
 
@@ -76,15 +76,13 @@ def preflight(args: Args, num_processes: int, alive: Callable[[], None] = lambda
     samples = found.of(read_training_samples, args.data, args.model.model_type) or []
     validation = found.of(read_validation_samples, args.data, args.validation, args.model.model_type) or []
     if form is not None:
-        prompts = {sample.prompt for sample in samples + validation}
-        found.notes += found.of(prompt_notes, model_dir, prompts, form.max_text_seq_length) or []
+        found.notes += found.of(prompt_notes, model_dir, samples + validation, form.max_text_seq_length) or []
     plan = None
     if form is not None and samples and not out_of_range:
         cache_dir = find_cache_dir(args.data, samples)
-        index = FileIndex(cache_dir)
-        if found.faults and sum(index.get(sample.clip) is None for sample in samples) > MANY_CLIPS:
+        if found.faults and len(samples) > MANY_CLIPS:
             raise UserError(found.faults)  # not after an hour
-        data = look_at_data(args.data, samples, validation, index, not args.output.dry_run, alive)
+        data = look_at_data(args.data, samples, validation, cache_dir, not args.output.dry_run, alive)
         if (args.output.dry_run and not args.data.skip_bad_samples) or not data.samples:
             found.faults += data.bad
         if data.samples:
@@ -200,13 +198,14 @@ def check_writable(wanted: Path, flag: str) -> None:
         raise UserError(f"{flag} {wanted} cannot be written to ({error}).") from error
 
 
-def prompt_notes(model_dir: Path, prompts: set[str], max_length: int) -> list[str]:
+def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> list[str]:
     """Says how many prompts are cut. Raises UserError where the tokenizer cannot be read."""
     try:
         tokenizer = components.load_tokenizer(model_dir)
     except Exception as error:
         raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
-    long = sorted(text for text in prompts if len(text.encode()) >= max_length)  # a token has a byte at least
+    # a token has a byte at least
+    long = sorted({sample.prompt for sample in samples if len(sample.prompt.encode()) >= max_length})
     cut: list[str] = []
     for start in range(0, len(long), 1000):  # all at once they would take more memory than the whole dataset
         some = long[start : start + 1000]
@@ -214,14 +213,14 @@ def prompt_notes(model_dir: Path, prompts: set[str], max_length: int) -> list[st
         cut += [text for text, ids in zip(some, tokens, strict=True) if len(ids) > max_length]
     if not cut:
         return []
-    return [f"{len(cut)} of {len(prompts)} prompts are longer than {max_length} tokens and are cut: {cut[0][:60]!r}..."]
+    return [f"{len(cut)} distinct prompts are longer than {max_length} tokens and are cut: {cut[0][:60]!r}..."]
 
 
 def look_at_data(
     data: DataArgs,
     samples: list[Sample],
     validation: list[Sample],
-    index: FileIndex,
+    cache_dir: Path,
     saves: bool = True,
     alive: Callable[[], None] = lambda: None,
 ) -> Found:
@@ -229,7 +228,7 @@ def look_at_data(
     assert data.fps is not None
     how = Cutting(data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips)
     workers = len(os.sched_getaffinity(0))  # the other processes of the run wait meanwhile
-    return examine(samples, validation, index, how, workers, data.clip_timeout, saves, alive)
+    return examine(samples, validation, FileIndex(cache_dir), how, workers, data.clip_timeout, saves, alive)
 
 
 def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
