@@ -31,10 +31,12 @@ class FileFacts:
     Attributes:
         digest: SHA-256 of the content.
         info: length, rate and size; an image is a clip of one frame.
+        stamp: of the file as it was before it was read.
     """
 
     digest: str
     info: ClipInfo
+    stamp: int
 
 
 def stamp_of(path: str) -> int:
@@ -55,23 +57,22 @@ class FileIndex:
     def __init__(self, cache_dir: Path) -> None:
         self.path = cache_dir / INDEX_FILE
         self._root = f"{cache_dir.absolute().parent}{os.sep}"
-        self._known: dict[str, tuple[int, FileFacts]] = {}
+        self._known: dict[str, FileFacts] = {}
         self._changed = False
         equal: dict[tuple, ClipInfo] = {}  # clips of one camera have the same
         with suppress(OSError, UnicodeDecodeError), self.path.open() as file:
             for line in file if next(file, "").strip() == str(INDEX_VERSION) else []:
                 with suppress(ValueError, TypeError):  # damaged: that file is looked at again
                     name, stamp, digest, info = json.loads(line)
-                    self._known[name] = stamp, FileFacts(digest, equal.setdefault(tuple(info), ClipInfo(*info)))
+                    self._known[name] = FileFacts(digest, equal.setdefault(tuple(info), ClipInfo(*info)), stamp)
 
     def get(self, path: str) -> FileFacts | None:
         """What is known of a file as it is now."""
         known = self._known.get(self._name(path))
-        return known[1] if known is not None and known[0] == stamp_of(path) else None
+        return known if known is not None and known.stamp == stamp_of(path) else None
 
-    def add(self, path: str, stamp: int, facts: FileFacts) -> None:
-        """Args: stamp: as it was before the file was read."""
-        self._known[self._name(path)] = stamp, facts
+    def add(self, path: str, facts: FileFacts) -> None:
+        self._known[self._name(path)] = facts
         self._changed = True
 
     def save(self) -> None:
@@ -79,7 +80,7 @@ class FileIndex:
         if not self._changed:
             return
         rows = (
-            json.dumps([name, stamp, facts.digest, astuple(facts.info)]) for name, (stamp, facts) in self._known.items()
+            json.dumps([name, facts.stamp, facts.digest, astuple(facts.info)]) for name, facts in self._known.items()
         )
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -96,8 +96,8 @@ def survey(
         if isinstance(done.outcome, Failure):
             faults[path] = done.outcome.reason
             continue
-        stamp, facts[path] = done.outcome
-        index.add(path, stamp, facts[path])
+        facts[path] = done.outcome
+        index.add(path, facts[path])
         if saves and time.monotonic() - saved > _SAVE_EVERY:
             index.save()
             saved = time.monotonic()
@@ -106,7 +106,7 @@ def survey(
     return facts, faults
 
 
-def _look(job: tuple[str, bool], buffer: Any) -> tuple[int, FileFacts]:
+def _look(job: tuple[str, bool], buffer: Any) -> FileFacts:
     path, is_image = Path(job[0]), job[1]
     stamp = stamp_of(job[0])
     if is_image:
@@ -114,7 +114,7 @@ def _look(job: tuple[str, bool], buffer: Any) -> tuple[int, FileFacts]:
         info = ClipInfo(1, 1.0, 0.0, height, width)
     else:
         info = probe(path)
-    return stamp, FileFacts(digest_file(path), info)
+    return FileFacts(digest_file(path), info, stamp)
 
 
 def usable(samples: list[Sample], faults: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
