@@ -74,14 +74,15 @@ def start(model: Path, folder: Path, fill: bool) -> None:
     missing += sum(not cache.is_intact(name) for name in prompts)
     looked = time.perf_counter() - began
     assert missing == 0
+    print(f"imports {imported:.1f} s, {memory:.0f} MB")
+    print(f"manifest and checks {checked:.1f} s, cache lookup {looked:.1f} s for {len(plan.samples)} samples")
+    print(f"peak memory {_peak_mb():.0f} MB")
     began = time.perf_counter()
     dataset = CachedDataset(cache, plan.keys, plan.empty_prompt, 0.0, 42)
     stream = SampleStream([excerpt.resolution for excerpt in plan.samples], 1, 1, 0, 1, 42, 0)
     next(batches(dataset, stream, 2, False))
     first_batch = time.perf_counter() - began
-    print(f"imports {imported:.1f} s, {memory:.0f} MB")
-    print(f"manifest and checks {checked:.1f} s, cache lookup {looked:.1f} s, first batch {first_batch:.2f} s")
-    print(f"peak memory {_peak_mb():.0f} MB, of which {_peak_mb() - memory:.0f} MB are for {len(plan.samples)} samples")
+    print(f"first batch {first_batch:.2f} s; peak memory {_peak_mb():.0f} MB")
 
 
 def _peak_mb() -> float:

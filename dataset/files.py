@@ -11,7 +11,8 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class FileFacts:
         stamp: of the file as it was before it was read.
     """
 
-    digest: str
+    digest: bytes
     info: ClipInfo
     stamp: int
 
@@ -46,9 +47,9 @@ def stamp_of(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def digest_file(path: Path) -> str:
+def digest_file(path: Path) -> bytes:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 class FileIndex:
@@ -64,7 +65,8 @@ class FileIndex:
             for line in file if next(file, "").strip() == str(INDEX_VERSION) else []:
                 with suppress(ValueError, TypeError):  # damaged: that file is looked at again
                     name, stamp, digest, info = json.loads(line)
-                    self._known[name] = FileFacts(digest, equal.setdefault(tuple(info), ClipInfo(*info)), stamp)
+                    seen = equal.setdefault(tuple(info), ClipInfo(*info))
+                    self._known[name] = FileFacts(bytes.fromhex(digest), seen, stamp)
 
     def get(self, path: str) -> FileFacts | None:
         """What is known of a file as it is now."""
@@ -80,31 +82,34 @@ class FileIndex:
         if not self._changed:
             return
         rows = (
-            json.dumps([name, facts.stamp, facts.digest, astuple(facts.info)]) for name, facts in self._known.items()
+            json.dumps([name, facts.stamp, facts.digest.hex(), astuple(facts.info)])
+            for name, facts in self._known.items()
         )
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, "\n".join([str(INDEX_VERSION), *rows]).encode())
+        with suppress(OSError), written_whole(self.path) as aside:
+            aside.write_text("\n".join([str(INDEX_VERSION), *rows]))
             self._changed = False
 
     def _name(self, path: str) -> str:
         return str(Path(path).absolute()).removeprefix(self._root)
 
 
-def write_whole(path: Path, content: bytes, nanoseconds: int | None = None) -> None:
-    """Writes a file aside and renames it, so that it is complete or absent, also if two processes do it at once.
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a path beside it to write to and renames that, so that `path` is complete or absent.
 
-    Args:
-        nanoseconds: put in place of those of the modification time.
+    Two processes may do so at once; the last one's stays.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}@{socket.gethostname()}@{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    if nanoseconds is not None:
-        set_nanoseconds(aside, nanoseconds)
-    aside.replace(path)
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def set_nanoseconds(path: Path, nanoseconds: int) -> None:
+    """Puts them in place of those of the modification time."""
     second = path.stat().st_mtime_ns // 10**9 * 10**9
     os.utime(path, ns=(second + nanoseconds, second + nanoseconds))
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from dataset.excerpts import Excerpt
-from dataset.files import FileFacts, set_nanoseconds, write_whole
+from dataset.files import FileFacts, set_nanoseconds, written_whole
 from dataset.video import PIXELS_VERSION, SPREAD, View
 
 FORMAT_VERSION = 2
@@ -44,10 +44,10 @@ class LatentCache:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Stores a tensor under `name`, atomically; the last writer wins."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensor = tensor.detach().cpu().contiguous()
-        content = save({_TENSOR: tensor}, metadata={"crc32": _checksum(name, tensor)})
-        write_whole(self.path(name), content, _seal(name, len(content)))
+        with written_whole(self.path(name)) as aside:
+            save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
+            set_nanoseconds(aside, _seal(name, aside.stat().st_size))
 
     def read(self, name: str) -> torch.Tensor:
         """Returns the tensor stored under `name`. Raises DamagedEntry."""
@@ -153,7 +153,7 @@ class Encoding:
             begins["span"] = view.span
         return _name(
             kind,
-            content=facts.digest,
+            content=facts.digest.hex(),
             height=view.resolution.height,
             width=view.resolution.width,
             mode=view.mode,

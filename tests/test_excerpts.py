@@ -56,7 +56,10 @@ def test_windows_do_not_overlap_and_cover_the_clip():
 
 def test_short_clips_are_told_with_their_length_or_padded():
     samples = [Sample(4, "a", "short.mp4", None), Sample(5, "b", "long.mp4", None)]
-    facts = {"short.mp4": FileFacts("x", info(6, 480, 720, 8), 0), "long.mp4": FileFacts("y", info(9, 480, 720, 8), 0)}
+    facts = {
+        "short.mp4": FileFacts(b"x", info(6, 480, 720, 8), 0),
+        "long.mp4": FileFacts(b"y", info(9, 480, 720, 8), 0),
+    }
     excerpts, faults = cut(samples, facts, Cutting((LONG, WIDE), 8.0, "crop"))
     assert [excerpt.sample.line for excerpt in excerpts] == [5]
     assert len(faults) == 1 and faults[0].startswith(

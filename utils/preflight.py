@@ -207,8 +207,8 @@ def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> lis
     # a token has a byte at least
     long = sorted({sample.prompt for sample in samples if len(sample.prompt.encode()) >= max_length})
     cut: list[str] = []
-    for start in range(0, len(long), 1000):  # all at once they would take more memory than the whole dataset
-        some = long[start : start + 1000]
+    for start in range(0, len(long), 100):  # all at once they would take more memory than the whole dataset
+        some = long[start : start + 100]
         tokens = tokenizer(some).input_ids
         cut += [text for text, ids in zip(some, tokens, strict=True) if len(ids) > max_length]
     if not cut:
