@@ -34,7 +34,10 @@ DATA_ARGS=(
     # --image_column "images.txt"           # one image a line; without it the clips' first frames are used
     --id_token ""                           # a rare word put before every caption; helps to bind a new concept
     --train_resolution "49x480x720"         # frames x height x width; 81x768x1360 for CogVideoX1.5-5B-I2V
+                                            # several, "49x480x720" "49x720x480": each clip goes where most is kept
     --resize_mode "stretch"                 # crop: keep the aspect ratio of clips of another shape
+    --clips_per_video 1                     # more: several samples of long clips, which do not overlap
+    --skip_bad_samples false                # true: go on without clips that cannot be used, in place of stopping
     --caption_dropout 0.0                   # 0.1: keeps the model good without a prompt, at guidance above 1
 )
 
