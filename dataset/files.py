@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from dataset.video import ClipInfo
 # Raise it whenever the same file could be seen differently than before.
 INDEX_VERSION = 1
 INDEX_FILE = "files.jsonl"
-# Seconds after which a file that was being written on another machine is taken to be left by a killed run.
+_WRITING = ".writing-"
+# Seconds after which what was being written on another machine is taken to be left by a killed run.
 _LEFT_BEHIND = 24 * 3600
 
 
@@ -95,17 +97,17 @@ class FileIndex:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside it to write to and renames that, so that `path` is complete or absent.
+    """Gives a path to write to and renames that, so that `path` is complete or absent.
 
-    Two processes may do so at once; the last one's stays.
+    Several processes may do so at once; the last one's stays. Each has a folder of its own for what it is writing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}@{socket.gethostname()}@{os.getpid()}.tmp")
+    aside = path.parent / f"{_WRITING}{socket.gethostname()}@{os.getpid()}"
+    aside.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside
-        aside.replace(path)
+        yield aside / path.name
+        (aside / path.name).replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside)
 
 
 def set_nanoseconds(path: Path, nanoseconds: int) -> None:
@@ -116,11 +118,9 @@ def set_nanoseconds(path: Path, nanoseconds: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed runs were writing to a folder, and nothing that a process is writing now."""
-    for path in folder.glob(".*@*@*.tmp"):
-        host, process = path.name.removesuffix(".tmp").split("@")[-2:]
-        try:
-            gone = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
-            if gone or time.time() - path.stat().st_mtime > _LEFT_BEHIND:
-                path.unlink()
-        except FileNotFoundError:
-            continue  # renamed meanwhile
+    for aside in folder.glob(f"{_WRITING}*"):
+        host, _, process = aside.name.removeprefix(_WRITING).rpartition("@")
+        with suppress(OSError):  # gone meanwhile
+            dead = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+            if dead or time.time() - aside.stat().st_mtime > _LEFT_BEHIND:
+                shutil.rmtree(aside)

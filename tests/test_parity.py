@@ -71,7 +71,7 @@ def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample,
     image_latents = None
     if form.task == "i2v":
         pixels = torch.from_numpy(np.array(image))
-        moments = encoders.encode_video(pipeline.vae, pixels.movedim(-1, 0)[None])[None]
+        moments = encoders.encode_video(pipeline.vae, pixels[None])[None]
         noise = torch.randn(1, form.latent_channels, 1, height, width, generator=torch.Generator().manual_seed(3))
         image_latents = to_image_latents(sample_moments(moments, noise), form, clip.shape[1])
     embedding = encoders.encode_prompt(pipeline.tokenizer, pipeline.text_encoder, form.max_text_seq_length, prompt)

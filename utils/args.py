@@ -113,6 +113,8 @@ class DataArgs:
                     f"--train_resolution {resolution}: {resolution.frames} frames; "
                     f"the number must be 8N+1, such as {below} or {below + 8}."
                 )
+        if len(set(self.train_resolution)) < len(self.train_resolution):
+            yield f"--train_resolution {' '.join(map(str, self.train_resolution))}: one is given twice."
         if self.fps != SPREAD:
             yield from positive(self, "fps")
         yield from positive(self, "clips_per_video", "clip_timeout")
