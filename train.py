@@ -5,12 +5,10 @@ arguments -> preflight -> latent cache -> model -> optimizer -> loop -> checkpoi
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,32 +23,29 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    gather_object,
     set_seed,
 )
 
 from dataset.cached_dataset import DRAWS, CachedDataset, SampleStream, batches, seed_for
-from dataset.files import remove_leftovers
 from dataset.latent_cache import LatentCache
-from dataset.precompute import Share, precompute_clips, precompute_prompts
-from utils import components, encoders
+from utils import components
 from utils.args import parse_args
 from utils.checkpoint import ARGS_FILE, Checkpoints, complete_last, write_args
 from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
+from utils.fill_cache import fill_cache
 from utils.loss import draw, velocity_loss
 from utils.metrics import TRACKERS, Metrics, quarter_means
 from utils.optimizer import make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.preflight import preflight
+from utils.processes import end_with_parent
 from utils.roll_call import RollCall
 from utils.schedule import is_due
 from utils.trainable import compute_dtype, make_trainable, trained_parameters, weight_dtype
 from utils.validation import validate
 
 Result = TypeVar("Result")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-BAD_SAMPLES_FILE = "bad_samples.txt"
 # A loss scale of 2^16 is down to 1 after as many halvings.
 MOST_SKIPPED_UPDATES = 16
 OVERFLOW = "The gradients of step {} overflow in fp16 at every loss scale; use --mixed_precision bf16."
@@ -66,15 +61,12 @@ def main() -> None:
         components.resolve_model_dir(args.model.model_path)  # a download, before processes wait for each other
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout))
     roll_call = RollCall(processes, args.system.nccl_timeout)
-    plan = on_main_process(processes, roll_call, preflight, args, processes.num_processes, roll_call.alive)
+    plan = on_main_process(processes, roll_call, preflight, args, processes.num_processes)
     processes.print(describe(plan))
     if args.output.dry_run:
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
         return
-    if plan.progress.step >= plan.total_steps and not args.data.precompute_only:
-        if plan.resume_from is not None and processes.is_main_process:
-            complete_last(plan.resume_from, plan.args)  # killed just before
-        processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
+    if not args.data.precompute_only and nothing_is_left(processes, plan):
         return
     if processes.is_main_process:
         write_args(plan.args, plan.args.output.output_dir)
@@ -82,8 +74,18 @@ def main() -> None:
     if not (plan.args.output.output_dir / ARGS_FILE).is_file():
         raise UserError(f"--output_dir {plan.args.output.output_dir} is not on a disk that all machines share.")
     plan = fill_cache(processes, roll_call, plan)
-    if not args.data.precompute_only:
+    if not args.data.precompute_only and not nothing_is_left(processes, plan):  # there may be fewer samples now
         train(plan)
+
+
+def nothing_is_left(processes: PartialState, plan: RunPlan) -> bool:
+    """Whether the checkpoint to go on from has all steps; it is completed then, if its run was killed just before."""
+    if plan.resume_from is None or plan.progress.step < plan.total_steps:
+        return False
+    if processes.is_main_process:
+        complete_last(plan.resume_from, plan.args)
+    processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
+    return True
 
 
 def on_main_process(
@@ -97,7 +99,7 @@ def on_main_process(
         except UserError as error:
             outcome = [error]
         roll_call.done(function.__name__)
-    roll_call.wait_for([0], function.__name__)
+    roll_call.wait_for_main(function.__name__)
     broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
         with suppress(RuntimeError):  # a process that ends while another still reads would break its connection
@@ -105,69 +107,6 @@ def on_main_process(
         processes.destroy_process_group()
         raise outcome[0]
     return outcome[0]
-
-
-def fill_cache(processes: PartialState, roll_call: RollCall, plan: RunPlan) -> RunPlan:
-    """Encodes what the cache lacks, each process its share.
-
-    Returns:
-        the plan without the samples that cannot be used.
-
-    Raises:
-        UserError: there are some, and --skip_bad_samples is off; everything else is encoded then.
-    """
-    args, device = plan.args, processes.device
-    cache, share = LatentCache(plan.cache_dir), Share(processes.process_index, processes.num_processes)
-    if processes.is_main_process:
-        remove_leftovers(plan.cache_dir)
-    load_prompt_encoder = partial(encoders.prompt_encoder, plan.model_dir, device, plan.form.max_text_seq_length)
-    load_pixel_encoders = partial(
-        encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
-    )
-    unusable = precompute_prompts(cache, plan.prompts, load_prompt_encoder, share, roll_call.alive)
-    unusable |= precompute_clips(
-        cache,
-        plan.samples + plan.validation,
-        plan.keys + plan.validation_keys,
-        load_pixel_encoders,
-        share,
-        args.system.num_workers,
-        args.data.clip_timeout,
-        roll_call.alive,
-    )
-    roll_call.done("cache")
-    roll_call.wait_for(roll_call.everyone, "cache")
-    shares = gather_object([unusable])
-    return without_bad_samples(plan, {name: fault for part in shares for name, fault in part.items()}, processes)
-
-
-def without_bad_samples(plan: RunPlan, unusable: dict[str, str], processes: PartialState) -> RunPlan:
-    """Lists them in a file and on the screen, and stops, or goes on with the rest.
-
-    Args:
-        unusable: entry -> why it could not be made.
-    """
-    sentences = [*plan.bad, *dict.fromkeys(unusable.values())]
-    listed = plan.args.output.output_dir / BAD_SAMPLES_FILE
-    if processes.is_main_process:
-        listed.unlink(missing_ok=True)
-        if sentences:
-            listed.write_text("\n".join(sentences) + "\n")
-    if not sentences:
-        return plan
-    if not plan.args.data.skip_bad_samples:
-        raise UserError(
-            [
-                *sentences,
-                f"What is named above cannot be used, and is listed in {listed}; everything else is encoded and in the "
-                "cache. Mend or remove these lines, or go on without them: --skip_bad_samples true.",
-            ]
-        )
-    plan = plan.without(unusable.keys())
-    processes.print("\n".join([*sentences, f"Going on without these; they are listed in {listed}."]))
-    if not plan.samples:
-        raise UserError("No sample is left to train on.")
-    return plan
 
 
 def train(plan: RunPlan) -> None:
@@ -197,6 +136,9 @@ def train(plan: RunPlan) -> None:
 
     # ---- optimizer and schedule, from where the run stands
     progress = plan.progress
+    if progress.data not in ("", plan.data_digest):
+        accelerator.print("Note: samples, seed or samples an update are not those before; their order is another one.")
+    progress.data = plan.data_digest
     model, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, args.training, is_zero))
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
@@ -309,14 +251,9 @@ def backward(accelerator: Accelerator, loss: torch.Tensor, step: int) -> None:
         raise UserError(OVERFLOW.format(step + 1)) from error
 
 
-def end_with_the_launcher() -> None:
-    """A launcher that is killed outright would leave its processes training, beside those of the next run."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 if __name__ == "__main__":
-    end_with_the_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed outright would leave its processes training
+        end_with_parent(os.getppid(), signal.SIGTERM)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of what DeepSpeed calls
     with told_to_the_user():
         main()

@@ -54,7 +54,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
     began = time.perf_counter()
     from dataset.cached_dataset import CachedDataset, SampleStream, batches
     from dataset.latent_cache import LatentCache
-    from dataset.precompute import Share, _missing_jobs
+    from dataset.precompute import Share, missing_jobs
     from utils.args import parse_args
     from utils.preflight import preflight
 
@@ -70,7 +70,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
             cache.write(name, torch.zeros(26, 32))
         return
     began = time.perf_counter()
-    missing = len(_missing_jobs(cache, plan.samples, plan.keys, Share(0, 1)))
+    missing = len(missing_jobs(cache, plan.samples, plan.keys, Share(0, 1), lambda: None))
     missing += sum(not cache.is_intact(name) for name in prompts)
     looked = time.perf_counter() - began
     assert missing == 0

@@ -134,7 +134,7 @@ def bare_in_processes(clips: list[str], count: int) -> None:
 
 def found_in(clips: list[str], index: FileIndex) -> tuple[list, list]:
     samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
-    found = examine(samples, [], index, Cutting((SIZE,), 8.0, "stretch"), 1, 60, False, lambda: None)
+    found = examine(samples, [], index, Cutting((SIZE,), 8.0, "stretch"), 1, 60, False)
     return found.samples, Encoding("vae", "text", None).keys(found.samples, found.facts)
 
 
@@ -167,7 +167,7 @@ def busy(report: Report, clips: list[str], folder: Path) -> None:
     size = Resolution(17, 96, 160)
     samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
     how = Cutting((size,), 8.0, "stretch")
-    found = examine(samples, [], FileIndex(folder / "nothing"), how, 1, 60, False, lambda: None)
+    found = examine(samples, [], FileIndex(folder / "nothing"), how, 1, 60, False)
     spans: list[tuple[float, float]] = []
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:

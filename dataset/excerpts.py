@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from dataset.files import FileFacts
+from dataset.files import FileFacts, combined
 from dataset.manifest import Sample
 from dataset.video import SPREAD, ClipInfo, Rate, Resolution, View, frames_available, stretch
 
@@ -31,10 +31,15 @@ class Cutting:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """A sample of the training: a line of the data folder, and what is taken of its clip."""
+    """A sample of the training: a line of the data folder, and what is taken of its clip.
+
+    Attributes:
+        stamp: of the files as they were when they were looked at.
+    """
 
     sample: Sample
     view: View
+    stamp: int
 
     @property
     def resolution(self) -> Resolution:
@@ -60,14 +65,15 @@ def cut(samples: list[Sample], facts: Mapping[str, FileFacts], how: Cutting) -> 
     for sample in samples:
         source = sample.video or sample.image
         if source is None:  # a validation prompt
-            excerpts.append(Excerpt(sample, _view(how, how.buckets[0], 0, how.buckets[0].frames)))
+            excerpts.append(Excerpt(sample, _view(how, how.buckets[0], 0, how.buckets[0].frames), 0))
             continue
         info = facts[source].info
         bucket = choose_bucket(info, how if sample.video else replace(how, pads=True))
         if bucket is None:
             faults.append(f"{source} (line {sample.line}) {_too_short(info, how)}.")
             continue
-        excerpts += [Excerpt(sample, _view(how, bucket, *window)) for window in windows(info, bucket, how)]
+        stamp = combined(facts[path].stamp for path in sample.files)
+        excerpts += [Excerpt(sample, _view(how, bucket, *window), stamp) for window in windows(info, bucket, how)]
     return excerpts, faults
 
 
@@ -94,13 +100,13 @@ def choose_bucket(info: ClipInfo, how: Cutting) -> Resolution | None:
 
 def windows(info: ClipInfo, bucket: Resolution, how: Cutting) -> list[tuple[int, int]]:
     """(first, span), as in `View`, of the excerpts of a clip: spread evenly over it, the first at its start."""
-    available, count = frames_available(info, how.rate), bucket.frames
-    number = max(min(how.clips_per_video, available // count), 1)
+    available, frames = frames_available(info, how.rate), bucket.frames
+    count = max(min(how.clips_per_video, available // frames), 1)
     if how.rate == SPREAD:
-        starts = [available * n // number for n in range(number + 1)]
+        starts = [available * number // count for number in range(count + 1)]
         return [(start, end - start) for start, end in pairwise(starts)]
-    spare = available - count
-    return [(spare * n // (number - 1) if n else 0, count) for n in range(number)]
+    spare = available - frames
+    return [(spare * number // (count - 1) if number else 0, frames) for number in range(count)]
 
 
 @lru_cache(maxsize=1024)

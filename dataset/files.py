@@ -12,9 +12,11 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
+from functools import cache, reduce
+from operator import xor
 from pathlib import Path
 
 from dataset.video import ClipInfo
@@ -49,6 +51,10 @@ def stamp_of(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
+def combined(stamps: Iterable[int]) -> int:
+    return reduce(xor, stamps)
+
+
 def digest_file(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -73,7 +79,10 @@ class FileIndex:
     def get(self, path: str) -> FileFacts | None:
         """What is known of a file as it is now."""
         known = self._known.get(self._name(path))
-        return known if known is not None and known.stamp == stamp_of(path) else None
+        try:
+            return known if known is not None and known.stamp == stamp_of(path) else None
+        except OSError:  # gone; whoever looks at it will say so
+            return None
 
     def add(self, path: str, facts: FileFacts) -> None:
         self._known[self._name(path)] = facts
@@ -85,7 +94,7 @@ class FileIndex:
             return
         rows = (
             json.dumps([name, facts.stamp, facts.digest.hex(), astuple(facts.info)])
-            for name, facts in self._known.items()
+            for name, facts in sorted(self._known.items())
         )
         with suppress(OSError), written_whole(self.path) as aside:
             aside.write_text("\n".join([str(INDEX_VERSION), *rows]))
@@ -95,13 +104,22 @@ class FileIndex:
         return str(Path(path).absolute()).removeprefix(self._root)
 
 
+@cache
+def _here() -> str:
+    """Where a process number means something: this machine since its start, and this container."""
+    names = [socket.gethostname()]
+    with suppress(OSError):
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.blake2b(" ".join(names).encode(), digest_size=8).hexdigest()
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a path to write to and renames that, so that `path` is complete or absent.
 
     Several processes may do so at once; the last one's stays. Each has a folder of its own for what it is writing.
     """
-    aside = path.parent / f"{_WRITING}{socket.gethostname()}@{os.getpid()}"
+    aside = path.parent / f"{_WRITING}{_here()}@{os.getpid()}"
     aside.mkdir(parents=True, exist_ok=True)
     try:
         yield aside / path.name
@@ -119,8 +137,8 @@ def set_nanoseconds(path: Path, nanoseconds: int) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed runs were writing to a folder, and nothing that a process is writing now."""
     for aside in folder.glob(f"{_WRITING}*"):
-        host, _, process = aside.name.removeprefix(_WRITING).rpartition("@")
-        with suppress(OSError):  # gone meanwhile
-            dead = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+        here, _, process = aside.name.removeprefix(_WRITING).rpartition("@")
+        with suppress(OSError):  # gone meanwhile, or a folder that can only be read
+            dead = here == _here() and not Path(f"/proc/{process}").exists()
             if dead or time.time() - aside.stat().st_mtime > _LEFT_BEHIND:
                 shutil.rmtree(aside)

@@ -26,14 +26,14 @@ from dataset.excerpts import Excerpt
 from dataset.files import remove_leftovers
 from dataset.latent_cache import LatentCache
 from dataset.survey import Found, summary
-from dataset.video import SPREAD, decode, stretch
+from dataset.video import SPREAD, cropped, decode, stretch
 from dataset.workers import Failure, contained
 from utils import components
 from utils.args import DataArgs, ValidationArgs, add_options, collect, make_parser, option
-from utils.errors import UserError, told_to_the_user
+from utils.errors import Findings, UserError, told_to_the_user
 from utils.model_form import ModelForm, read_form
 from utils.plan import encoding_of, find_cache_dir
-from utils.preflight import look_at_data, read_training_samples, read_validation_samples
+from utils.preflight import check_writable, look_at_data, read_training_samples, read_validation_samples
 
 COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
 SHOWN_ROWS, SHEET_ROWS, SHEET_COLUMNS, THUMBNAIL_HEIGHT, CAPTION_HEIGHT = 20, 12, 6, 120, 16
@@ -64,16 +64,18 @@ def main() -> None:
         ]
     if (options.verify_cache or options.prune_cache) and form is None:
         faults.append("--verify_cache and --prune_cache need --model_path: entries belong to an encoder.")
-    if faults:
-        raise UserError(faults)
+    found = Findings(faults)
+    found.of(check_writable, options.inspect_dir, "--inspect_dir")
+    if found.faults:
+        raise UserError(found.faults)
     task = form.task if form else ("i2v" if data.image_column else "t2v")
     samples = read_training_samples(data, task)
     held_out = read_validation_samples(data, replace(validation, do_validation=True), task)
     cache_dir = find_cache_dir(data, samples)
-    found = look_at_data(data, samples, held_out, cache_dir, saves=cache_dir.is_dir())
-    show(data, found, options.inspect_dir)
+    seen = look_at_data(data, samples, held_out, cache_dir, saves=cache_dir.is_dir())
+    show(data, seen, options.inspect_dir)
     if form is not None and model_dir is not None and cache_dir.is_dir():
-        care_for_cache(options, data, found, LatentCache(cache_dir), model_dir, form)
+        care_for_cache(options, data, seen, LatentCache(cache_dir), model_dir, form)
 
 
 def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
@@ -112,8 +114,10 @@ def rows(data: DataArgs, found: Found) -> Iterator[tuple[object, ...]]:
     for excerpt in found.samples:
         view, info = excerpt.view, found.facts[excerpt.sample.clip].info
         rate = info.fps if view.rate == SPREAD else view.rate
-        distortion = stretch(info, view.resolution)
-        changed = f"{1 - 1 / (1 + distortion):.0%} cut" if data.resize_mode == "crop" else f"{distortion:.0%} stretched"
+        if data.resize_mode == "crop":
+            changed = f"{cropped(info, view.resolution):.0%} cut"
+        else:
+            changed = f"{stretch(info, view.resolution):.0%} stretched"
         span = f"{view.first / rate:.2f}", f"{min((view.first + view.span) / rate, info.seconds):.2f}"
         yield excerpt.sample.line, excerpt.sample.clip, view.resolution, *span, changed, excerpt.sample.prompt
 
@@ -157,10 +161,9 @@ def care_for_cache(
     options: InspectArgs, data: DataArgs, found: Found, cache: LatentCache, model_dir: Path, form: ModelForm
 ) -> None:
     """Says how much of the cache these samples use; verifies and prunes it where that is wanted."""
-    encoding = encoding_of(model_dir, form, options.enable_tiling, data.flip)
-    used = {encoding.prompt_key("")}
-    for keys in encoding.keys(found.samples + found.validation, found.facts):
-        used |= {*keys.video, *keys.image, keys.prompt}
+    encoding = encoding_of(model_dir, form, options.enable_tiling)
+    all_keys = encoding.keys(found.samples, found.facts, data.flip) + encoding.keys(found.validation, found.facts)
+    used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
     there = set(cache.names())
     print(f"Latent cache {cache.folder}: {len(used & there)} of {len(used)} entries are there")
     if options.verify_cache:
@@ -173,14 +176,17 @@ def care_for_cache(
             else "All are whole"
         )
     unused = there - used
-    size = sum(cache.path(name).stat().st_size for name in unused) / 2**30
+    if options.prune_cache and (found.bad or not found.samples):
+        raise UserError(
+            "--prune_cache removes nothing while lines of the data cannot be used; their entries may be of use."
+        )
     if options.prune_cache:
         for name in unused:
             cache.remove(name)
         remove_leftovers(cache.folder)
-        print(f"{len(unused)} entries that nothing here uses are removed, {size:.2f} GiB")
+        print(f"{len(unused)} entries that nothing here uses are removed")
     elif unused:
-        print(f"{len(unused)} entries, {size:.2f} GiB, are for other flags, data or models; --prune_cache removes them")
+        print(f"{len(unused)} entries are for other flags, data or models; --prune_cache removes them")
 
 
 if __name__ == "__main__":

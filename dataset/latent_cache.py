@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from dataset.excerpts import Excerpt
 from dataset.files import FileFacts, set_nanoseconds, written_whole
 from dataset.video import PIXELS_VERSION, SPREAD, View
+from utils.errors import UserError
 
 FORMAT_VERSION = 2
 SUFFIX = ".safetensors"
@@ -43,11 +45,17 @@ class LatentCache:
         return self.folder / f"{name}{SUFFIX}"
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Stores a tensor under `name`, atomically; the last writer wins."""
+        """Stores a tensor under `name`, atomically; the last writer wins. Raises UserError where it cannot."""
         tensor = tensor.detach().cpu().contiguous()
-        with written_whole(self.path(name)) as aside:
-            save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
-            set_nanoseconds(aside, _seal(name, aside.stat().st_size))
+        try:
+            with written_whole(self.path(name)) as aside:
+                save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
+                set_nanoseconds(aside, _seal(name, aside.stat().st_size))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--cache_dir {self.folder}: {name} cannot be written ({error}); what is encoded is kept.",
+                on_every_rank=False,
+            ) from error
 
     def read(self, name: str) -> torch.Tensor:
         """Returns the tensor stored under `name`. Raises DamagedEntry."""
@@ -72,8 +80,11 @@ class LatentCache:
             if status.st_mtime_ns % 10**9 == seal and not reads:
                 return True
             self.read(name)
-        except (OSError, DamagedEntry):
-            self.remove(name)
+        except OSError:
+            return False
+        except DamagedEntry as damage:
+            if not isinstance(damage.__cause__, OSError):  # a disk that does not answer is no damage
+                self.remove(name)
             return False
         with suppress(OSError):  # a cache that can only be read
             set_nanoseconds(path, seal)  # a copy, say; it need not be read again
@@ -84,9 +95,10 @@ class LatentCache:
             self.path(name).unlink()
 
     def names(self) -> Iterator[str]:
-        """Of all entries that are there."""
+        """Of all entries that are there; other files are not ours."""
         for path in self.folder.glob(f"*{SUFFIX}"):
-            yield path.name.removesuffix(SUFFIX)
+            if re.fullmatch("(video|image|prompt)-[0-9a-f]{32}", path.stem):
+                yield path.stem
 
 
 def _seal(name: str, size: int) -> int:
@@ -120,34 +132,37 @@ class Encoding:
     Attributes:
         vae, text_encoder: identity of the weights, with dtype and settings.
         image_noise: i2v: how the condition image is noised before it is encoded; None for t2v.
-        flip: whether the mirror image of each sample is encoded too.
     """
 
     vae: str
     text_encoder: str
     image_noise: str | None
-    flip: bool = False
 
     def prompt_key(self, prompt: str) -> str:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
-    def keys(self, excerpts: list[Excerpt], facts: Mapping[str, FileFacts]) -> list[SampleKeys]:
-        """Args: facts: of every file that the samples name."""
-        return [self._sample_keys(excerpt, facts) for excerpt in excerpts]
+    def keys(self, excerpts: list[Excerpt], facts: Mapping[str, FileFacts], flip: bool = False) -> list[SampleKeys]:
+        """Names the entries of samples.
 
-    def _sample_keys(self, excerpt: Excerpt, facts: Mapping[str, FileFacts]) -> SampleKeys:
+        Args:
+            facts: of every file that the samples name.
+            flip: whether the mirror image of each sample is encoded too.
+        """
+        return [self._sample_keys(excerpt, facts, flip) for excerpt in excerpts]
+
+    def _sample_keys(self, excerpt: Excerpt, facts: Mapping[str, FileFacts], flip: bool) -> SampleKeys:
         sample, video, image = excerpt.sample, [], []
-        for view in excerpt.views(self.flip):
+        for view in excerpt.views(flip):
             if sample.video is not None:
-                video.append(self._name("video", facts[sample.video], view, frames=view.resolution.frames))
+                video.append(self._pixels_name("video", facts[sample.video], view, frames=view.resolution.frames))
             if self.image_noise is not None and sample.image is not None:
                 still = replace(view, first=0)
-                image.append(self._name("image", facts[sample.image], still, noise=self.image_noise))
+                image.append(self._pixels_name("image", facts[sample.image], still, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
-                image.append(self._name("image", facts[sample.video], view, noise=self.image_noise))
+                image.append(self._pixels_name("image", facts[sample.video], view, noise=self.image_noise))
         return SampleKeys(tuple(video), tuple(image), self.prompt_key(sample.prompt))
 
-    def _name(self, kind: str, facts: FileFacts, view: View, **more: Any) -> str:
+    def _pixels_name(self, kind: str, facts: FileFacts, view: View, **more: Any) -> str:
         begins = {"first": view.first, "rate": view.rate} if view.first or kind == "video" else {}
         if view.rate == SPREAD and kind == "video":
             begins["span"] = view.span

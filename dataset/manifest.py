@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,10 @@ class Sample:
         """The clip of a sample that has one."""
         assert self.video is not None
         return self.video
+
+    @property
+    def files(self) -> list[str]:
+        return [path for path in (self.video, self.image) if path is not None]
 
     def __str__(self) -> str:
         return f"{self.video or self.image or repr(self.prompt)} (line {self.line})"
@@ -116,7 +121,7 @@ def read_manifest(
     prompts = columns["prompt"]
 
     def paths(name: str) -> Iterable[str | None]:
-        return (f"{root}/{text}" for text in columns[name].texts) if name in columns else [None] * len(prompts.texts)
+        return (str(root / text) for text in columns[name].texts) if name in columns else [None] * len(prompts.texts)
 
     rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), strict=True)
     return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
@@ -137,11 +142,12 @@ def _read_line_files(root: Path, files: dict[str, str], faults: list[str]) -> di
 
 
 def _read_table(path: Path, table: Table, faults: list[str]) -> dict[str, _Column]:
-    rows = _read(path, _read_csv if path.suffix == ".csv" else _read_jsonl, faults)
+    reader = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
+    rows = _read(path, partial(reader, faults=faults), faults)
     if rows is None:
         return {}
     if not rows:
-        faults.append(f"{path}: the table is empty.")
+        faults.append(f"{path}: the table is empty; it needs a row a sample, and a .csv a header above them.")
     has = dict.fromkeys(str(key) for _, row in rows for key in row)
     columns = {}
     for name in (*table.required, *table.optional):
@@ -165,37 +171,43 @@ def _read(path: Path, reader: Callable[[Path], Content], faults: list[str]) -> C
         faults.append(f"{path}: there is no such file.")
     except (UnicodeDecodeError, OSError) as error:
         faults.append(f"{path}: cannot be read as UTF-8 text ({error}).")
-    except ValueError as error:
-        faults.append(f"{path}{error}")
     return None
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path, faults: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """(line, row) of each line that is not empty."""
     rows = []
     for number, text in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(text) if text else None
+            row = json.loads(text or "{}")
         except ValueError as error:
-            raise ValueError(f", line {number}: it is no JSON ({error}).") from error
-        if row is not None and not isinstance(row, dict):
-            raise ValueError(
-                f", line {number}: it is no JSON object; each line must be one, such as "
-                '{"video": "videos/0001.mp4", "prompt": "a kitten"}.'
+            faults.append(f"{path}, line {number}: it is no JSON ({error}).")
+            continue
+        if not isinstance(row, dict):
+            faults.append(
+                f'{path}, line {number}: it is no JSON object, such as {{"video": "a.mp4", "prompt": "a cat"}}.'
             )
-        if row is not None:
+        elif text:
             rows.append((number, row))
     return rows
 
 
-def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, faults: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """(line on which it ends, row); the first line names the columns."""
+    rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, restkey="")
         try:
-            return [(reader.line_num, {key: value for key, value in row.items() if key}) for row in reader]
+            for row in reader:
+                if "" in row:
+                    faults.append(
+                        f"{path}, line {reader.line_num}: it has more fields than the header; a prompt with a comma "
+                        "must stand in quotes."
+                    )
+                rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
-            raise ValueError(f", line {reader.line_num}: it is no CSV ({error}).") from error
+            faults.append(f"{path}, line {reader.line_num}: it is no CSV ({error}).")
+    return rows
 
 
 def _is_file(path: Path) -> bool:

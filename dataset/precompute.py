@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.excerpts import Excerpt
+from dataset.files import combined, stamp_of
 from dataset.latent_cache import LatentCache, SampleKeys
 from dataset.video import ClipError, View, decode, load_image
 from dataset.workers import Failure, contained
@@ -90,9 +91,13 @@ def precompute_prompts(
         alive: called after each.
 
     Returns:
-        entry name -> what is wrong, for each prompt that could not be encoded.
+        entry name -> what is wrong with its sample, for each prompt that could not be encoded.
     """
-    missing, faults = [name for name in share.of(prompts) if not cache.is_intact(name)], {}
+    missing, faults = [], {}
+    for name in share.of(prompts):
+        alive()  # entries that were copied are read, which takes its time
+        if not cache.is_intact(name):
+            missing.append(name)
     if not missing:
         return {}
     with load_encoder() as encode:
@@ -101,7 +106,7 @@ def precompute_prompts(
             if embedding.isfinite().all():
                 cache.write(name, embedding)
             else:
-                faults[name] = f"The prompt {prompts[name]!r}: the text encoder gave values that are not finite."
+                faults[name] = f"has a prompt, {prompts[name]!r}, of which the text encoder makes what is not finite"
             alive()
     return faults
 
@@ -123,13 +128,13 @@ def precompute_clips(
         alive: called after each.
 
     Returns:
-        entry name -> what is wrong, for each that could not be made; all the others are in the cache.
+        entry name -> what is wrong with its sample, for each that could not be made; the others are in the cache.
     """
-    jobs = _missing_jobs(cache, excerpts, keys, share)
+    jobs = missing_jobs(cache, excerpts, keys, share, alive)
     if not jobs:
         return {}
     largest = max(_numel(job.shape) + _numel(job.image_shape) for job in jobs)
-    faults: list[tuple[int, list[str], str]] = []
+    faults: dict[str, str] = {}
     encode = None
     with (
         ExitStack() as stack,
@@ -138,37 +143,42 @@ def precompute_clips(
 
         def still_lacking() -> Iterator[_Job]:
             for job in jobs:
-                if all(cache.path(name).exists() for name in job.names):
+                if all(cache.is_intact(name) for name in job.names):
                     bar.update()  # another run on the same folder was here
                 else:
                     yield job
 
         for done in contained(_decode, still_lacking(), min(max(num_workers, 1), len(jobs)), timeout, largest):
             if isinstance(done.outcome, Failure):
-                fault: str | None = done.outcome.reason
+                faults |= dict.fromkeys(done.job.names, done.outcome.reason)
             else:
                 encode = encode or stack.enter_context(load_encoders())  # not read where nothing can be decoded
-                fault = _encode(cache, encode, done.job, done.buffer)
-            if fault is not None:
-                faults.append((done.job.excerpt.sample.line, done.job.names, f"{done.job.excerpt} {fault}."))
+                faults |= _encode(cache, encode, done.job, done.buffer, done.outcome)
             bar.update()
             alive()
-    return {name: sentence for _, names, sentence in sorted(faults) for name in names}
+    return faults
 
 
-def _decode(job: _Job, buffer: torch.Tensor) -> bool:
-    """In a worker: pixels into the buffer, the clip's and behind them those of an image of its own."""
+def _decode(job: _Job, buffer: torch.Tensor) -> str:
+    """In a worker: pixels into the buffer, the clip's and behind them those of an image of its own.
+
+    Returns:
+        what is wrong with the image; the clip may still be of use.
+    """
     pixels, image = _pixels(job, buffer)
+    sample, fault = job.excerpt.sample, ""
     if pixels is not None:
         view = job.view if job.video else replace(job.view, resolution=replace(job.view.resolution, frames=1))
-        decode(Path(job.excerpt.sample.clip), view, pixels)
-    if image is not None and job.excerpt.sample.image is not None:
+        decode(Path(sample.clip), view, pixels)
+    if image is not None and sample.image is not None:
         try:
-            loaded = load_image(Path(job.excerpt.sample.image), job.view.resolution, job.view.mode)
+            loaded = load_image(Path(sample.image), job.view.resolution, job.view.mode)
+            image.copy_(loaded.flip(1) if job.view.flipped else loaded)
         except ClipError as error:
-            raise ClipError(f"has an image, {job.excerpt.sample.image}, that {error}") from error
-        image.copy_(loaded.flip(1) if job.view.flipped else loaded)
-    return True
+            fault = f"has an image, {sample.image}, that {error}"
+    if combined(map(stamp_of, sample.files)) != job.excerpt.stamp:  # the entry would stand under the old content's key
+        raise ClipError("was changed while the run worked; run the same command again")
+    return fault
 
 
 def _pixels(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -180,29 +190,37 @@ def _pixels(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None, torch
     )
 
 
-def _encode(cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.Tensor) -> str | None:
-    """Writes the entries of a decoded job; gives what is wrong with it."""
+def _encode(
+    cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.Tensor, image_fault: str
+) -> dict[str, str]:
+    """Writes the entries of a decoded job; gives those that cannot be made, with the reason."""
     pixels, image = _pixels(job, buffer)
     if image is None and pixels is not None:
         image = pixels[0]
-    moments = {}
+    moments, faults = {}, {}
     if job.video is not None and pixels is not None:
         moments[job.video] = encode.video(pixels)
-    if job.image is not None and image is not None:
+    if job.image is not None and image_fault:
+        faults[job.image] = image_fault
+    elif job.image is not None and image is not None:
         # the seed comes from the key, so that the entry's bytes do not depend on order or rank
         moments[job.image] = encode.image(image, int(job.image.rpartition("-")[2][:8], 16))
-    if not all(tensor.isfinite().all() for tensor in moments.values()):
-        return "gives latents that are not finite"
     for name, tensor in moments.items():
-        cache.write(name, tensor)
-    return None
+        if tensor.isfinite().all():
+            cache.write(name, tensor)
+        else:
+            faults[name] = "gives latents that are not finite"
+    return faults
 
 
-def _missing_jobs(cache: LatentCache, excerpts: list[Excerpt], keys: list[SampleKeys], share: Share) -> list[_Job]:
+def missing_jobs(
+    cache: LatentCache, excerpts: list[Excerpt], keys: list[SampleKeys], share: Share, alive: Callable[[], None]
+) -> list[_Job]:
     """What the cache lacks of this rank's share; each entry is made once, however many samples name it."""
     claimed: set[str] = set()
     missing, position = [], 0
     for excerpt, key in zip(excerpts, keys, strict=True):
+        alive()
         for view, names in zip(excerpt.views(flip=True), zip_longest(key.video, key.image), strict=False):
             own = [None if name in claimed else name for name in names]
             claimed.update(name for name in own if name is not None)

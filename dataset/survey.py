@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dataset.excerpts import Cutting, Excerpt, cut
 from dataset.files import FileFacts, FileIndex, digest_file, stamp_of
 from dataset.manifest import Sample
-from dataset.video import SPREAD, ClipInfo, Rate, Resolution, image_size, probe, stretch
+from dataset.video import SPREAD, ClipInfo, Rate, Resolution, cropped, image_size, probe, stretch
 from dataset.workers import Failure, contained
 
 # A clip drawn out by more than this is worth a word.
@@ -46,10 +46,9 @@ def examine(
     num_workers: int,
     timeout: float,
     saves: bool,
-    alive: Callable[[], None],
 ) -> Found:
     """Looks at every file and cuts the excerpts, one of each clip for validation. Args as of `survey`."""
-    facts, faults = survey(samples + validation, index, num_workers, timeout, saves, alive)
+    facts, faults = survey(samples + validation, index, num_workers, timeout, saves)
     bad: list[str] = []
 
     def excerpts(part: list[Sample], how: Cutting) -> list[Excerpt]:
@@ -67,14 +66,12 @@ def survey(
     num_workers: int,
     timeout: float,
     saves: bool,
-    alive: Callable[[], None],
 ) -> tuple[dict[str, FileFacts], dict[str, str]]:
     """Looks at the files that are not in the index as they are now, in worker processes.
 
     Args:
         timeout: seconds a file.
         saves: whether the index is written.
-        alive: called after each file.
 
     Returns:
         what is known of each usable file, and what is wrong with each of the others.
@@ -91,7 +88,6 @@ def survey(
     looks = contained(_look, [(path, is_image[path]) for path in new], max(num_workers, 1), timeout)
     saved = time.monotonic()
     for done in tqdm(looks, "Looking at clips", len(new), unit="file", delay=3, leave=False):
-        alive()
         path = done.job[0]
         if isinstance(done.outcome, Failure):
             faults[path] = done.outcome.reason
@@ -121,7 +117,7 @@ def usable(samples: list[Sample], faults: Mapping[str, str]) -> tuple[list[Sampl
     """The samples whose files can be used, and a sentence for each that cannot."""
     sound, sentences = [], []
     for sample in samples:
-        wrong = [path for path in (sample.video, sample.image) if path is not None and path in faults]
+        wrong = [path for path in sample.files if path in faults]
         sentences += [f"{path} (line {sample.line}) {faults[path]}." for path in wrong]
         if not wrong:
             sound.append(sample)
@@ -153,9 +149,7 @@ def summary(excerpts: list[Excerpt], facts: Mapping[str, FileFacts], mode: str, 
         last, info = sample, facts[sample.clip].info
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
         slower += rate != SPREAD and info.fps < rate - 0.5
-        changed = stretch(info, excerpt.resolution)
-        if mode == "crop":
-            changed = 1 - 1 / (1 + changed)
+        changed = (cropped if mode == "crop" else stretch)(info, excerpt.resolution)
         tally.clips += 1
         tally.seconds += info.seconds
         tally.beyond += changed > STRETCH_WORTH_A_WORD

@@ -134,7 +134,8 @@ def frame_times(reader: decord.VideoReader) -> tuple[np.ndarray, int]:
         raise ClipError("has no frames that are shown")
     length = spans[-1, 1] - starts[-1]
     if length <= 0:  # mp4 with VP9 says nothing of its last frame
-        length = 1 / float(reader.get_avg_fps())
+        fps = float(reader.get_avg_fps())
+        length = 1 / fps if 0 < fps < math.inf else 1 / 25  # of a single frame
     return np.append(starts[hidden:], starts[-1] + length) - starts[hidden], hidden
 
 
@@ -162,6 +163,8 @@ def choose_frames(times: np.ndarray, view: View) -> list[int]:
         times: as `frame_times` gives them.
     """
     count, last = view.resolution.frames, len(times) - 2
+    if view.rate == SPREAD and view.span < count:  # padded
+        return [min(view.first + number, last) for number in range(count)]
     if view.rate == SPREAD:
         begin, end = times[min(view.first, last)], times[min(view.first + view.span - 1, last)]
         wanted = np.linspace(begin, end, count)
@@ -175,7 +178,7 @@ def frames_available(info: ClipInfo, rate: Rate) -> int:
     """How many frames at this rate a clip has."""
     if rate == SPREAD:
         return info.frames
-    return math.ceil(((info.last + info.seconds) / 2 - _TIE) * rate)
+    return max(math.ceil(((info.last + info.seconds) / 2 - _TIE) * rate), 1)
 
 
 def read_frames(reader: decord.VideoReader, indices: list[int], hidden: int) -> Iterator[np.ndarray]:
@@ -284,9 +287,11 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def stretch(info: ClipInfo, resolution: Resolution) -> float:
-    """How far `stretch` distorts a clip: 0.05 where one side is drawn out by 5 % against the other.
-
-    `crop` keeps 1 / (1 + this) of the picture.
-    """
+    """How far `stretch` distorts a clip: 0.05 where one side is drawn out by 5 % against the other."""
     ratio = (info.width / info.height) / (resolution.width / resolution.height)
     return max(ratio, 1 / ratio) - 1
+
+
+def cropped(info: ClipInfo, resolution: Resolution) -> float:
+    """The share of the picture that `crop` cuts off."""
+    return 1 - 1 / (1 + stretch(info, resolution))

@@ -7,16 +7,16 @@ can leave a lock behind, and a deadline.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import mmap
 import multiprocessing
+import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -24,9 +24,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from dataset.video import ClipError
+from utils.processes import end_with_parent
 
 Job = TypeVar("Job")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Jobs that a worker has at a time: it begins the second while the first one's result waits to be taken.
 JOBS_A_WORKER = 2
 # Anonymous memory reaches a worker by forking, without a name that a killed run would leave behind and without the
@@ -57,7 +57,8 @@ class Done(Generic[Job]):
 class _Worker:
     def __init__(self, function: Callable[..., Any], buffers: list[torch.Tensor], timeout: float) -> None:
         self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, function, buffers), daemon=True)
+        args = (os.getpid(), self.connection, theirs, function, buffers)
+        self.process = _CONTEXT.Process(target=_serve, args=args, daemon=True)
         self.process.start()
         theirs.close()
         self.timeout = timeout
@@ -66,7 +67,8 @@ class _Worker:
 
     def assign(self, job: Any, buffer: int) -> None:
         self.jobs.append((job, buffer))
-        self.connection.send((job, buffer))
+        with suppress(OSError):  # it has crashed; `outcome` will find that
+            self.connection.send((job, buffer))
         if len(self.jobs) == 1:
             self.deadline = time.monotonic() + self.timeout
 
@@ -79,7 +81,7 @@ class _Worker:
                 outcome = _crash(self.end())
         elif time.monotonic() > self.deadline:
             self.end()
-            outcome = Failure(f"could not be decoded within {self.timeout:g} s (--clip_timeout)")
+            outcome = Failure(f"was not read within {self.timeout:g} s (--clip_timeout)")
         else:
             return None
         self.deadline = time.monotonic() + self.timeout if len(self.jobs) > 1 else math.inf
@@ -90,7 +92,7 @@ class _Worker:
         self.process.join(0.1)
         code = self.process.exitcode
         self.process.kill()
-        self.process.join()
+        self.process.join(1)  # one that waits for a dead disk does not end
         self.connection.close()
         return code
 
@@ -142,9 +144,15 @@ def contained(
             worker.end()
 
 
-def _serve(connection: Connection, function: Callable[..., Any], buffers: list[torch.Tensor]) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _serve(
+    parent: int,
+    parents: Connection,
+    connection: Connection,
+    function: Callable[..., Any],
+    buffers: list[torch.Tensor],
+) -> None:
+    parents.close()
+    end_with_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
     torch.set_num_threads(1)
     while True:

@@ -90,6 +90,18 @@ def test_tables_name_the_samples(folder):
     assert [(sample.video, sample.prompt) for sample in rows] == [(sample.video, sample.prompt) for sample in samples]
 
 
+def test_paths_may_be_absolute(folder):
+    (folder / "prompts.txt").write_text("a\n")
+    (folder / "videos.txt").write_text(f"{folder / 'a.mp4'}\n")
+    assert read_manifest(folder, "prompts.txt", "videos.txt")[0].video == str(folder / "a.mp4")
+
+
+def test_a_comma_outside_of_quotes_cuts_no_prompt(folder):
+    (folder / "metadata.csv").write_text("video,prompt\na.mp4,a cat, sitting on a mat\n")
+    with pytest.raises(UserError, match="line 2: it has more fields than the header"):
+        read_manifest(folder, table=Table("metadata.csv"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

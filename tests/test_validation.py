@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
 from tests.conftest import arguments, read_metrics, succeed
 from utils import components
 from utils.args import parse_args
+from utils.fill_cache import fill_cache
 from utils.metrics import Metrics
 from utils.preflight import preflight
 from utils.roll_call import RollCall
@@ -34,7 +34,7 @@ def test_no_weight_and_no_random_state_changes(tiny, data, validation, tmp_path,
     args = arguments(tiny(form), data, tmp_path, "--training_type", training_type, *options, task=task)
     plan = preflight(parse_args(args), 1)
     processes = PartialState(cpu=True)
-    train.fill_cache(processes, RollCall(processes, 60), plan)
+    fill_cache(processes, RollCall(processes, 60), plan)
     accelerator = Accelerator(cpu=True)
     transformer = components.load_transformer(plan.model_dir / "transformer", torch.float32)
     make_trainable(transformer, plan.args)

@@ -60,6 +60,7 @@ def test_frames_follow_the_clock():
 def test_frames_spread_over_the_whole_clip():
     assert choose_frames(times(97, 30), view(49, SPREAD, span=97)) == list(range(0, 97, 2))
     assert choose_frames(times(60, 24), view(3, SPREAD, first=20, span=20)) == [20, 30, 39]
+    assert choose_frames(times(4, 24), view(9, SPREAD, span=4)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
 
 
 def test_frames_follow_the_clock_at_a_variable_rate():
@@ -171,6 +172,14 @@ def test_the_reason_is_told(tmp_path: Path, make, reason: str):
     make(tmp_path / "odd.mp4")
     with pytest.raises(ClipError, match=reason):
         probe(tmp_path / "odd.mp4")
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm"])
+def test_a_single_frame_is_a_clip(tmp_path: Path, kind: str):
+    ffmpeg(*SOURCE, "-frames:v", 1, *(("-c:v", "libvpx-vp9") if kind == "webm" else ()), tmp_path / f"one.{kind}")
+    found = probe(tmp_path / f"one.{kind}")
+    assert found.frames == 1 and found.seconds > 0 and frames_available(found, 8.0) == 1
+    assert len(decode(tmp_path / f"one.{kind}", view(9)).unique(dim=0)) == 1
 
 
 @pytest.mark.parametrize("size", [0.5, 0.97])

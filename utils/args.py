@@ -175,7 +175,7 @@ class LoraArgs:
 
 @dataclass(frozen=True)
 class SystemArgs:
-    num_workers: int = option(4, help="processes that decode clips and read the cache; 0: none")
+    num_workers: int = option(4, help="processes that decode clips, at least one, and that read the cache")
     pin_memory: bool = option(True, help="page-locked host memory for faster copies to the GPU")
     nccl_timeout: int = option(1800, help="seconds that processes wait for one another")
     enable_slicing: bool = option(True, help="VAE: one sample of a batch at a time")
@@ -245,6 +245,8 @@ class Args:
         for name, value in images.items():
             if value and self.model.model_type == "t2v":
                 yield f"--{name} is for --model_type i2v; a text-to-video model takes no image."
+        if self.data.clip_timeout >= self.system.nccl_timeout:
+            yield f"--clip_timeout {self.data.clip_timeout:g} must be below --nccl_timeout {self.system.nccl_timeout}."
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Groups of plain values, ready for JSON."""

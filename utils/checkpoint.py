@@ -53,6 +53,7 @@ class Progress:
         step: optimizer updates done.
         samples_seen: place in the sample stream, over all ranks.
         zero_stage, num_processes: how the training state is divided; 0 for DDP.
+        data: digest of the samples, in whose order the run goes on exactly.
     """
 
     base: str
@@ -60,6 +61,7 @@ class Progress:
     samples_seen: int = 0
     zero_stage: int = 0
     num_processes: int = 1
+    data: str = ""
 
 
 class Checkpoints:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -71,19 +71,36 @@ class RunPlan:
         """Names of the cache entries that are not there yet."""
         clips = (name for keys in self.keys + self.validation_keys for name in keys.video + keys.image)
         cache = LatentCache(self.cache_dir)
-        return {name for name in chain(clips, self.prompts) if not cache.path(name).exists()}
+        return {name for name in chain(clips, self.prompts) if not os.path.exists(cache.path(name))}  # noqa: PTH110
 
-    def without(self, unusable: Set[str]) -> RunPlan:
-        """The same run without the samples that need one of these cache entries."""
+    def without(self, unusable: dict[str, str]) -> RunPlan:
+        """The same run without the samples that need a cache entry that could not be made; they are `bad` now.
+
+        Args:
+            unusable: entry -> what is wrong.
+        """
+        bad = list(self.bad)
 
         def kept(excerpts: list[Excerpt], keys: list[SampleKeys]) -> tuple[list[Excerpt], list[SampleKeys]]:
-            pairs = zip(excerpts, keys, strict=True)
-            sound = [pair for pair in pairs if unusable.isdisjoint([*pair[1].video, *pair[1].image, pair[1].prompt])]
-            return [excerpt for excerpt, _ in sound], [key for _, key in sound]
+            pairs = []
+            for excerpt, names in zip(excerpts, keys, strict=True):
+                faults = [unusable[name] for name in (*names.video, *names.image, names.prompt) if name in unusable]
+                bad.extend(f"{excerpt} {fault}." for fault in dict.fromkeys(faults))
+                if not faults:
+                    pairs.append((excerpt, names))
+            return [excerpt for excerpt, _ in pairs], [names for _, names in pairs]
 
         samples, keys = kept(self.samples, self.keys)
-        validation, validation_keys = kept(self.validation, self.validation_keys)
-        return replace(self, samples=samples, keys=keys, validation=validation, validation_keys=validation_keys)
+        held_out, held_out_keys = kept(self.validation, self.validation_keys)
+        return replace(self, bad=bad, samples=samples, keys=keys, validation=held_out, validation_keys=held_out_keys)
+
+    @property
+    def data_digest(self) -> str:
+        """Changes with anything that changes the order or the content of the samples."""
+        digest = hashlib.blake2b(f"{self.args.training.seed} {self.samples_per_step}".encode(), digest_size=16)
+        for excerpt, names in zip(self.samples, self.keys, strict=True):
+            digest.update(f"{excerpt.resolution} {names}".encode())
+        return digest.hexdigest()
 
     @property
     def gen_fps(self) -> float:
@@ -104,9 +121,10 @@ def make_plan(
     notes: list[str],
 ) -> RunPlan:
     """Names the cache entries of a run that has been checked."""
-    encoding = encoding_of(model_dir, form, args.system.enable_tiling, args.data.flip)
+    encoding = encoding_of(model_dir, form, args.system.enable_tiling)
     training = args.training
-    keys, validation_keys = (encoding.keys(excerpts, found.facts) for excerpts in (found.samples, found.validation))
+    keys = encoding.keys(found.samples, found.facts, args.data.flip)
+    validation_keys = encoding.keys(found.validation, found.facts)
     prompts = {encoding.prompt_key(""): ""}
     for excerpt, names in zip(found.samples + found.validation, keys + validation_keys, strict=True):
         prompts[names.prompt] = excerpt.sample.prompt
@@ -132,7 +150,7 @@ def make_plan(
     )
 
 
-def encoding_of(model_dir: Path, form: ModelForm, tiling: bool, flip: bool) -> Encoding:
+def encoding_of(model_dir: Path, form: ModelForm, tiling: bool) -> Encoding:
     return Encoding(
         vae=components.identity(model_dir / "vae", tiling=tiling),
         text_encoder=components.identity(
@@ -141,7 +159,6 @@ def encoding_of(model_dir: Path, form: ModelForm, tiling: bool, flip: bool) -> E
             length=form.max_text_seq_length,
         ),
         image_noise=IMAGE_NOISE if form.task == "i2v" else None,
-        flip=flip,
     )
 
 

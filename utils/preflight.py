@@ -8,7 +8,6 @@ from __future__ import annotations
 import netrc
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -37,11 +36,9 @@ from utils.zero_config import find_template, resolve_template
 MANY_CLIPS = 1000
 
 
-def preflight(args: Args, num_processes: int, alive: Callable[[], None] = lambda: None) -> RunPlan:
+def preflight(args: Args, num_processes: int) -> RunPlan:
     """Checks everything; reads configs, line files, the headers of weights and the first frame of each clip.
 
-    Args:
-        alive: called now and then while that goes on.
 
     Raises:
         UserError: with every fault found.
@@ -82,7 +79,7 @@ def preflight(args: Args, num_processes: int, alive: Callable[[], None] = lambda
         cache_dir = find_cache_dir(args.data, samples)
         if found.faults and len(samples) > MANY_CLIPS:
             raise UserError(found.faults)  # not after an hour
-        data = look_at_data(args.data, samples, validation, cache_dir, not args.output.dry_run, alive)
+        data = look_at_data(args.data, samples, validation, cache_dir, not args.output.dry_run)
         if (args.output.dry_run and not args.data.skip_bad_samples) or not data.samples:
             found.faults += data.bad
         if data.samples:
@@ -221,18 +218,19 @@ def look_at_data(
     samples: list[Sample],
     validation: list[Sample],
     cache_dir: Path,
-    saves: bool = True,
-    alive: Callable[[], None] = lambda: None,
+    saves: bool,
 ) -> Found:
     """Args as of `survey`; `data` with the rate at which clips are sampled."""
     assert data.fps is not None
     how = Cutting(data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips)
     workers = len(os.sched_getaffinity(0))  # the other processes of the run wait meanwhile
-    return examine(samples, validation, FileIndex(cache_dir), how, workers, data.clip_timeout, saves, alive)
+    return examine(samples, validation, FileIndex(cache_dir), how, workers, data.clip_timeout, saves)
 
 
 def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
     table = find_table(data.data_root, data.caption_column, data.metadata)
+    if table is not None and data.image_column is not None:
+        raise UserError(f"--image_column {data.image_column}: the table {table} has a column for images, 'image'.")
     if table is not None:
         optional = ("image",) if task == "i2v" else ()
         return read_manifest(data.data_root, table=Table(table, optional=optional), id_token=data.id_token)

@@ -77,7 +77,7 @@ def read_progress(args: Args, folder: Path, now: Progress) -> Progress:
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
         trained_with = {(group, name): saved[group][name] for group, name in MUST_AGREE}
         precision = saved["training"]["mixed_precision"]
-        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name != "base"):
+        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in ("base", "data")):
             raise ValueError(f"{PROGRESS_FILE} does not hold whole numbers")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{named}: {folder} is damaged ({error}); go on from another checkpoint. {have}") from error
