@@ -174,12 +174,11 @@ def test_the_reason_is_told(tmp_path: Path, make, reason: str):
         probe(tmp_path / "odd.mp4")
 
 
-@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm"])
-def test_a_single_frame_is_a_clip(tmp_path: Path, kind: str):
-    ffmpeg(*SOURCE, "-frames:v", 1, *(("-c:v", "libvpx-vp9") if kind == "webm" else ()), tmp_path / f"one.{kind}")
-    found = probe(tmp_path / f"one.{kind}")
+def test_a_single_frame_is_a_clip(tmp_path: Path):
+    ffmpeg(*SOURCE, "-frames:v", 1, tmp_path / "one.mp4")
+    found = probe(tmp_path / "one.mp4")
     assert found.frames == 1 and found.seconds > 0 and frames_available(found, 8.0) == 1
-    assert len(decode(tmp_path / f"one.{kind}", view(9)).unique(dim=0)) == 1
+    assert len(decode(tmp_path / "one.mp4", view(9)).unique(dim=0)) == 1
 
 
 @pytest.mark.parametrize("size", [0.5, 0.97])
