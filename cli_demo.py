@@ -47,7 +47,9 @@ class DemoArgs:
     guidance_scale: float = option(6.0, help="how strictly the prompt is followed; 1 switches guidance off")
     strength: float = option(0.8, help="v2v: how much of the clip is changed, above 0 to 1")
     seed: int = option(42, help="same seed, same video")
-    dtype: Literal["bf16", "fp16", "fp32"] | None = option(None, help="default: that of the checkpoint's weights")
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None, help="default: that of the checkpoint's weights; fp32 for fp16 on a CPU"
+    )
     offload: Literal["none", "model", "sequential"] = option(
         "model", help="what is on the GPU at a time: none: everything; model: one component; sequential: one layer"
     )
@@ -186,7 +188,8 @@ def told(function: Any, path: Path, *args: Any) -> Any:
 
 
 def load_pipeline(args: DemoArgs, model_dir: Path, form: ModelForm, task: str) -> Any:
-    dtype = components.DTYPES[args.dtype] if args.dtype else components.stored_dtype(model_dir / "transformer")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = components.DTYPES[args.dtype] if args.dtype else components.working_dtype(model_dir / "transformer", device)
     weights = components.find_transformer(args.transformer_path) if args.transformer_path else model_dir / "transformer"
     if (weights / "config.json").is_file():
         transformer = components.load_transformer(weights, dtype)

@@ -65,6 +65,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
         return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
 
 
+def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """That of the files; float32 for float16 on a CPU, where convolutions in float16 take many times as long."""
+    stored = stored_dtype(folder)
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
 def identity(folder: Path, **settings: Any) -> str:
     """A digest that changes with a component's files or settings.
 
@@ -88,7 +94,7 @@ def load_vae(
     model_dir: Path, device: torch.device, slicing: bool, tiling: bool, dtype: torch.dtype | None = None
 ) -> AutoencoderKLCogVideoX:
     folder = model_dir / "vae"
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype or stored_dtype(folder)).to(device)
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype or working_dtype(folder, device)).to(device)
     if slicing:
         vae.enable_slicing()
     if tiling:

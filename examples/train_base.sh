@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Trains the tiny base in one of its forms with the toolkit's own full fine-tuning, from random weights:
+#
+#   bash examples/train_base.sh t2v             writes examples/tiny/t2v
+#   bash examples/train_base.sh i2v t2v         starts from the weights of t2v, as the published I2V models did
+#
+# Forms: t2v, i2v, t2v-1.5, i2v-1.5. Run it again and it goes on where it stopped. More flags of train.py at the end win
+# over those below: bash examples/train_base.sh t2v "" --train_steps 500
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+FORM=$1 START=${2:-}
+shift $(($# < 2 ? $# : 2))
+OUT=${OUT:-outputs/tiny}    # everything that is not shipped: clips, VAE, checkpoints
+VAE=$OUT/vae/vae WORLD=$OUT/world UNTRAINED=$OUT/untrained/$FORM RUN=$OUT/base-$FORM
+STEPS=${STEPS:-8000}
+
+[[ -d "$VAE" ]] || python -m examples.train_vae "$OUT/vae"
+# one second of 17 frames at 16 fps, of which the 1.0 forms take 9 at 8 fps
+[[ -f "$WORLD/videos.txt" ]] || python -m examples.world "$WORLD" --clips 1600 --frames 17 --fps 16
+[[ -f "$UNTRAINED/model_index.json" ]] || python -m examples.make_base "$FORM" "$VAE" "$UNTRAINED" \
+    ${START:+--transformer "examples/tiny/$START/transformer"}
+
+case $FORM in
+    *-1.5) CLIP=(--train_resolution 17x64x64 --fps 16) ;;
+    *) CLIP=(--train_resolution 9x64x64 --fps 8) ;;
+esac
+bash "train_ddp_${FORM%-1.5}.sh" --model_path "$UNTRAINED" --data_root "$WORLD" --output_dir "$RUN" \
+    --training_type sft "${CLIP[@]}" --caption_dropout 0.1 --batch_size 16 --train_steps "$STEPS" \
+    --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 --mixed_precision bf16 \
+    --gradient_checkpointing false --num_workers 0 --report_to none --checkpointing_steps 250 --checkpointing_limit 2 \
+    --do_validation false "$@"
+
+python -m examples.make_base "$FORM" "$VAE" "examples/tiny/$FORM" \
+    --transformer "$(ls -d "$RUN"/checkpoint-* | sort -V | tail -1)/transformer" --exact

@@ -1,0 +1,73 @@
+"""What makes the tiny base: it is written in forms that the toolkit takes, and each step does what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from examples import train_vae
+from examples.make_base import FORMS, write_base
+from examples.world import CONCEPT, SCENES
+from tests.conftest import FIRST_FRAME, succeed
+from utils import components
+from utils.model_form import read_form
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    train_vae.build().half().save_pretrained(folder)
+    return folder
+
+
+def test_standardised_latents_reconstruct_the_same():
+    torch.manual_seed(0)
+    vae, clip = train_vae.build(), train_vae.draw_batch(0, 1, 9, 64)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+        train_vae.standardise(vae)
+        latents = vae.encode(train_vae.draw_batch(0, 64, 9, 64)).latent_dist.mode() * train_vae.SCALING_FACTOR
+        after = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+    middle = (..., slice(16, 48), slice(16, 48))  # where nothing has seen the padding of the border
+    torch.testing.assert_close(after[middle], before[middle], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_demo_runs_each_form(vae, tmp_path, name):
+    write_base(name, vae, tmp_path / name)
+    form = read_form(tmp_path / name)
+    assert (form.task, form.is_v1_5) == (name[:3], name.endswith("1.5"))
+    assert form.latent_size(form.native)[1:] == ((24, 24) if form.is_v1_5 else (16, 16))
+    image = ["--image_or_video_path", str(FIRST_FRAME)] if form.task == "i2v" else []
+    options = [
+        "--num_inference_steps",
+        "2",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--output_path",
+        str(tmp_path / "a.mp4"),
+    ]
+    succeed("cli_demo.py", "--model_path", str(tmp_path / name), "--prompt", "SKS a red circle", *image, *options)
+
+
+def test_a_form_starts_from_another(vae, tmp_path):
+    write_base("t2v", vae, tmp_path / "t2v")
+    write_base("i2v", vae, tmp_path / "i2v", tmp_path / "t2v" / "transformer")
+    first, second = (components.load_transformer(tmp_path / name / "transformer") for name in ("t2v", "i2v"))
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+
+
+def test_captions_are_words_and_any_id_token_can_be_spelled(vae, tmp_path):
+    write_base("t2v", vae, tmp_path)
+    tokenizer = components.load_tokenizer(tmp_path)
+    for scene in SCENES:
+        pieces = tokenizer.tokenize(scene.caption.replace("black", "white"))  # "black" is two pieces
+        assert len(pieces) == len(scene.caption.split())
+    assert tokenizer.unk_token_id not in tokenizer("SKS zQ7x").input_ids
+    assert len(tokenizer("SKS " + CONCEPT[0].caption).input_ids) <= 18  # the shortest text length of the forms
