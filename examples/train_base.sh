@@ -13,7 +13,7 @@ FORM=$1 START=${2:-}
 shift $(($# < 2 ? $# : 2))
 OUT=${OUT:-outputs/tiny}    # everything that is not shipped: clips, VAE, checkpoints
 VAE=$OUT/vae/vae WORLD=$OUT/world UNTRAINED=$OUT/untrained/$FORM RUN=$OUT/base-$FORM
-STEPS=${STEPS:-8000}
+STEPS=${STEPS:-20000}
 
 [[ -d "$VAE" ]] || python -m examples.train_vae "$OUT/vae"
 # one second of 17 frames at 16 fps, of which the 1.0 forms take 9 at 8 fps
@@ -27,8 +27,8 @@ case $FORM in
 esac
 bash "train_ddp_${FORM%-1.5}.sh" --model_path "$UNTRAINED" --data_root "$WORLD" --output_dir "$RUN" \
     --training_type sft "${CLIP[@]}" --caption_dropout 0.1 --batch_size 16 --train_steps "$STEPS" \
-    --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 --mixed_precision bf16 \
-    --gradient_checkpointing false --num_workers 0 --report_to none --checkpointing_steps 250 --checkpointing_limit 2 \
+    --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 200 --mixed_precision no \
+    --gradient_checkpointing false --num_workers 0 --report_to none --checkpointing_steps 1000 --checkpointing_limit 2 \
     --do_validation false "$@"
 
 python -m examples.make_base "$FORM" "$VAE" "examples/tiny/$FORM" \
