@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,10 @@ class LatentCache:
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
+
+    def has(self, name: str) -> bool:
+        """Whether an entry is there, be it whole or not."""
+        return os.path.exists(f"{self.folder}{os.sep}{name}{SUFFIX}")  # noqa: PTH110 - Paths of 100,000 cost memory
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Stores a tensor under `name`, atomically; the last writer wins. Raises UserError where it cannot."""

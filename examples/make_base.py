@@ -124,11 +124,16 @@ def build_transformer(options: dict[str, Any]) -> CogVideoXTransformer3DModel:
 
 
 def take_over(transformer: CogVideoXTransformer3DModel, trained: CogVideoXTransformer3DModel, exact: bool) -> None:
-    """Copies the weights of equal name and shape. Raises UserError where `exact` and not all are equal."""
-    own = transformer.state_dict()
-    fitting = {
-        name: value for name, value in trained.state_dict().items() if name in own and own[name].shape == value.shape
-    }
+    """Copies the weights of equal name and shape. Raises UserError where `exact` and not all are equal.
+
+    An image-to-video model's patch embedding reads the video's channels as the text-to-video model's does; those of the
+    image, which come after them, begin at zero.
+    """
+    own, given = transformer.state_dict(), trained.state_dict()
+    if not exact and transformer.config.in_channels == 2 * trained.config.in_channels:
+        embedding = given["patch_embed.proj.weight"]
+        given["patch_embed.proj.weight"] = torch.cat([embedding, torch.zeros_like(embedding)], dim=1)
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     print(f"{len(fitting)} of {len(own)} weights are taken over")
     if exact and fitting.keys() != own.keys():
         raise UserError("--transformer is of another form.")

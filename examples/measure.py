@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cli_demo import DemoArgs, load_pipeline
 from examples.attributes import Attributes, read_attributes
@@ -34,6 +34,8 @@ FIRST_SEED = 20_000_000
 BATCH = 10
 # A first frame this near to the given image shows it, in dB.
 SHOWS_THE_IMAGE = 23.0
+# Of the animations: clips in a row, screen pixels a pixel, height of a title.
+COLUMNS, ENLARGED, TITLE_HEIGHT = 8, 2, 20
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,21 @@ def agrees(found: Attributes, scene: Scene, names: tuple[str, ...]) -> bool:
     return all(getattr(found, name) == getattr(scene, name) for name in names)
 
 
-def save_animation(clips: list[np.ndarray], path: Path, fps: float, columns: int = 10) -> None:
-    """Writes all clips side by side as a GIF, uint8 [F, H, W, 3] each."""
-    blank = [np.full_like(clips[0], 255)] * (-len(clips) % columns)
-    tiles = np.stack([*clips, *blank])
-    rows = tiles.reshape(-1, columns, *tiles.shape[1:])  # [N, F, H, W, 3] -> [R, columns, F, H, W, 3]
-    sheets = np.concatenate(np.moveaxis(rows, 1, 0), axis=-2)  # side by side: [R, F, H, columns W, 3]
-    sheets = np.concatenate(list(sheets), axis=1)  # one above the other: [F, R H, columns W, 3]
+def save_animation(rows: dict[str, list[np.ndarray]], path: Path, fps: float) -> None:
+    """Writes a GIF with a row of clips, uint8 [F, H, W, 3] each, under each title."""
+    frames = []
+    for number in range(len(next(iter(rows.values()))[0])):
+        strips = [np.concatenate([clip[number] for clip in clips], axis=1) for clips in rows.values()]
+        pictures = [Image.fromarray(strip.repeat(ENLARGED, 0).repeat(ENLARGED, 1)) for strip in strips]
+        width, height = pictures[0].size
+        frame = Image.new("RGB", (width, len(rows) * (height + TITLE_HEIGHT)), "white")
+        for row, (title, picture) in enumerate(zip(rows, pictures, strict=True)):
+            top = row * (height + TITLE_HEIGHT)
+            ImageDraw.Draw(frame).text((4, top + 4), title, fill="black")
+            frame.paste(picture, (0, top + TITLE_HEIGHT))
+        frames.append(frame)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *later = [Image.fromarray(sheet) for sheet in sheets]
+    first, *later = frames
     first.save(path, save_all=True, append_images=later, duration=round(1000 / fps), loop=0)
 
 
@@ -125,17 +133,18 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=60, help="generated for each kind of prompt")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--output_dir", type=Path, help="for table.json and the animations <prompts>_<model>.gif")
+    parser.add_argument("--output_dir", type=Path, help="for table.json and an animation of each kind of prompts")
     chosen = vars(parser.parse_args())
     count, token, output_dir = (chosen.pop(name) for name in ("clips", "id_token", "output_dir"))
     tuned = DemoArgs(prompt="", **chosen)
-    models = {"base": replace(tuned, lora_path=None, transformer_path=None)}
+    models = {"before": replace(tuned, lora_path=None, transformer_path=None)}
     if tuned.lora_path or tuned.transformer_path:
-        models["fine-tuned"] = tuned
-    prompts = {"known": make_cases(count, "")} | ({"token": make_cases(count, token)} if token else {})
+        models["after"] = tuned
+    prompts = {"known": make_cases(count, "")} | ({token: make_cases(count, token)} if token else {})
     form = read_form(Path(tuned.model_path))
 
     shares: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in prompts}
+    shown: dict[str, dict[str, list[np.ndarray]]] = {kind: {} for kind in prompts}
     for model, args in models.items():
         pipeline = load_pipeline(args, Path(args.model_path), form, form.task)
         pipeline.set_progress_bar_config(disable=True)
@@ -144,10 +153,11 @@ def main() -> None:
             clips = list(generate(pipeline, args, form, cases))
             print(f"{model}, {kind} prompts: {count} clips in {time.perf_counter() - started:.0f} s", flush=True)
             shares[kind][model] = summarise(cases, clips, form.task)
-            if output_dir is not None:
-                save_animation(clips, output_dir / f"{kind}_{model}.gif", form.fps)
+            shown[kind][model] = clips[:COLUMNS]
     print(table(shares))
     if output_dir is not None:
+        for kind, rows in shown.items():
+            save_animation(rows, output_dir / f"{kind}.gif", form.fps)
         (output_dir / "table.json").write_text(json.dumps(shares, indent=2) + "\n")
 
 

@@ -29,8 +29,8 @@ def test_standardised_latents_reconstruct_the_same():
         train_vae.standardise(vae)
         latents = vae.encode(train_vae.draw_batch(0, 64, 9, 64)).latent_dist.mode() * train_vae.SCALING_FACTOR
         after = vae.decode(vae.encode(clip).latent_dist.mode()).sample
-    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-3, rtol=0)
-    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(train_vae.LATENT_CHANNELS), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(train_vae.LATENT_CHANNELS), atol=1e-3, rtol=0)
     middle = (..., slice(16, 48), slice(16, 48))  # where nothing has seen the padding of the border
     torch.testing.assert_close(after[middle], before[middle], atol=2e-2, rtol=0)
 
@@ -55,12 +55,23 @@ def test_the_demo_runs_each_form(vae, tmp_path, name):
     succeed("cli_demo.py", "--model_path", str(tmp_path / name), "--prompt", "SKS a red circle", *image, *options)
 
 
-def test_a_form_starts_from_another(vae, tmp_path):
-    write_base("t2v", vae, tmp_path / "t2v")
-    write_base("i2v", vae, tmp_path / "i2v", tmp_path / "t2v" / "transformer")
-    first, second = (components.load_transformer(tmp_path / name / "transformer") for name in ("t2v", "i2v"))
-    name = "transformer_blocks.0.attn1.to_q.weight"
-    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+def test_image_to_video_starts_as_the_text_to_video_model_that_sees_no_image(vae, tmp_path):
+    write_base("t2v-1.5", vae, tmp_path / "t2v")
+    write_base("i2v-1.5", vae, tmp_path / "i2v", tmp_path / "t2v" / "transformer")
+    t2v, i2v = (components.load_transformer(tmp_path / name / "transformer").float() for name in ("t2v", "i2v"))
+    torch.nn.init.normal_(t2v.proj_out.weight, std=0.1)  # untrained models answer zero to everything
+    i2v.proj_out.weight.data.copy_(t2v.proj_out.weight)
+    i2v.ofs_embedding.linear_2.weight.data.zero_()
+    i2v.ofs_embedding.linear_2.bias.data.zero_()
+    video, image, text = torch.randn(2, 1, 2, 4, 4, 4), torch.randn(1, 2, 4, 4, 4), torch.randn(1, 18, 64)
+    more = {"encoder_hidden_states": text, "timestep": torch.tensor([500]), "return_dict": False}
+    more["image_rotary_emb"] = (torch.ones(4, 32), torch.zeros(4, 32))
+    with torch.no_grad():
+        expected = t2v(video[0], **more)[0]
+        torch.testing.assert_close(
+            i2v(torch.cat([video[0], image], dim=2), ofs=torch.tensor([2.0]), **more)[0], expected
+        )
+        assert not torch.allclose(t2v(video[1], **more)[0], expected, atol=1e-2)
 
 
 def test_captions_are_words_and_any_id_token_can_be_spelled(vae, tmp_path):

@@ -71,7 +71,7 @@ class RunPlan:
         """Names of the cache entries that are not there yet."""
         clips = (name for keys in self.keys + self.validation_keys for name in keys.video + keys.image)
         cache = LatentCache(self.cache_dir)
-        return {name for name in chain(clips, self.prompts) if not os.path.exists(cache.path(name))}  # noqa: PTH110
+        return {name for name in chain(clips, self.prompts) if not cache.has(name)}
 
     def without(self, unusable: dict[str, str]) -> RunPlan:
         """The same run without the samples that need a cache entry that could not be made; they are `bad` now.
