@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import decord
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
+
+if TYPE_CHECKING:
+    import decord
 
 # Part of every cache key: raise it whenever the same file could give other pixels than before.
 PIXELS_VERSION = 2
@@ -26,8 +28,6 @@ _TIE = 1e-4
 # Frames a second, or `SPREAD`: as far apart as the clip allows.
 SPREAD: Literal["native_stride"] = "native_stride"
 Rate = float | Literal["native_stride"]
-
-decord.logging.set_level(decord.logging.FATAL)  # faults are reported by clip, in sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,9 @@ _CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
 
 def open_clip(path: Path) -> decord.VideoReader:
     """Raises ClipError where decord cannot open the file as a video."""
+    import decord  # 31 MiB, in the processes that decode and in no other
+
+    decord.logging.set_level(decord.logging.FATAL)  # faults are reported by clip, in sentences
     try:
         # decord puts a neighbour in the place of a frame that cannot be decoded, and says so only if more than this
         # share of the clip is affected
