@@ -2,8 +2,7 @@
 
     python -m examples.train_vae outputs/tiny_vae
 
-First on crops, which is quick, then on whole clips, since the group norms see a whole picture when the VAE is used; at
-last the decoder alone, since latents settle long before their pictures are sharp.
+First on crops, which is quick, then on whole clips, since the group norms see a whole picture when the VAE is used.
 Writes the VAE in float16 to `<output>/vae` and what it measured to `<output>/log.jsonl`.
 """
 
@@ -90,9 +89,9 @@ def learning_rate(step: int, steps: int) -> float:
     return min((step + 1) / WARMUP_STEPS, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def batch_of(stage: str, step: int, steps: int) -> torch.Tensor:
-    """Crops, then whole clips; for the decoder whole clips from the start."""
-    if stage == "all" and step < first_whole(steps):
+def batch_of(step: int, steps: int) -> torch.Tensor:
+    """Crops, then whole clips."""
+    if step < first_whole(steps):
         return draw_batch(step * 4, 4, FRAMES, CROP)
     # 17 frames go through the VAE in two parts, of which the second remembers the first
     return draw_batch(step * 4, 2, FRAMES if step % 4 else LONGEST, SIZE)
@@ -102,12 +101,11 @@ def first_whole(steps: int) -> int:
     return int((1 - WHOLE_SHARE) * steps)
 
 
-def train(vae: AutoencoderKLCogVideoX, output: Path, stage: str, steps: int) -> None:
-    """Trains all of the VAE, or its decoder alone; goes on from `<output>/<stage>.pt`."""
-    vae.encoder.requires_grad_(stage == "all")
-    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+def train(vae: AutoencoderKLCogVideoX, output: Path, steps: int) -> None:
+    """Trains the VAE in place; goes on from `<output>/state.pt`."""
+    parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    state_file, started_at = output / f"{stage}.pt", 0
+    state_file, started_at = output / "state.pt", 0
     if state_file.is_file():
         state = torch.load(state_file)
         vae.load_state_dict(state["vae"])
@@ -115,9 +113,9 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, stage: str, steps: int) -> 
         started_at = state["step"]
     started = time.perf_counter()
     for step in range(started_at, steps):
-        if stage == "all" and step == first_whole(steps):
+        if step == first_whole(steps):
             standardise(vae)
-        clips = batch_of(stage, step, steps)
+        clips = batch_of(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate(step, steps)
         torch.manual_seed(step)  # of the posterior's noise
@@ -137,7 +135,6 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, stage: str, steps: int) -> 
             continue
         step_s = (time.perf_counter() - started) / (done - started_at)
         measured = {
-            "stage": stage,
             "step": done,
             "loss": round(loss.item(), 5),
             "kl": round(kl.item(), 3),
@@ -155,14 +152,12 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, stage: str, steps: int) -> 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains the tiny model's VAE.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=2400, help="of encoder and decoder")
-    parser.add_argument("--decoder_steps", type=int, default=1500, help="of the decoder alone; latents stay the same")
+    parser.add_argument("--steps", type=int, default=2400)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = build()
-    train(model, args.output, "all", args.steps)
-    train(model, args.output, "decoder", args.decoder_steps)
+    train(model, args.output, args.steps)
     model.half().save_pretrained(args.output / "vae")
     model.float()  # measured as shipped: rounded to float16
     for length in (FRAMES, LONGEST):

@@ -1,6 +1,6 @@
 """Tiny CogVideoX checkpoints with random weights: real classes, real files, only the sizes are tiny.
 
-    python -m tests.tiny_models 2b examples/tiny_model 17x64x64
+    python -m tests.tiny_models 2b outputs/tiny-2b 17x64x64
 
 The production code loads them like any other checkpoint. Each is one of the five published forms.
 """
