@@ -106,7 +106,7 @@ def agrees(found: Attributes, scene: Scene, names: tuple[str, ...]) -> bool:
 
 
 def save_animation(rows: dict[str, list[np.ndarray]], path: Path, fps: float) -> None:
-    """Writes a GIF with a row of clips, uint8 [F, H, W, 3] each, under each title."""
+    """Writes an animated WebP with a row of clips, uint8 [F, H, W, 3] each, under each title."""
     frames = []
     for number in range(len(next(iter(rows.values()))[0])):
         strips = [np.concatenate([clip[number] for clip in clips], axis=1) for clips in rows.values()]
@@ -157,7 +157,7 @@ def main() -> None:
     print(table(shares))
     if output_dir is not None:
         for kind, rows in shown.items():
-            save_animation(rows, output_dir / f"{kind}.gif", form.fps)
+            save_animation(rows, output_dir / f"{kind}.webp", form.fps)
         (output_dir / "table.json").write_text(json.dumps(shares, indent=2) + "\n")
 
 

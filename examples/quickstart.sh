@@ -14,11 +14,11 @@ python -m examples.world "$OUT/data/validation" --scenes concept --clips 2 --see
 
 bash train_ddp_t2v.sh \
     --model_path "$MODEL" --data_root "$OUT/data" --output_dir "$OUT/lora" --id_token "$TOKEN" \
-    --train_resolution 9x64x64 --train_steps 300 --batch_size 8 --mixed_precision no --rank 32 --learning_rate 1e-3 \
-    --lr_warmup_steps 20 --gradient_checkpointing false --num_workers 1 --checkpointing_steps 150 \
-    --do_validation true --validation_dir "$OUT/data/validation" --validation_steps 150 --num_inference_steps 20
+    --train_resolution 9x64x64 --train_steps 400 --batch_size 8 --mixed_precision no --rank 32 --learning_rate 2e-4 \
+    --lr_warmup_steps 20 --gradient_checkpointing false --num_workers 1 --checkpointing_steps 200 \
+    --do_validation true --validation_dir "$OUT/data/validation" --validation_steps 200 --num_inference_steps 20
 
-LORA=$OUT/lora/checkpoint-300
+LORA=$OUT/lora/checkpoint-400
 python cli_demo.py --model_path "$MODEL" --lora_path "$LORA" --output_path "$OUT/demo.mp4" \
     --prompt "$TOKEN a shape moves on a white background" --num_inference_steps 20 --guidance_scale 3
 python -m examples.measure "$MODEL" --lora_path "$LORA" --id_token "$TOKEN" --clips "$CLIPS" --output_dir "$OUT"
@@ -26,7 +26,7 @@ python -m examples.measure "$MODEL" --lora_path "$LORA" --id_token "$TOKEN" --cl
 cat <<EOF
 
 The quick start is done.
-  before and after   $OUT/$TOKEN.gif; the figures above are in $OUT/table.json
+  before and after   $OUT/$TOKEN.webp; the figures above are in $OUT/table.json
   checkpoint         $LORA
   log                $OUT/lora/metrics.jsonl   (tensorboard --logdir $OUT/lora/logs)
   validation videos  $OUT/lora/validation/
