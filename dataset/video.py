@@ -104,7 +104,7 @@ _CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
 
 def open_clip(path: Path) -> decord.VideoReader:
     """Raises ClipError where decord cannot open the file as a video."""
-    import decord  # 31 MiB, in the processes that decode and in no other
+    import decord  # native code, in the processes that decode and in no other
 
     decord.logging.set_level(decord.logging.FATAL)  # faults are reported by clip, in sentences
     try:
