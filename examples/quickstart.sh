@@ -7,7 +7,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 source examples/environment.sh
 
-MODEL=examples/tiny/t2v TOKEN=SKS OUT=${OUT:-outputs/quickstart} CLIPS=${CLIPS:-30}
+MODEL=examples/tiny/t2v TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30}
 rm -rf "$OUT"
 python -m examples.world "$OUT/data" --scenes concept --clips 32 --seed 30000000
 python -m examples.world "$OUT/data/validation" --scenes concept --clips 2 --seed 40000000

@@ -94,7 +94,7 @@ def test_the_shipped_vae_reconstructs_clips_that_it_has_never_seen():
 
 def test_the_quick_start_teaches_what_the_base_has_never_seen(tmp_path):
     """As a user runs it, with fewer clips to measure. What the base cannot draw well yet, shapes, is left out."""
-    succeed("examples/quickstart.sh", OUT=tmp_path / "out", CLIPS=10)
+    succeed("examples/quickstart.sh", QUICKSTART_DIR=tmp_path / "out", QUICKSTART_CLIPS=10)
     shares = json.loads((tmp_path / "out" / "table.json").read_text())
     assert shares["known"]["before"]["colour and ground"] >= 0.8 and shares["known"]["before"]["direction"] >= 0.8
     assert shares["SKS"]["before"]["direction"] <= 0.3
