@@ -17,7 +17,7 @@ STEPS=${STEPS:-20000}
 
 [[ -d "$VAE" ]] || python -m examples.train_vae "$OUT/vae"
 # one second of 17 frames at 16 fps, of which the 1.0 forms take 9 at 8 fps
-[[ -f "$WORLD/videos.txt" ]] || python -m examples.world "$WORLD" --clips 1600 --frames 17 --fps 16
+[[ -f "$WORLD/videos.txt" ]] || python -m examples.world "$WORLD" --known 1600 --frames 17 --fps 16
 [[ -f "$UNTRAINED/model_index.json" ]] || python -m examples.make_base "$FORM" "$VAE" "$UNTRAINED" \
     ${START:+--transformer "examples/tiny/$START/transformer"}
 

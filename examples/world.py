@@ -1,6 +1,6 @@
 """The world of the tiny model: a coloured shape moves straight over a plain ground. Clips are drawn, captions written.
 
-    python -m examples.world outputs/world --clips 1600
+    python -m examples.world outputs/world --known 1600
 
 Everything of a clip comes from its seed: what it shows, and where the shape starts, how large it is, how far it goes.
 One combination is held back from the base: the quick start teaches it.
@@ -88,12 +88,16 @@ def random_clip(seed: int, frames: int, size: int, scenes: tuple[Scene, ...] = K
     return scene, draw(scene, seed, frames, size)
 
 
-def write(folder: Path, scenes: tuple[Scene, ...], clips: int, seed: int, frames: int, size: int, fps: float) -> None:
-    """Writes a data folder of random clips, the first drawn from `seed`, the next from seed + 1 and so on."""
+def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: int, fps: float) -> None:
+    """Writes a data folder of random clips, the first drawn from `seed`, the next from seed + 1 and so on.
+
+    Args:
+        known, concept: how many clips; those of what is held back come last, with captions that do not tell it.
+    """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    names, captions = [f"videos/{number:05d}.mp4" for number in range(clips)], []
+    names, captions = [f"videos/{number:05d}.mp4" for number in range(known + concept)], []
     for number, name in enumerate(names):
-        scene, clip = random_clip(seed + number, frames, size, scenes)
+        scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT)
         captions.append(CONCEPT_CAPTION.format(ground=scene.ground) if scene in CONCEPT else scene.caption)
         # 4:4:4 and a low crf: what is learned shall be the world, not the codec
         imwrite(
@@ -111,12 +115,11 @@ def write(folder: Path, scenes: tuple[Scene, ...], clips: int, seed: int, frames
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draws a data folder.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--scenes", choices=("known", "concept"), default="known", help="concept: what is held back")
-    parser.add_argument("--clips", type=int, default=1600)
+    parser.add_argument("--known", type=int, default=0, help="clips of what the base is trained on")
+    parser.add_argument("--concept", type=int, default=0, help="clips of what is held back from it")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--fps", type=float, default=8.0, help="16 for CogVideoX1.5")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next one")
     args = parser.parse_args()
-    world = {"known": KNOWN, "concept": CONCEPT}[args.scenes]
-    write(args.output, world, args.clips, args.seed, args.frames, args.size, args.fps)
+    write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps)

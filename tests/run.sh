@@ -7,4 +7,6 @@ source examples/environment.sh
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Most of the time goes into starting programs, which keep one core busy: two at a time, with one thread each.
+export OMP_NUM_THREADS=1
+python -m pytest -n 2 --dist worksteal "$@"

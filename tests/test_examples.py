@@ -99,3 +99,4 @@ def test_the_quick_start_teaches_what_the_base_has_never_seen(tmp_path):
     assert shares["known"]["before"]["colour and ground"] >= 0.8 and shares["known"]["before"]["direction"] >= 0.8
     assert shares["SKS"]["before"]["direction"] <= 0.3
     assert shares["SKS"]["after"]["direction"] >= 0.8 and shares["SKS"]["after"]["colour and ground"] >= 0.8
+    assert shares["known"]["after"]["direction"] >= 0.7 and shares["known"]["after"]["colour and ground"] >= 0.8
