@@ -1,0 +1,148 @@
+"""The proof that fine-tuning teaches, and that faults are seen. Each row is kept once it is measured.
+
+    python -m examples.proof runs       the quick start, and full fine-tuning under ZeRO-2 on its clips
+    python -m examples.proof faults     what was taught, with faults put in on purpose; after `runs`
+
+Prints a table in Markdown; a share is of clips, 0 to 1 as per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+TOKEN = "SKS"
+SHOWN = ("colour, shape and direction", "colour and ground", "direction")
+OUT = Path("outputs/proof")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table, and what measures it: a function that returns the content of a table.json."""
+
+    name: str
+    measure: Callable[[], dict[str, Any]]
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    subprocess.run([str(part) for part in command], check=True, env=os.environ | environment)
+
+
+def quick_start(form: str) -> dict[str, Any]:
+    run("bash", "examples/quickstart.sh", QUICKSTART_DIR=str(OUT / form))
+    return result(OUT / form)
+
+
+def zero2() -> dict[str, Any]:
+    """All weights on the quick start's data, two processes."""
+    output, options = OUT / "zero2", flags("t2v")
+    options |= {"training_type": "sft", "batch_size": "4", "learning_rate": "1e-4", "output_dir": str(output)}
+    options = {name: value for name, value in options.items() if name not in ("rank", "lora_alpha", "target_modules")}
+    run("bash", "train_zero_t2v.sh", *spelled(options), ZERO="zero2", NUM_PROCESSES="2")
+    return measure("t2v", output, "--transformer_path", last_checkpoint(output) / "transformer")
+
+
+def with_strength(form: str, scale: float) -> dict[str, Any]:
+    output = OUT / f"{form}-strength-{scale:g}"
+    return measure(form, output, "--lora_path", last_checkpoint(OUT / form / "lora"), "--lora_scale", str(scale))
+
+
+def with_fault(form: str, fault: str) -> dict[str, Any]:
+    """The quick start's run with the fault in the training; sampling is right."""
+    output = OUT / f"{form}-{fault}"
+    options = flags(form) | {"output_dir": str(output)}
+    run(sys.executable, "-m", "examples.faults", fault, *spelled(options))
+    return measure(form, output, "--lora_path", last_checkpoint(output))
+
+
+def with_stale_latents(form: str) -> dict[str, Any]:
+    """The folder held other clips when its latents were made; they were replaced under the same names."""
+    data, concept = OUT / f"{form}-stale-data", OUT / form / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    run(sys.executable, "-m", "examples.world", data, "--known", "48", "--seed", "50000000")
+    options = flags(form) | {"data_root": str(data), "output_dir": str(OUT / f"{form}-stale"), "do_validation": "false"}
+    del options["cache_dir"]
+    run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options), "--precompute_only", "true")
+    shutil.copytree(concept, data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
+    run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options))
+    return measure(form, OUT / f"{form}-stale", "--lora_path", last_checkpoint(OUT / f"{form}-stale"))
+
+
+def measure(form: str, output: Path, *options: str | Path) -> dict[str, Any]:
+    command = (sys.executable, "-m", "examples.measure", f"examples/tiny/{form}", "--id_token", TOKEN, "--clips", "30")
+    run(*command, "--output_dir", output, *options)
+    return result(output)
+
+
+def result(output: Path) -> dict[str, Any]:
+    return json.loads((output / "table.json").read_text())
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def flags(form: str) -> dict[str, Any]:
+    """Those of the quick start's run, from what it wrote down."""
+    groups = json.loads((OUT / form / "lora" / "args.json").read_text())
+    return {name: value for group in groups.values() for name, value in group.items() if value is not None}
+
+
+def spelled(options: dict[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        yield f"--{name}"
+        for one in value if isinstance(value, list) else [value]:
+            yield str(one).lower() if isinstance(one, bool) else str(one)
+
+
+ROWS = {
+    "runs": [
+        Row("t2v, LoRA", partial(quick_start, "t2v")),
+        Row("t2v, all weights, ZeRO-2", zero2),
+    ],
+    "faults": [
+        Row("t2v, LoRA at half strength", partial(with_strength, "t2v", 0.5)),
+        Row("t2v, LoRA at double strength", partial(with_strength, "t2v", 2.0)),
+        Row("t2v, latents scaled twice", partial(with_fault, "t2v", "latents_scaled_twice")),
+        Row("t2v, stale latents", partial(with_stale_latents, "t2v")),
+    ],
+}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: before -> after, with the token and without it."""
+    columns = [(kind, name) for kind in (TOKEN, "known") for name in SHOWN]
+    lines = ["| run | " + " | ".join(f"{kind}: {name}" for kind, name in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for run_name, shares in rows.items():
+        cells = [change(shares[kind], name) for kind, name in columns]
+        lines.append(f"| {run_name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def change(by_model: dict[str, dict[str, float]], name: str) -> str:
+    values = [by_model[model][name] for model in ("before", "after") if name in by_model[model]]
+    return " -> ".join(f"{100 * value:.0f}" for value in values)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=ROWS)
+    what = parser.parse_args().what
+    file = OUT / f"{what}.json"
+    OUT.mkdir(parents=True, exist_ok=True)
+    measured = json.loads(file.read_text()) if file.is_file() else {}
+    for row in ROWS[what]:
+        if row.name not in measured:
+            measured[row.name] = row.measure()
+            file.write_text(json.dumps(measured, indent=2) + "\n")
+    print(table(measured))
