@@ -20,9 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoint import find_checkpoints
+
 TOKEN = "SKS"
 SHOWN = ("colour, shape and direction", "colour and ground", "direction")
 OUT = Path("outputs/proof")
+QUICK_START = OUT / "t2v"
 
 
 @dataclass(frozen=True)
@@ -37,48 +40,48 @@ def run(*command: str | Path, **environment: str) -> None:
     subprocess.run([str(part) for part in command], check=True, env=os.environ | environment)
 
 
-def quick_start(form: str) -> dict[str, Any]:
-    run("bash", "examples/quickstart.sh", QUICKSTART_DIR=str(OUT / form))
-    return result(OUT / form)
+def quick_start() -> dict[str, Any]:
+    run("bash", "examples/quickstart.sh", QUICKSTART_DIR=str(QUICK_START))
+    return result(QUICK_START)
 
 
 def zero2() -> dict[str, Any]:
     """All weights on the quick start's data, two processes."""
-    output, options = OUT / "zero2", flags("t2v")
+    output, options = OUT / "zero2", flags()
     options |= {"training_type": "sft", "batch_size": "4", "learning_rate": "1e-4", "output_dir": str(output)}
     options = {name: value for name, value in options.items() if name not in ("rank", "lora_alpha", "target_modules")}
     run("bash", "train_zero_t2v.sh", *spelled(options), ZERO="zero2", NUM_PROCESSES="2")
-    return measure("t2v", output, "--transformer_path", last_checkpoint(output) / "transformer")
+    return measure(output, "--transformer_path", find_checkpoints(output)[-1] / "transformer")
 
 
-def with_strength(form: str, scale: float) -> dict[str, Any]:
-    output = OUT / f"{form}-strength-{scale:g}"
-    return measure(form, output, "--lora_path", last_checkpoint(OUT / form / "lora"), "--lora_scale", str(scale))
+def with_strength(scale: float) -> dict[str, Any]:
+    output = OUT / f"strength-{scale:g}"
+    return measure(output, "--lora_path", find_checkpoints(QUICK_START / "lora")[-1], "--lora_scale", str(scale))
 
 
-def with_fault(form: str, fault: str) -> dict[str, Any]:
+def with_fault(fault: str) -> dict[str, Any]:
     """The quick start's run with the fault in the training; sampling is right."""
-    output = OUT / f"{form}-{fault}"
-    options = flags(form) | {"output_dir": str(output)}
+    output = OUT / fault
+    options = flags() | {"output_dir": str(output)}
     run(sys.executable, "-m", "examples.faults", fault, *spelled(options))
-    return measure(form, output, "--lora_path", last_checkpoint(output))
+    return measure(output, "--lora_path", find_checkpoints(output)[-1])
 
 
-def with_stale_latents(form: str) -> dict[str, Any]:
+def with_stale_latents() -> dict[str, Any]:
     """The folder held other clips when its latents were made; they were replaced under the same names."""
-    data, concept = OUT / f"{form}-stale-data", OUT / form / "data"
+    data, output = OUT / "stale_data", OUT / "stale_latents"
     shutil.rmtree(data, ignore_errors=True)
     run(sys.executable, "-m", "examples.world", data, "--known", "48", "--seed", "50000000")
-    options = flags(form) | {"data_root": str(data), "output_dir": str(OUT / f"{form}-stale"), "do_validation": "false"}
+    options = flags() | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
     del options["cache_dir"]
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options), "--precompute_only", "true")
-    shutil.copytree(concept, data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
+    shutil.copytree(QUICK_START / "data", data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options))
-    return measure(form, OUT / f"{form}-stale", "--lora_path", last_checkpoint(OUT / f"{form}-stale"))
+    return measure(output, "--lora_path", find_checkpoints(output)[-1])
 
 
-def measure(form: str, output: Path, *options: str | Path) -> dict[str, Any]:
-    command = (sys.executable, "-m", "examples.measure", f"examples/tiny/{form}", "--id_token", TOKEN, "--clips", "30")
+def measure(output: Path, *options: str | Path) -> dict[str, Any]:
+    command = (sys.executable, "-m", "examples.measure", "examples/tiny/t2v", "--id_token", TOKEN, "--clips", "30")
     run(*command, "--output_dir", output, *options)
     return result(output)
 
@@ -87,13 +90,9 @@ def result(output: Path) -> dict[str, Any]:
     return json.loads((output / "table.json").read_text())
 
 
-def last_checkpoint(run_dir: Path) -> Path:
-    return max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def flags(form: str) -> dict[str, Any]:
+def flags() -> dict[str, Any]:
     """Those of the quick start's run, from what it wrote down."""
-    groups = json.loads((OUT / form / "lora" / "args.json").read_text())
+    groups = json.loads((QUICK_START / "lora" / "args.json").read_text())
     return {name: value for group in groups.values() for name, value in group.items() if value is not None}
 
 
@@ -106,14 +105,14 @@ def spelled(options: dict[str, Any]) -> Iterator[str]:
 
 ROWS = {
     "runs": [
-        Row("t2v, LoRA", partial(quick_start, "t2v")),
+        Row("t2v, LoRA", quick_start),
         Row("t2v, all weights, ZeRO-2", zero2),
     ],
     "faults": [
-        Row("t2v, LoRA at half strength", partial(with_strength, "t2v", 0.5)),
-        Row("t2v, LoRA at double strength", partial(with_strength, "t2v", 2.0)),
-        Row("t2v, latents scaled twice", partial(with_fault, "t2v", "latents_scaled_twice")),
-        Row("t2v, stale latents", partial(with_stale_latents, "t2v")),
+        Row("t2v, LoRA at half strength", partial(with_strength, 0.5)),
+        Row("t2v, LoRA at double strength", partial(with_strength, 2.0)),
+        Row("t2v, latents scaled twice", partial(with_fault, "latents_scaled_twice")),
+        Row("t2v, stale latents", with_stale_latents),
     ],
 }
 
