@@ -63,11 +63,20 @@ def kill_one_rank_in_the_middle_of_a_save(script: str, options: list[str], out: 
     with subprocess.Popen(
         command(script, *options), env=environment(2, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        while not (out / f".checkpoint-{step}.tmp").exists() and process.poll() is None:
-            time.sleep(0.001)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1":
-                child.kill()
+
+        def wait_for(path: Path) -> None:
+            while not path.exists() and process.poll() is None:
+                time.sleep(0.001)
+
+        wait_for(out / "checkpoint-1")  # looking through all processes takes longer than a tiny save
+        second = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1"
+        ]
+        wait_for(out / f".checkpoint-{step}.tmp")
+        for child in second:
+            child.kill()
         return process.wait(timeout=120)
 
 
