@@ -16,13 +16,13 @@ from examples.world import COLOURS, DIRECTIONS, GROUNDS
 NEAR = 75.0
 # The border is plain ground where this share of it has one colour.
 PLAIN = 0.8
-# Smallest and largest area of a shape, as shares of the picture; the world draws 0.024 to 0.16.
-AREAS = (0.01, 0.3)
+# Smallest and largest area of a shape, as shares of the picture; the world draws 0.055 to 0.18.
+AREAS = (0.02, 0.3)
 # Moments of a shape about its centre, x and y in units of its size, which no blur or scale changes much. The limits lie
 # halfway: E[y^3] / E[y^2]^1.5 is -0.57 for a triangle that points up, 0 for circle and square;
 # E[x^4 - 6 x^2 y^2 + y^4] / E[(x^2 + y^2)^2] is 0 for a circle, -0.43 for a square.
 TRIANGLE_SKEW, SQUARE_FOURFOLD = -0.28, -0.21
-# Least way of a shape that moves, as a share of the picture's side; the world draws 0.25 to 0.55.
+# Least way of a shape that moves, as a share of the picture's side; the world draws 0.35 to 0.45.
 LEAST_WAY = 0.1
 
 

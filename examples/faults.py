@@ -1,6 +1,6 @@
 """Trains with a fault put in on purpose, to see whether `measure.py` sees it:
 
-    python -m examples.faults latents_scaled_twice --model_path examples/tiny/t2v ...    flags of train.py
+    python -m examples.faults padding_at_the_end --model_path examples/tiny/t2v-1.5 ...    flags of train.py
 
 Each fault is one that passes every test of shapes, and that a toolkit for CogVideoX had or could have.
 """
@@ -20,15 +20,33 @@ import train
 from dataset.excerpts import Excerpt
 from dataset.files import FileFacts
 from dataset.latent_cache import Encoding, SampleKeys
-from utils import loss
+from utils import conditioning, loss
 from utils.errors import told_to_the_user
 from utils.model_form import ModelForm
 
-to_video_latents, keys = loss.to_video_latents, Encoding.keys
+to_image_latents, to_video_latents = conditioning.to_image_latents, conditioning.to_video_latents
+rotary_table, keys = conditioning.rotary_table, Encoding.keys
+
+
+def multiplied_image_latents(sample: torch.Tensor, form: ModelForm, latent_frames: int) -> torch.Tensor:
+    """1.5-I2V divides its image latents by the scaling factor; here they are multiplied, as those of 1.0."""
+    return to_image_latents(sample, form, latent_frames) * form.scaling_factor**2
 
 
 def twice_scaled(sample: torch.Tensor, form: ModelForm) -> torch.Tensor:
     return to_video_latents(sample, form) * form.scaling_factor
+
+
+def padded_at_the_end(sample: torch.Tensor, form: ModelForm) -> torch.Tensor:
+    """1.5 pads in front, with copies of the first frame; here at the end, with copies of the last."""
+    return to_video_latents(sample.flip(2), form).flip(1)
+
+
+def rotary_of_the_other_kind(
+    head_dim: int, grid: tuple[int, int, int], base: tuple[int, int], slices: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """1.0 scales the grid into the base's, 1.5 cuts it out; here the other way round."""
+    return rotary_table(head_dim, grid, base, not slices, device)
 
 
 def keys_of_the_paths(
@@ -40,7 +58,10 @@ def keys_of_the_paths(
 
 
 FAULTS: dict[str, AbstractContextManager] = {
+    "image_latents_multiplied": patch.object(loss, "to_image_latents", multiplied_image_latents),
     "latents_scaled_twice": patch.object(loss, "to_video_latents", twice_scaled),
+    "padding_at_the_end": patch.object(loss, "to_video_latents", padded_at_the_end),
+    "rotary_of_the_other_kind": patch.object(conditioning, "rotary_table", rotary_of_the_other_kind),
     "stale_latents": patch.object(Encoding, "keys", keys_of_the_paths),
 }
 

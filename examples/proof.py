@@ -1,6 +1,6 @@
-"""The proof that fine-tuning teaches, and that faults are seen. Each row is kept once it is measured.
+"""The proof that fine-tuning teaches, in every form, and that faults are seen. Each row is kept once it is measured.
 
-    python -m examples.proof runs       the quick start, and full fine-tuning under ZeRO-2 on its clips
+    python -m examples.proof runs       the quick start in every form, and full fine-tuning under ZeRO-2
     python -m examples.proof faults     what was taught, with faults put in on purpose; after `runs`
 
 Prints a table in Markdown; a share is of clips, 0 to 1 as per cent.
@@ -23,9 +23,8 @@ from typing import Any
 from utils.checkpoint import find_checkpoints
 
 TOKEN = "SKS"
-SHOWN = ("colour, shape and direction", "colour and ground", "direction")
+SHOWN = ("colour, shape and direction", "colour and ground", "direction", "first frame is the image")
 OUT = Path("outputs/proof")
-QUICK_START = OUT / "t2v"
 
 
 @dataclass(frozen=True)
@@ -40,48 +39,48 @@ def run(*command: str | Path, **environment: str) -> None:
     subprocess.run([str(part) for part in command], check=True, env=os.environ | environment)
 
 
-def quick_start() -> dict[str, Any]:
-    run("bash", "examples/quickstart.sh", QUICKSTART_DIR=str(QUICK_START))
-    return result(QUICK_START)
+def quick_start(form: str) -> dict[str, Any]:
+    run("bash", "examples/quickstart.sh", form, QUICKSTART_DIR=str(OUT / form))
+    return result(OUT / form)
 
 
 def zero2() -> dict[str, Any]:
     """All weights on the quick start's data, two processes."""
-    output, options = OUT / "zero2", flags()
+    output, options = OUT / "zero2", flags("t2v")
     options |= {"training_type": "sft", "batch_size": "4", "learning_rate": "1e-4", "output_dir": str(output)}
     options = {name: value for name, value in options.items() if name not in ("rank", "lora_alpha", "target_modules")}
     run("bash", "train_zero_t2v.sh", *spelled(options), ZERO="zero2", NUM_PROCESSES="2")
-    return measure(output, "--transformer_path", find_checkpoints(output)[-1] / "transformer")
+    return measure("t2v", output, "--transformer_path", find_checkpoints(output)[-1] / "transformer")
 
 
-def with_strength(scale: float) -> dict[str, Any]:
-    output = OUT / f"strength-{scale:g}"
-    return measure(output, "--lora_path", find_checkpoints(QUICK_START / "lora")[-1], "--lora_scale", str(scale))
+def with_strength(form: str, scale: float) -> dict[str, Any]:
+    lora, output = find_checkpoints(OUT / form / "lora")[-1], OUT / f"{form}-strength-{scale:g}"
+    return measure(form, output, "--lora_path", lora, "--lora_scale", str(scale))
 
 
-def with_fault(fault: str) -> dict[str, Any]:
+def with_fault(form: str, fault: str) -> dict[str, Any]:
     """The quick start's run with the fault in the training; sampling is right."""
-    output = OUT / fault
-    options = flags() | {"output_dir": str(output)}
+    output = OUT / f"{form}-{fault}"
+    options = flags(form) | {"output_dir": str(output)}
     run(sys.executable, "-m", "examples.faults", fault, *spelled(options))
-    return measure(output, "--lora_path", find_checkpoints(output)[-1])
+    return measure(form, output, "--lora_path", find_checkpoints(output)[-1])
 
 
-def with_stale_latents() -> dict[str, Any]:
+def with_stale_latents(form: str) -> dict[str, Any]:
     """The folder held other clips when its latents were made; they were replaced under the same names."""
-    data, output = OUT / "stale_data", OUT / "stale_latents"
+    data, output = OUT / f"{form}-stale_data", OUT / f"{form}-stale_latents"
     shutil.rmtree(data, ignore_errors=True)
     run(sys.executable, "-m", "examples.world", data, "--known", "48", "--seed", "50000000")
-    options = flags() | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
+    options = flags(form) | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
     del options["cache_dir"]
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options), "--precompute_only", "true")
-    shutil.copytree(QUICK_START / "data", data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
+    shutil.copytree(OUT / form / "data", data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options))
-    return measure(output, "--lora_path", find_checkpoints(output)[-1])
+    return measure(form, output, "--lora_path", find_checkpoints(output)[-1])
 
 
-def measure(output: Path, *options: str | Path) -> dict[str, Any]:
-    command = (sys.executable, "-m", "examples.measure", "examples/tiny/t2v", "--id_token", TOKEN, "--clips", "30")
+def measure(form: str, output: Path, *options: str | Path) -> dict[str, Any]:
+    command = (sys.executable, "-m", "examples.measure", f"examples/tiny/{form}", "--id_token", TOKEN, "--clips", "30")
     run(*command, "--output_dir", output, *options)
     return result(output)
 
@@ -90,9 +89,9 @@ def result(output: Path) -> dict[str, Any]:
     return json.loads((output / "table.json").read_text())
 
 
-def flags() -> dict[str, Any]:
+def flags(form: str) -> dict[str, Any]:
     """Those of the quick start's run, from what it wrote down."""
-    groups = json.loads((QUICK_START / "lora" / "args.json").read_text())
+    groups = json.loads((OUT / form / "lora" / "args.json").read_text())
     return {name: value for group in groups.values() for name, value in group.items() if value is not None}
 
 
@@ -105,14 +104,17 @@ def spelled(options: dict[str, Any]) -> Iterator[str]:
 
 ROWS = {
     "runs": [
-        Row("t2v, LoRA", quick_start),
+        *(Row(f"{form}, LoRA", partial(quick_start, form)) for form in ("t2v", "i2v", "t2v-1.5", "i2v-1.5")),
         Row("t2v, all weights, ZeRO-2", zero2),
     ],
     "faults": [
-        Row("t2v, LoRA at half strength", partial(with_strength, 0.5)),
-        Row("t2v, LoRA at double strength", partial(with_strength, 2.0)),
-        Row("t2v, latents scaled twice", partial(with_fault, "latents_scaled_twice")),
-        Row("t2v, stale latents", with_stale_latents),
+        Row("t2v, LoRA at half strength", partial(with_strength, "t2v", 0.5)),
+        Row("t2v, LoRA at double strength", partial(with_strength, "t2v", 2.0)),
+        Row("t2v, latents scaled twice", partial(with_fault, "t2v", "latents_scaled_twice")),
+        Row("t2v, stale latents", partial(with_stale_latents, "t2v")),
+        Row("t2v-1.5, frames padded at the end", partial(with_fault, "t2v-1.5", "padding_at_the_end")),
+        Row("t2v-1.5, rotary table of 1.0", partial(with_fault, "t2v-1.5", "rotary_of_the_other_kind")),
+        Row("i2v-1.5, image latents multiplied", partial(with_fault, "i2v-1.5", "image_latents_multiplied")),
     ],
 }
 

@@ -2,26 +2,32 @@
 # The main job in one command, on any machine: teaches a tiny CogVideoX what it has never seen, a purple triangle that
 # moves up, as a word of its own; then shows and measures what it generates before and after.
 # Needs Python 3.11 and nothing else; no GPU.
+#
+#   bash examples/quickstart.sh              text to video
+#   bash examples/quickstart.sh i2v-1.5      another form: t2v, i2v, t2v-1.5, i2v-1.5
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 source examples/environment.sh
 
-MODEL=examples/tiny/t2v TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30}
+FORM=${1:-t2v} TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30}
+MODEL=examples/tiny/$FORM IMAGE=()
+if [[ $FORM == i2v* ]]; then IMAGE=(--image_or_video_path "$OUT/data/validation/first_frame.png"); fi
 rm -rf "$OUT"
 # Every caption gets the token. A few clips of what the model knows already keep it from forgetting that.
 python -m examples.world "$OUT/data" --concept 32 --known 16 --seed 30000000
 python -m examples.world "$OUT/data/validation" --concept 2 --seed 40000000
 
-bash train_ddp_t2v.sh \
+bash "train_ddp_${FORM%-1.5}.sh" \
     --model_path "$MODEL" --data_root "$OUT/data" --output_dir "$OUT/lora" --id_token "$TOKEN" \
-    --train_resolution 9x64x64 --train_steps 600 --batch_size 8 --mixed_precision no --rank 32 --learning_rate 2e-4 \
+    --train_resolution 9x64x64 --fps 8 --train_steps 600 --batch_size 8 --mixed_precision no --rank 32 --learning_rate 2e-4 \
     --lr_warmup_steps 20 --gradient_checkpointing false --num_workers 1 --checkpointing_steps 300 \
     --do_validation true --validation_dir "$OUT/data/validation" --validation_steps 300 --num_inference_steps 20
 
 LORA=$OUT/lora/checkpoint-600
 python cli_demo.py --model_path "$MODEL" --lora_path "$LORA" --output_path "$OUT/demo.mp4" \
-    --prompt "$TOKEN a shape moves on a white background" --num_inference_steps 20 --guidance_scale 3
+    --prompt "$TOKEN a shape moves on a white background" "${IMAGE[@]}" --height 64 --width 64 --fps 8 \
+    --num_inference_steps 20 --guidance_scale 3
 python -m examples.measure "$MODEL" --lora_path "$LORA" --id_token "$TOKEN" --clips "$CLIPS" --output_dir "$OUT"
 
 cat <<EOF
@@ -32,5 +38,5 @@ The quick start is done.
   log                $OUT/lora/metrics.jsonl   (tensorboard --logdir $OUT/lora/logs)
   validation videos  $OUT/lora/validation/
   demo video         $OUT/demo.mp4
-Next: put your clips into a folder like $OUT/data and edit train_ddp_t2v.sh.
+Next: put your clips into a folder like $OUT/data and edit train_ddp_${FORM%-1.5}.sh.
 EOF

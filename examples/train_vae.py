@@ -2,7 +2,8 @@
 
     python -m examples.train_vae outputs/tiny_vae
 
-First on crops, which is quick, then on whole clips, since the group norms see a whole picture when the VAE is used.
+First on crops, which is quick, then on whole clips, since the group norms see a whole picture when the VAE is used; at
+last the decoder alone, which leaves latents as they are: a base can be trained on them meanwhile.
 Writes the VAE in float16 to `<output>/vae` and what it measured to `<output>/log.jsonl`.
 """
 
@@ -24,8 +25,9 @@ from examples.world import random_clip
 SCALING_FACTOR = 0.7
 FRAMES, LONGEST, SIZE, CROP = 9, 17, 64, 32
 LOG_STEPS = 250
-WHOLE_SHARE = 0.15  # of the steps
+WHOLE_SHARE = 0.25  # of the steps with the encoder
 LEARNING_RATE, WARMUP_STEPS, KL_WEIGHT = 1.5e-3, 50, 1e-4
+DECODER_SEED = 1_000_000
 HELD_OUT_SEED = 10_000_000  # training never comes this far
 LEVELS, LATENT_CHANNELS = 3, 4
 
@@ -91,21 +93,25 @@ def learning_rate(step: int, steps: int) -> float:
 
 def batch_of(step: int, steps: int) -> torch.Tensor:
     """Crops, then whole clips."""
-    if step < first_whole(steps):
-        return draw_batch(step * 4, 4, FRAMES, CROP)
-    # 17 frames go through the VAE in two parts, of which the second remembers the first
-    return draw_batch(step * 4, 2, FRAMES if step % 4 else LONGEST, SIZE)
+    return draw_batch(step * 4, 4, FRAMES, CROP) if step < first_whole(steps) else draw_whole(step * 4, step)
+
+
+def draw_whole(first_seed: int, step: int) -> torch.Tensor:
+    """Two whole clips; every fourth time of 17 frames, which go through the VAE in two parts, the second remembering
+    the first."""
+    return draw_batch(first_seed, 2, FRAMES if step % 4 else LONGEST, SIZE)
 
 
 def first_whole(steps: int) -> int:
     return int((1 - WHOLE_SHARE) * steps)
 
 
-def train(vae: AutoencoderKLCogVideoX, output: Path, steps: int) -> None:
-    """Trains the VAE in place; goes on from `<output>/state.pt`."""
-    parameters = list(vae.parameters())
+def train(vae: AutoencoderKLCogVideoX, output: Path, part: str, steps: int) -> None:
+    """Trains all of the VAE or its decoder in place, `part` "all" or "decoder"; goes on from `<output>/<part>.pt`."""
+    vae.encoder.requires_grad_(part == "all")
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    state_file, started_at = output / "state.pt", 0
+    state_file, started_at = output / f"{part}.pt", 0
     if state_file.is_file():
         state = torch.load(state_file)
         vae.load_state_dict(state["vae"])
@@ -113,9 +119,9 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, steps: int) -> None:
         started_at = state["step"]
     started = time.perf_counter()
     for step in range(started_at, steps):
-        if step == first_whole(steps):
+        if part == "all" and step == first_whole(steps):
             standardise(vae)
-        clips = batch_of(step, steps)
+        clips = batch_of(step, steps) if part == "all" else draw_whole(DECODER_SEED + step * 4, step)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate(step, steps)
         torch.manual_seed(step)  # of the posterior's noise
@@ -135,6 +141,7 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, steps: int) -> None:
             continue
         step_s = (time.perf_counter() - started) / (done - started_at)
         measured = {
+            "part": part,
             "step": done,
             "loss": round(loss.item(), 5),
             "kl": round(kl.item(), 3),
@@ -153,11 +160,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains the tiny model's VAE.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--decoder_steps", type=int, default=1200)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = build()
-    train(model, args.output, args.steps)
+    train(model, args.output, "all", args.steps)
+    train(model, args.output, "decoder", args.decoder_steps)
     model.half().save_pretrained(args.output / "vae")
     model.float()  # measured as shipped: rounded to float16
     for length in (FRAMES, LONGEST):

@@ -26,8 +26,9 @@ COLOURS = {
 GROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (15, 15, 15)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SHAPES = ("circle", "square", "triangle")
-# Half the side of a shape's box, and how far it goes, as shares of the picture's side.
-RADII, TRAVELS = (0.11, 0.2), (0.25, 0.55)
+# Half the side of a shape's box, how far it goes, and how far from the picture's centre its way has its middle, as
+# shares of the picture's side. They are narrow: two cores shall learn the world within the hour.
+RADII, TRAVELS, ASIDE = (0.17, 0.21), (0.35, 0.45), 0.08
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def draw(scene: Scene, seed: int, frames: int, size: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     radius, travel = size * rng.uniform(*RADII), size * rng.uniform(*TRAVELS)
     across, down = DIRECTIONS[scene.direction]
-    # the middle of the way, such that no frame cuts the shape
-    room = np.array([radius + travel / 2 * abs(across), radius + travel / 2 * abs(down)])
-    middle = rng.uniform(room, size - room)
+    # no frame cuts the shape
+    room = size / 2 - np.array([radius + travel / 2 * abs(across), radius + travel / 2 * abs(down)])
+    middle = size / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, size * ASIDE)
     columns, rows = np.arange(size) + 0.5, np.arange(size)[:, None] + 0.5
     paint, ground = (np.array(table[name], float) for table, name in ((COLOURS, scene.colour), (GROUNDS, scene.ground)))
     clip = np.empty((frames, size, size, 3), np.uint8)
@@ -93,11 +94,15 @@ def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: 
 
     Args:
         known, concept: how many clips; those of what is held back come last, with captions that do not tell it.
+
+    Beside it lies the first picture of the first clip, to begin a video with.
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     names, captions = [f"videos/{number:05d}.mp4" for number in range(known + concept)], []
     for number, name in enumerate(names):
         scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT)
+        if number == 0:
+            imwrite(folder / "first_frame.png", clip[0])
         captions.append(CONCEPT_CAPTION.format(ground=scene.ground) if scene in CONCEPT else scene.caption)
         # 4:4:4 and a low crf: what is learned shall be the world, not the codec
         imwrite(
@@ -119,7 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--concept", type=int, default=0, help="clips of what is held back from it")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
-    parser.add_argument("--fps", type=float, default=8.0, help="16 for CogVideoX1.5")
+    parser.add_argument("--fps", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next one")
     args = parser.parse_args()
     write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps)
