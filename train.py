@@ -35,6 +35,7 @@ from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
 from utils.fill_cache import fill_cache
 from utils.loss import draw, velocity_loss
+from utils.memory import describe_prediction, predict, text_encoder_config
 from utils.metrics import TRACKERS, Metrics, quarter_means
 from utils.optimizer import make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
@@ -64,6 +65,11 @@ def main() -> None:
     plan = on_main_process(processes, roll_call, preflight, args, processes.num_processes)
     processes.print(describe(plan))
     if args.output.dry_run:
+        if processes.is_main_process:
+            prediction = predict(
+                plan.args, plan.form, text_encoder_config(plan.model_dir), plan.zero, plan.num_processes
+            )
+            print("\n".join(describe_prediction(prediction, plan.args, plan.form)))
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
         return
     if not args.data.precompute_only and nothing_is_left(processes, plan):

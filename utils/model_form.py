@@ -237,6 +237,11 @@ def read_config(path: Path, kind: Any | None, flag: str = "--model_path") -> dic
     # the schedulers of CogVideoX share their settings, whichever of them the checkpoint names
     if found != expected and not (kind is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
         raise UserError(f"{flag}: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
+    return with_defaults(kind, config)
+
+
+def with_defaults(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A config completed with the defaults of its class."""
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 

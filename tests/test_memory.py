@@ -1,0 +1,80 @@
+"""What is predicted of a run's memory and work, against real runs and figures found elsewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.conftest import ROOT, arguments
+from utils import fake_parts, fake_run, memory
+from utils.args import parse_args
+from utils.components import load_transformer
+from utils.errors import UserError
+from utils.model_form import read_form
+from utils.optimizer import make_optimizer
+from utils.preflight import resolve
+from utils.trainable import make_trainable, trained_parameters
+
+
+def real_peak(model, args, form) -> int:
+    """Bytes, beside the weights, that torch's profiler saw in the second of two real updates."""
+    transformer = load_transformer(model / "transformer", torch.float32)
+    make_trainable(transformer, args)
+    parameters = trained_parameters(transformer)
+    optimizer = make_optimizer(parameters, args.training, is_zero=False)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
+        for _ in range(2):
+            fake_parts.loss_of(transformer, args, form, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "false"], ["--training_type", "sft"]])
+@pytest.mark.parametrize("form", ["5b-i2v", "1.5"])
+def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, form, options):
+    monkeypatch.setattr(fake_run, "BLOCK", 1)  # a CPU rounds nothing
+    model = tiny(form)
+    argv = arguments(model, tmp_path, tmp_path, *options, task="i2v" if "i2v" in form else "t2v")
+    args, form = parse_args(argv), read_form(model)
+    args = resolve(args, form)
+    terms = fake_parts.run_updates(args, form, args.data.train_resolution[0], False, 1).terms
+    static = terms["weights"] + terms.get("adapters", 0)
+    assert sum(terms.values()) - static == pytest.approx(real_peak(model, args, form), rel=0.03)
+
+
+def test_a_published_model_is_predicted_without_its_weights():
+    command = [sys.executable, "-m", "utils.memory", "--model_path", "THUDM/CogVideoX-2b"]
+    printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    peak = float(re.search(r"Memory of a GPU: ([\d.]+) GiB", printed)[1])
+    tflop = float(re.search(r"Work of an update: (\d+) TFLOP", printed)[1])
+    assert peak == pytest.approx(7.7, rel=0.02) and tflop == pytest.approx(477, rel=0.02)
+    assert "17550 video and 226 text tokens" in printed and "fits cards of 12, 16" in printed
+
+
+def test_processes_share_what_zero_divides():
+    updates = fake_parts.Updates({"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0)
+    section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}
+    one, _ = memory.under_zero(updates, {"zero_optimization": section}, 2, 1)
+    eight, host = memory.under_zero(updates, {"zero_optimization": section}, 2, 8)
+    assert [one[name] for name in ("weights", "optimizer", "gradients")] == [2000, 12000, 2000]
+    assert [eight[name] for name in ("weights", "optimizer", "gradients")] == [250, 1500, 250] and host == 0
+    section |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    offloaded, host = memory.under_zero(updates, {"zero_optimization": section}, 2, 8)
+    assert sum(offloaded.values()) == 10 + 10 + 2 * 2 * 5 + 2 * 50 and host == 16_000 + 2000
+
+
+def test_a_name_that_nothing_is_known_of_is_refused():
+    with pytest.raises(UserError, match=r"THUDM/CogVideoX-3b: .* it is none of CogVideoX-2b, CogVideoX-5b"):
+        memory.find_form("THUDM/CogVideoX-3b")

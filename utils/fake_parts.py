@@ -1,0 +1,181 @@
+"""The parts of a run that take memory, on fake tensors: updates, a validation video, the encoders.
+
+Each is made as the run itself makes it, and goes through the same loss, optimizer and models.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from transformers import T5Config, T5EncoderModel
+
+from dataset.video import Resolution
+from utils.args import Args
+from utils.conditioning import predict_velocity, rotary_table
+from utils.fake_run import fake_run, flop_counter, give_fake_weights, storage_size
+from utils.loss import velocity_loss
+from utils.model_form import ModelForm
+from utils.optimizer import make_optimizer
+from utils.trainable import compute_dtype, make_trainable, trained_parameters, weight_dtype
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What updates on fake tensors showed of one process; sizes in bytes.
+
+    Attributes:
+        terms: what the peak is made of.
+        weights, trained: numbers of weights.
+        flop: of one forward and backward pass.
+    """
+
+    terms: dict[str, int]
+    weights: int
+    trained: int
+    flop: int
+
+
+def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bool, num_processes: int) -> Updates:
+    """Two updates, of which the second finds an optimizer that has its states.
+
+    Under ZeRO without gradients and optimizer, which DeepSpeed divides among the processes in its own way.
+    """
+    transformer = empty_transformer(args, form, is_zero)
+    with fake_run() as live:
+        give_fake_weights(transformer)
+        parameters = trained_parameters(transformer)
+        trained = sum(storage_size(parameter) for parameter in parameters)
+        terms = {"weights": live.now}
+        if args.model.training_type == "lora":
+            terms = {"weights": live.now - trained, "adapters": trained}
+        optimizer = None if is_zero else make_optimizer(parameters, args.training, is_zero)
+        if is_zero:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(drop_gradient)
+        batch = fake_batch(args, form, resolution, args.training.batch_size)
+        held = kept = 0
+        counter = flop_counter()
+        # The first makes the optimizer's states and counts the work; the counter itself keeps tensors alive.
+        for watch in (counter, nullcontext()):
+            if watch is not counter:
+                live.watch_peak(parameters)
+            held = live.now
+            with watch:
+                loss = loss_of(transformer, args, form, batch)
+                kept = live.now - held
+                loss.backward()
+            if optimizer is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=num_processes == 1)  # DDP keeps them, in its buckets
+            del loss
+        if optimizer is not None:
+            states = [state for slots in optimizer.state.values() for state in slots.values()]
+            terms["optimizer"] = sum(map(storage_size, states))
+            terms["gradients"] = live.gradients
+        rest = live.peak - sum(terms.values())
+        terms["kept activations"] = min(kept, rest)  # of those there may be less when the peak is reached
+        terms["working set"] = rest - terms["kept activations"]
+    count = sum(parameter.numel() for parameter in transformer.parameters())
+    return Updates(terms, count, sum(parameter.numel() for parameter in parameters), counter.get_total_flops())
+
+
+def peak_of_generating(args: Args, form: ModelForm, resolution: Resolution, is_zero: bool) -> int:
+    """Beside the weights that are trained: guidance doubles the batch, then the VAE decodes."""
+    transformer = empty_transformer(args, form, is_zero)
+    with fake_run() as live, torch.no_grad():
+        give_fake_weights(transformer)
+        held = live.now
+        live.watch_peak()
+        loss_of(transformer, args, form, fake_batch(args, form, resolution, batch_size=2))
+        denoising = live.peak - held
+    vae = empty_vae(args, form)
+    with fake_run() as live, torch.no_grad():
+        give_fake_weights(vae)
+        weights = live.now
+        live.watch_peak()
+        frames, height, width = form.latent_size(resolution)
+        vae.decode(torch.empty(1, form.latent_channels, frames, height, width, dtype=vae.dtype))
+        return max(weights + denoising, live.peak)
+
+
+def peak_of_encoding_clips(args: Args, form: ModelForm, resolution: Resolution) -> int:
+    vae = empty_vae(args, form)
+    with fake_run() as live, torch.no_grad():
+        give_fake_weights(vae)
+        live.watch_peak()
+        vae.encode(torch.empty(1, 3, resolution.frames, resolution.height, resolution.width, dtype=vae.dtype))
+        return live.peak
+
+
+def peak_of_encoding_prompts(form: ModelForm, config: dict[str, Any]) -> int:
+    with init_empty_weights(include_buffers=True):
+        encoder = T5EncoderModel(T5Config(**config)).to(torch.bfloat16).eval()
+    with fake_run() as live, torch.no_grad():
+        give_fake_weights(encoder)
+        live.watch_peak()
+        encoder(torch.zeros(1, form.max_text_seq_length, dtype=torch.int64))
+        return live.peak
+
+
+def empty_transformer(args: Args, form: ModelForm, is_zero: bool) -> CogVideoXTransformer3DModel:
+    """As `train` makes it, without weights."""
+    with init_empty_weights(include_buffers=True):
+        transformer = CogVideoXTransformer3DModel.from_config(form.transformer)
+    torch.nn.Module.to(transformer, weight_dtype(args, is_zero))
+    make_trainable(transformer, args)
+    return transformer
+
+
+def empty_vae(args: Args, form: ModelForm) -> AutoencoderKLCogVideoX:
+    """As `components.load_vae` makes it on a GPU, from half-precision files."""
+    with init_empty_weights(include_buffers=True):
+        vae = AutoencoderKLCogVideoX.from_config(form.vae).to(torch.bfloat16).eval()
+    if args.system.enable_slicing:
+        vae.enable_slicing()
+    if args.system.enable_tiling:
+        vae.enable_tiling()
+    return vae
+
+
+def fake_batch(args: Args, form: ModelForm, resolution: Resolution, batch_size: int) -> dict[str, torch.Tensor | None]:
+    """Latents, condition and prompts as `train` gives them to the loss."""
+    frames, height, width = form.latent_size(resolution)
+    latents = torch.empty(batch_size, frames + form.frames_to_pad(frames), form.latent_channels, height, width)
+    prompts = torch.empty(batch_size, form.max_text_seq_length, form.transformer["text_embed_dim"])
+    return {
+        "latents": latents,
+        "image_latents": torch.empty_like(latents) if form.task == "i2v" else None,
+        "prompt_embeds": prompts.to(compute_dtype(args)),
+    }
+
+
+def loss_of(
+    transformer: CogVideoXTransformer3DModel, args: Args, form: ModelForm, batch: dict[str, Any]
+) -> torch.Tensor:
+    """The loss of `train`, under autocast as accelerate switches it on."""
+    dtype, latents = compute_dtype(args), batch["latents"]
+
+    def predict_under_autocast(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            return predict_velocity(
+                transformer, form, noisy, timesteps, batch["prompt_embeds"], batch["image_latents"], dtype
+            ).float()
+
+    timesteps = torch.zeros(len(latents), dtype=torch.int64)
+    try:
+        return velocity_loss(
+            predict_under_autocast, torch.empty(1000), latents, timesteps, torch.empty_like(latents)
+        ).mean()
+    finally:
+        rotary_table.cache_clear()  # the next one who asks shall not get a fake one
+
+
+def drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None

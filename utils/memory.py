@@ -1,0 +1,204 @@
+"""What a run will take, before it is begun: memory of a GPU and of the host, work, time, and which cards it fits.
+
+    python -m utils.memory --model_path THUDM/CogVideoX-5b --training_type lora
+    python -m utils.memory --model_path THUDM/CogVideoX-2b --training_type sft --zero zero2_offload --num_processes 1
+
+Takes the flags of train.py, of which --data_root, --output_dir and --model_type may be left out; the names of the
+published checkpoints are enough. Needs no GPU and no weights, and half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dataset.video import Resolution
+from utils.args import Args, parse_args
+from utils.errors import UserError, told_to_the_user
+from utils.fake_parts import (
+    Updates,
+    peak_of_encoding_clips,
+    peak_of_encoding_prompts,
+    peak_of_generating,
+    run_updates,
+)
+from utils.model_form import ModelForm, read_form
+from utils.preflight import model_faults, resolve
+from utils.published import PUBLISHED, TEXT_ENCODER, published_form
+from utils.trainable import compute_dtype
+from utils.zero_config import ROOT, get, resolve_template
+
+GIB = 2**30
+# Until a GPU has calibrated it: the CUDA context, fragments, workspaces of kernels, of which fake tensors know nothing.
+MARGIN, BESIDE = 1.15, 1.0
+CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB, nearly, of cards as they are sold
+# Dense bf16 TFLOP/s of the data sheets, and the share of them that a training step may reach.
+GPUS = {"H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
+UTILISATION = (0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one process, in bytes, unless said otherwise.
+
+    Attributes:
+        training: what the peak of an update is made of.
+        validation: peak while a validation video is made; 0 where none is.
+        encoding: peak while the latent cache is filled.
+        host: of one machine, for what is offloaded to it.
+        flop: floating-point operations of an update, those of recomputing included.
+    """
+
+    training: dict[str, int]
+    validation: int
+    encoding: int
+    host: int
+    flop: int
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self.training.values()), self.validation, self.encoding)
+
+    @property
+    def gib_to_have(self) -> float:
+        """Free memory that a card should have."""
+        return self.peak / GIB * MARGIN + BESIDE
+
+
+def predict(
+    args: Args, form: ModelForm, text_encoder: dict[str, Any], zero: dict[str, Any] | None, num_processes: int
+) -> Prediction:
+    """Predicts from updates, a validation video and an encoding on fake tensors.
+
+    Args:
+        args: resolved.
+        text_encoder: config of the T5 encoder.
+        zero: DeepSpeed's configuration without "auto"; None for DDP.
+    """
+    resolution = largest(args, form)
+    updates = run_updates(args, form, resolution, zero is not None, num_processes)
+    training, host = updates.terms, 0
+    if zero is not None:
+        training, host = under_zero(updates, zero, compute_dtype(args).itemsize, num_processes)
+    validation = 0
+    if args.validation.do_validation:
+        held = sum(training.get(name, 0) for name in ("weights", "adapters", "optimizer"))
+        validation = held + peak_of_generating(args, form, resolution, zero is not None)
+    encoding = max(peak_of_encoding_clips(args, form, resolution), peak_of_encoding_prompts(form, text_encoder))
+    flop = updates.flop * args.training.gradient_accumulation_steps
+    return Prediction(training, validation, encoding, host, flop)
+
+
+def largest(args: Args, form: ModelForm) -> Resolution:
+    """The training resolution with the most tokens."""
+    return max(args.data.train_resolution, key=lambda resolution: sum(form.tokens(resolution)))
+
+
+def under_zero(updates: Updates, zero: dict[str, Any], itemsize: int, num_processes: int) -> tuple[dict[str, int], int]:
+    """The terms of a process, and the bytes offloaded to the host of a machine with all processes.
+
+    DeepSpeed keeps float32 masters and Adam's two states, 12 bytes a trained weight, and gradients in the dtype of the
+    weights, each divided among the processes from some stage on (arXiv:1910.02054, section 5); the buffers are those of
+    the configuration. An update makes float32 gradients when the activations are gone.
+
+    Args:
+        itemsize: bytes of a weight.
+    """
+    section = zero["zero_optimization"]
+    stage, trained = section["stage"], updates.trained
+    offloads = {name: get(section, f"offload_{name}.device") == "cpu" for name in ("optimizer", "param")}
+    share = {name: num_processes if stage >= first else 1 for name, first in (("gradients", 2), ("weights", 3))}
+    bucket = itemsize * section.get("reduce_bucket_size", 500_000_000)
+    buffers = bucket * (2 if section.get("overlap_comm", stage == 3) else 1)
+    if stage == 3:  # whole weights, gathered for the layers at work
+        live = section.get("stage3_max_live_parameters", 1_000_000_000)
+        ahead = section.get("stage3_prefetch_bucket_size", 50_000_000)
+        buffers += itemsize * min(live + ahead, updates.weights)
+    activations = {name: updates.terms[name] for name in ("kept activations", "working set")}
+    gradients = 0 if offloads["optimizer"] else itemsize * trained // share["gradients"]
+    terms = {
+        "weights": 0 if offloads["param"] else itemsize * updates.weights // share["weights"],
+        "optimizer": 0 if offloads["optimizer"] else 12 * trained // num_processes,
+        "gradients": gradients,
+        **activations,
+        "buffers": buffers,
+    }
+    update = 0 if offloads["optimizer"] else 4 * trained // num_processes
+    terms["working set"] += max(0, update - sum(activations.values()) - buffers)
+    host = 16 * trained * offloads["optimizer"] + itemsize * updates.weights * offloads["param"]
+    return terms, host
+
+
+def describe_prediction(prediction: Prediction, args: Args, form: ModelForm) -> list[str]:
+    """Lines for the log."""
+
+    def gib(bytes_: float) -> str:
+        return f"{bytes_ / GIB:.1f} GiB"
+
+    terms = ", ".join(f"{name} {gib(bytes_)}" for name, bytes_ in prediction.training.items() if bytes_)
+    tflop = prediction.flop / 1e12
+    times = [
+        f"{name} {' to '.join(f'{tflop / peak / share:.1f}' for share in reversed(UTILISATION))} s"
+        for name, peak in GPUS.items()
+    ]
+    fits = ", ".join(str(card) for card in CARDS if card >= prediction.gib_to_have)
+    lines = [
+        f"Memory of a GPU: {gib(sum(prediction.training.values()))} in an update ({terms})",
+        f"Before that, encoding clips and prompts: {gib(prediction.encoding)}",
+    ]
+    if prediction.validation:
+        lines.append(f"A validation video: {gib(prediction.validation)}")
+    if prediction.host:
+        lines.append(f"Host memory of the machine, for what is offloaded: {gib(prediction.host)}")
+    video_tokens, text_tokens = form.tokens(largest(args, form))
+    return [
+        *lines,
+        f"To have free, with a margin for what cannot be predicted: {prediction.gib_to_have:.1f} GiB; "
+        + (f"fits cards of {fits} GB" if fits else f"fits no card of {CARDS[-1]} GB or less"),
+        f"Work of an update: {tflop:.0f} TFLOP, {video_tokens} video and {text_tokens} text tokens a sample",
+        f"Time of an update, by data sheets and not measured: {', '.join(times)}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="All other flags are those of train.py: python train.py --help"
+    )
+    parser.add_argument("--zero", help="a template in configs/, such as zero2_offload, or a path; default: DDP")
+    parser.add_argument("--num_processes", type=int, default=1, help="GPUs, on one machine")
+    own, others = parser.parse_known_args()
+    args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *others])
+    form, text_encoder = find_form(args.model.model_path)
+    args = resolve(replace(args, model=replace(args.model, model_type=form.task)), form, own.zero is not None)
+    if faults := [*args.faults(), *model_faults(args, form, own.zero is not None)]:
+        raise UserError(faults)
+    zero = None
+    if own.zero is not None:
+        template = Path(own.zero) if own.zero.endswith(".json") else ROOT / "configs" / f"{own.zero}.json"
+        zero = resolve_template(template, args, form.width, own.num_processes)
+    prediction = predict(args, form, text_encoder, zero, own.num_processes)
+    print("\n".join(describe_prediction(prediction, args, form)))
+
+
+def find_form(model_path: str) -> tuple[ModelForm, dict[str, Any]]:
+    """The form and the text encoder's config of a folder, or of a published checkpoint."""
+    form = None if Path(model_path).is_dir() else published_form(model_path)
+    if form is not None:
+        return form, TEXT_ENCODER
+    folder = Path(model_path).expanduser()
+    if not folder.is_dir():
+        names = ", ".join(PUBLISHED)
+        raise UserError(f"--model_path {model_path}: there is no such folder, and it is none of {names}.")
+    return read_form(folder), text_encoder_config(folder)
+
+
+def text_encoder_config(model_dir: Path) -> dict[str, Any]:
+    return json.loads((model_dir / "text_encoder" / "config.json").read_text())
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        main()
