@@ -70,7 +70,7 @@ def with_stale_latents(form: str) -> dict[str, Any]:
     """The folder held other clips when its latents were made; they were replaced under the same names."""
     data, output = OUT / f"{form}-stale_data", OUT / f"{form}-stale_latents"
     shutil.rmtree(data, ignore_errors=True)
-    run(sys.executable, "-m", "examples.world", data, "--known", "48", "--seed", "50000000")
+    run(sys.executable, "-m", "examples.world", data, "--known", "56", "--seed", "50000000")
     options = flags(form) | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
     del options["cache_dir"]
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options), "--precompute_only", "true")

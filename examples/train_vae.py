@@ -131,7 +131,9 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, part: str, steps: int) -> N
         hue = difference - difference.mean(1, keepdim=True)
         mean, variance = posterior.mean, posterior.var
         kl = (mean.square() + variance - 1 - variance.log()).mean() / 2  # nats a latent
-        loss = difference.square().mean() + hue.square().mean() + 0.1 * difference.abs().mean() + KL_WEIGHT * kl
+        loss = difference.square().mean()
+        if part == "all":
+            loss = loss + hue.square().mean() + 0.1 * difference.abs().mean() + KL_WEIGHT * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -160,7 +162,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains the tiny model's VAE.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--decoder_steps", type=int, default=1200)
+    parser.add_argument("--decoder_steps", type=int, default=1000)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
