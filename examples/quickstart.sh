@@ -4,7 +4,7 @@
 # Needs Python 3.11 and nothing else; no GPU.
 #
 #   bash examples/quickstart.sh              text to video
-#   bash examples/quickstart.sh i2v-1.5      another form: t2v, i2v, t2v-1.5, i2v-1.5
+#   bash examples/quickstart.sh i2v-1.5      another form, once train_base.sh has trained it
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
