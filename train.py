@@ -132,10 +132,9 @@ def train(plan: RunPlan) -> None:
     is_zero, weights = plan.zero is not None, plan.model_dir
     if plan.resume_from is not None and args.model.training_type == "sft" and not is_zero:
         weights = plan.resume_from
-    transformer = components.load_transformer(
-        weights / "transformer", weight_dtype(args, is_zero), accelerator.device.type
-    )
-    make_trainable(transformer, args)
+    loaded_to = "cpu" if args.memory.quantize_base != "none" else accelerator.device.type
+    transformer = components.load_transformer(weights / "transformer", weight_dtype(args, is_zero), loaded_to)
+    make_trainable(transformer, args, accelerator.device)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
     alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)

@@ -50,6 +50,8 @@ TRAIN_ARGS=(
     --weight_decay 1e-4
     --max_grad_norm 1.0                     # lower it if the loss jumps
     --gradient_checkpointing true           # false: faster, but needs several times the memory
+    --keep_attention false                  # true: less to recompute, for 2 GiB (2b) to 11 GiB (1.5) of memory more
+    --offload_activations false             # true: what is kept waits in host memory; both true: fast and small
     --seed 42                               # order of clips, noise, timesteps and first adapters
 )
 
@@ -57,6 +59,7 @@ LORA_ARGS=(
     --rank 128                              # 64 or more for a new concept; the file and the memory grow with it
     # --lora_alpha 64                       # strength is alpha / rank; default: rank; rank/2 also works, 1 badly
     --target_modules to_q to_k to_v to_out.0
+    --quantize_base "none"                  # int8: half the memory of the frozen weights, int4: a third; not exact
 )
 
 SYSTEM_ARGS=(

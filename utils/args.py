@@ -142,7 +142,6 @@ class TrainingArgs:
         "constant_with_warmup", help="counted in optimizer updates"
     )
     lr_warmup_steps: int = option(100, help="optimizer updates until the peak learning rate; none with constant")
-    gradient_checkpointing: bool = option(True, help="recompute each block in the backward pass: far less memory")
 
     def faults(self) -> Iterator[str]:
         yield from positive(
@@ -171,6 +170,25 @@ class LoraArgs:
 
     def faults(self) -> Iterator[str]:
         yield from positive(self, "rank", "lora_alpha")
+
+
+@dataclass(frozen=True)
+class MemoryArgs:
+    gradient_checkpointing: bool = option(True, help="recompute each block in the backward pass: far less memory")
+    keep_attention: bool = option(
+        False, help="with --gradient_checkpointing: keep what attention returns, for less work and more memory"
+    )
+    offload_activations: bool = option(
+        False, help="with --gradient_checkpointing: what is kept waits in host memory; little slower, far less memory"
+    )
+    quantize_base: Literal["none", "int8", "fp8", "int4"] = option(
+        "none", help="lora: hold the frozen weights of the blocks in 8 or 4 bits"
+    )
+
+    def faults(self) -> Iterator[str]:
+        for name in ("keep_attention", "offload_activations"):
+            if getattr(self, name) and not self.gradient_checkpointing:
+                yield f"--{name} true needs --gradient_checkpointing true; without it everything is kept on the GPU."
 
 
 @dataclass(frozen=True)
@@ -229,14 +247,17 @@ class Args:
     data: DataArgs
     training: TrainingArgs
     lora: LoraArgs
+    memory: MemoryArgs
     system: SystemArgs
     checkpoint: CheckpointArgs
     validation: ValidationArgs
 
     def faults(self) -> Iterator[str]:
         """Sentences on values that cannot be meant; `preflight` tells them together with what it finds itself."""
-        for group in (self.data, self.training, self.lora, self.system, self.checkpoint, self.validation):
+        for group in (self.data, self.training, self.lora, self.memory, self.system, self.checkpoint, self.validation):
             yield from group.faults()
+        if self.memory.quantize_base != "none" and self.model.training_type == "sft":
+            yield "--quantize_base is for --training_type lora; full fine-tuning trains the weights themselves."
         images = {
             "image_column": self.data.image_column,
             "image_dropout": self.data.image_dropout,

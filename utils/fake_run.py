@@ -20,6 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from utils import activations
+
+# In place of host memory, which is not counted.
+ELSEWHERE = torch.device("meta")
 # The CUDA caching allocator hands out blocks of so many bytes.
 BLOCK = 512
 # What torch's autocast computes in float32 on CUDA and leaves as it is on a CPU.
@@ -46,6 +50,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.gradients, self._parameters = self.now, 0, list(parameters)
 
     def add(self, tensor: torch.Tensor) -> None:
+        if tensor.device == ELSEWHERE:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
@@ -82,7 +88,8 @@ def fake_run() -> Iterator[LiveBytes]:
     gc.collect()
     gc.freeze()  # what was there before need not be looked through at every new peak
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), live:
+        sent = patch.object(activations, "HOST", ELSEWHERE)
+        with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), sent, live:
             yield live
     finally:
         gc.unfreeze()

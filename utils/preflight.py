@@ -150,6 +150,8 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool) -> list[str]:
             "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and so is the transformer/ "
             "of DDP, which resuming reads; python -m utils.export makes a smaller copy."
         )
+    if args.memory.quantize_base != "none" and is_zero:
+        faults.append("--quantize_base is for DDP; DeepSpeed would cast the codes.")
     for resolution in args.data.train_resolution:
         faults += form.resolution_faults(resolution, "--train_resolution")
     if args.model.training_type == "lora":

@@ -8,8 +8,10 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
+from utils.activations import checkpoint_blocks
 from utils.args import Args
 from utils.components import DTYPES
+from utils.quantized import quantize_blocks
 
 
 def compute_dtype(args: Args) -> torch.dtype:
@@ -27,15 +29,23 @@ def weight_dtype(args: Args, is_zero: bool) -> torch.dtype:
     return torch.float32 if args.model.training_type == "sft" and not is_zero else compute_dtype(args)
 
 
-def make_trainable(transformer: CogVideoXTransformer3DModel, args: Args) -> None:
-    """Freezes or frees weights in place. Adapters are float32 whatever the dtype of the frozen base."""
+def make_trainable(
+    transformer: CogVideoXTransformer3DModel, args: Args, device: torch.device | str | None = None
+) -> None:
+    """Freezes or frees weights in place. Adapters are float32 whatever the dtype of the frozen base.
+
+    Args:
+        device: where a quantized base goes, whose weights may still be on the host; default: where they are.
+    """
     if args.model.training_type == "lora":
         transformer.requires_grad_(False)
         torch.manual_seed(args.training.seed)  # the same adapters on every rank
         transformer.add_adapter(lora_config(args))
         cast_training_params(transformer, torch.float32)
-    if args.training.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        if args.memory.quantize_base != "none":
+            quantize_blocks(transformer, args.memory.quantize_base, device)
+    if args.memory.gradient_checkpointing:
+        checkpoint_blocks(transformer, args.memory.keep_attention, args.memory.offload_activations)
     transformer.train()
 
 
