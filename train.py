@@ -144,7 +144,10 @@ def train(plan: RunPlan) -> None:
     if progress.data not in ("", plan.data_digest):
         accelerator.print("Note: samples, seed or samples an update are not those before; their order is another one.")
     progress.data = plan.data_digest
-    model, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, args.training, is_zero))
+    optimizer = make_optimizer(parameters, args, is_zero)
+    stays = args.memory.offload_optimizer
+    model, optimizer = accelerator.prepare(transformer, optimizer, device_placement=[True, not stays])
+    with_gradients = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
@@ -193,7 +196,7 @@ def train(plan: RunPlan) -> None:
             stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
             backward(accelerator, loss.mean(), progress.step)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
+                grad_norm = accelerator.clip_grad_norm_(with_gradients, args.training.max_grad_norm or math.inf)
                 overflow = accelerator.optimizer_step_was_skipped or not math.isfinite(grad_norm)
                 if overflow and args.training.mixed_precision != "fp16":  # fp16 skips such an update
                     raise UserError(f"The gradients are not finite at step {progress.step + 1}. {WHAT_TO_DO}")

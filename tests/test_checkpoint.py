@@ -19,7 +19,7 @@ def test_a_save_that_is_cut_short_leaves_the_last_checkpoint(tiny, data, tmp_pat
     accelerator = Accelerator(cpu=True)
     transformer = components.load_transformer(tiny("5b") / "transformer", torch.float32)
     make_trainable(transformer, args)
-    accelerator.prepare(transformer, make_optimizer(trained_parameters(transformer), args.training, is_zero=False))
+    accelerator.prepare(transformer, make_optimizer(trained_parameters(transformer), args, is_zero=False))
     checkpoints = Checkpoints(accelerator, transformer, args)
 
     def names() -> list[str]:

@@ -26,7 +26,7 @@ def real_peak(model, args, form) -> int:
     transformer = load_transformer(model / "transformer", torch.float32)
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
-    optimizer = make_optimizer(parameters, args.training, is_zero=False)
+    optimizer = make_optimizer(parameters, args, is_zero=False)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
         for _ in range(2):
@@ -64,7 +64,9 @@ def test_a_published_model_is_predicted_without_its_weights():
 
 
 def test_processes_share_what_zero_divides():
-    updates = fake_parts.Updates({"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0)
+    updates = fake_parts.Updates(
+        {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
+    )
     section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}
     one, _ = memory.under_zero(updates, {"zero_optimization": section}, 2, 1)
     eight, host = memory.under_zero(updates, {"zero_optimization": section}, 2, 8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import arguments
+from tests.conftest import arguments, read_metrics, succeed
 from utils import activations, fake_parts, quantized
 from utils.args import parse_args
 from utils.components import load_transformer
@@ -91,3 +91,24 @@ def test_a_quantized_base_is_the_base_it_stands_for(tiny, tmp_path, form, kind, 
         parameter.grad = None
     predicted, expected, _ = gradients(*plain)
     torch.testing.assert_close([found_prediction, *found], [predicted, *expected], rtol=1e-4, atol=1e-6)
+
+
+def weights_after(model, data, output, *options):
+    """All weights and gradient norms of four updates of four samples, through the script."""
+    options = ["--training_type", "sft", "--batch_size", 2, "--gradient_accumulation_steps", 2, *options]
+    options += ["--max_grad_norm", 0.5, "--lr_warmup_steps", 0, "--resume_from_checkpoint", "latest"]
+    succeed("train_ddp_t2v.sh", *arguments(model, data, output, *options), processes=1)
+    transformer = load_transformer(output / "checkpoint-4" / "transformer")
+    return transformer.state_dict(), [line["grad_norm"] for line in read_metrics(output)]
+
+
+def test_an_optimizer_on_the_host_trains_the_same_weights(tiny, data, tmp_path):
+    expected, norms = weights_after(tiny("1.5"), data, tmp_path / "plain", "--train_steps", 4)
+    halfway = ["--training_type", "sft", "--batch_size", 2, "--gradient_accumulation_steps", 2, "--train_steps", 2]
+    halfway += ["--max_grad_norm", 0.5, "--lr_warmup_steps", 0, "--offload_optimizer"]
+    succeed("train_ddp_t2v.sh", *arguments(tiny("1.5"), data, tmp_path / "host", *halfway), processes=1)
+    found, again = weights_after(tiny("1.5"), data, tmp_path / "host", "--train_steps", 4, "--offload_optimizer")
+    assert again == pytest.approx(norms, rel=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    base = load_transformer(tiny("1.5") / "transformer").state_dict()
+    assert max((expected[name] - base[name]).abs().max() for name in base) > 1e-3

@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from utils import host
+from utils.host import SideStream
+
 aten = torch.ops.aten
 # What F.scaled_dot_product_attention becomes; its unfused form is no single operation, and is computed anew.
 ATTENTION = (
@@ -26,8 +29,7 @@ ATTENTION = (
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-# Where tensors wait, and the smallest that are sent there, in bytes: below, copying costs more than it saves.
-HOST = torch.device("cpu")
+# The smallest tensors that are sent to host memory, in bytes: below, copying costs more than it saves.
 SMALLEST = 2**20
 # Copies under way: tensors that are leaving while the next block computes, and that come back before they are needed.
 LEAVING, AHEAD = 2, 4
@@ -40,17 +42,17 @@ def checkpoint_blocks(transformer: CogVideoXTransformer3DModel, keep_attention: 
         keep_attention: and the outputs of its attention.
         offload: let all of that wait in host memory.
     """
-    host = HostMemory() if offload else None
+    memory = HostMemory() if offload else None
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             if not keep_attention:
                 return nullcontext(), nullcontext()
             kept: deque[Any] = deque()
-            return KeepAttention(kept, host), ReuseAttention(kept, host)
+            return KeepAttention(kept, memory), ReuseAttention(kept, memory)
 
         # of the block only its inputs go through these hooks; checkpointing has its own for all that is inside
-        elsewhere = torch.autograd.graph.saved_tensors_hooks(host.send, host.fetch) if host else nullcontext()
+        elsewhere = torch.autograd.graph.saved_tensors_hooks(memory.send, memory.fetch) if memory else nullcontext()
         with elsewhere:
             return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -60,31 +62,31 @@ def checkpoint_blocks(transformer: CogVideoXTransformer3DModel, keep_attention: 
 class KeepAttention(TorchDispatchMode):
     """In the forward pass: puts what attention returns aside."""
 
-    def __init__(self, kept: deque[Any], host: HostMemory | None) -> None:
+    def __init__(self, kept: deque[Any], memory: HostMemory | None) -> None:
         super().__init__()
-        self.kept, self.host = kept, host
+        self.kept, self.memory = kept, memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         if func in ATTENTION:
             # without the graph that autograd is about to hang on them
             aside = tree_map_only(torch.Tensor, torch.Tensor.detach, result)
-            self.kept.append(tree_map_only(torch.Tensor, self.host.send, aside) if self.host else aside)
+            self.kept.append(tree_map_only(torch.Tensor, self.memory.send, aside) if self.memory else aside)
         return result
 
 
 class ReuseAttention(TorchDispatchMode):
     """In the backward pass: gives it back in place of computing it."""
 
-    def __init__(self, kept: deque[Any], host: HostMemory | None) -> None:
+    def __init__(self, kept: deque[Any], memory: HostMemory | None) -> None:
         super().__init__()
-        self.kept, self.host = kept, host
+        self.kept, self.memory = kept, memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in ATTENTION:
             return func(*args, **kwargs or {})
         kept = self.kept.popleft()
-        return tree_map_only(Parked, self.host.fetch, kept) if self.host else kept
+        return tree_map_only(Parked, self.memory.fetch, kept) if self.memory else kept
 
 
 class Parked:
@@ -92,7 +94,7 @@ class Parked:
 
     Attributes:
         here: the tensor on its device, before it has left and after it has come back.
-        copied: when it has left, or has come back; None on a CPU, where copies are done when they return.
+        copied: when it has left, or has come back.
     """
 
     def __init__(self, tensor: torch.Tensor, away: torch.Tensor, index: int) -> None:
@@ -102,31 +104,28 @@ class Parked:
 
 
 class HostMemory:
-    """Sends tensors to pinned host memory and fetches them, on a stream of its own beside the computation.
+    """Sends tensors to host memory and fetches them, beside the computation.
 
     They are fetched in the reverse order of sending, as a backward pass needs them, and some ahead of being asked for.
-    A tensor's memory on the device is given up only behind an event: work on the current stream that comes to use it
-    waits for the copy, and the CPU, which is ahead of both, does not.
     """
 
     def __init__(self) -> None:
         self.order: list[weakref.ref[Parked]] = []
         self.leaving: deque[Parked] = deque()
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.copies = SideStream()
 
     def send(self, tensor: torch.Tensor) -> Parked | torch.Tensor:
         if tensor.nbytes < SMALLEST:
             return tensor
         while self.order and self.order[-1]() is None:  # of a backward pass that is over
             self.order.pop()
-        away = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=tensor.is_cuda)
-        parked = Parked(tensor, away, len(self.order))
-        self._copy(tensor, away, parked)
+        parked = Parked(tensor, host.empty_like(tensor), len(self.order))
+        parked.copied = self.copies.copy(tensor, parked.away)
         self.order.append(weakref.ref(parked))
         self.leaving.append(parked)
         if len(self.leaving) > LEAVING:
             gone = self.leaving.popleft()
-            self._wait(gone)
+            self.copies.wait(gone.copied)
             gone.here = None
         return parked
 
@@ -137,23 +136,10 @@ class HostMemory:
             wanted = self.order[index]()
             if wanted is not None and wanted.here is None:
                 wanted.here = torch.empty(wanted.away.shape, dtype=wanted.away.dtype, device=wanted.device)
-                self._copy(wanted.away, wanted.here, wanted)
+                wanted.copied = self.copies.copy(wanted.away, wanted.here)
         if parked in self.leaving:
             self.leaving.remove(parked)
-        self._wait(parked)
+        self.copies.wait(parked.copied)
         tensor, parked.here = parked.here, None
         assert tensor is not None
         return tensor
-
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, parked: Parked) -> None:
-        if self.stream is None:
-            target.copy_(source)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())  # the source is written, the target no longer read
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
-            parked.copied = self.stream.record_event()
-
-    def _wait(self, parked: Parked) -> None:
-        if parked.copied is not None:
-            torch.cuda.current_stream().wait_event(parked.copied)

@@ -181,6 +181,9 @@ class MemoryArgs:
     offload_activations: bool = option(
         False, help="with --gradient_checkpointing: what is kept waits in host memory; little slower, far less memory"
     )
+    offload_optimizer: bool = option(
+        False, help="sft on one GPU: gradients, float32 weights and Adam's states in host memory, 16 bytes a weight"
+    )
     quantize_base: Literal["none", "int8", "fp8", "int4"] = option(
         "none", help="lora: hold the frozen weights of the blocks in 8 or 4 bits"
     )
@@ -258,6 +261,8 @@ class Args:
             yield from group.faults()
         if self.memory.quantize_base != "none" and self.model.training_type == "sft":
             yield "--quantize_base is for --training_type lora; full fine-tuning trains the weights themselves."
+        if self.memory.offload_optimizer and self.model.training_type == "lora":
+            yield "--offload_optimizer is for --training_type sft; adapters have little that could be offloaded."
         images = {
             "image_column": self.data.image_column,
             "image_dropout": self.data.image_dropout,

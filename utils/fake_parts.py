@@ -33,12 +33,14 @@ class Updates:
         terms: what the peak is made of.
         weights, trained: numbers of weights.
         flop: of one forward and backward pass.
+        host: what waits in host memory.
     """
 
     terms: dict[str, int]
     weights: int
     trained: int
     flop: int
+    host: int
 
 
 def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bool, num_processes: int) -> Updates:
@@ -50,11 +52,11 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
     with fake_run() as live:
         give_fake_weights(transformer)
         parameters = trained_parameters(transformer)
-        trained = sum(storage_size(parameter) for parameter in parameters)
         terms = {"weights": live.now}
         if args.model.training_type == "lora":
-            terms = {"weights": live.now - trained, "adapters": trained}
-        optimizer = None if is_zero else make_optimizer(parameters, args.training, is_zero)
+            adapters = sum(storage_size(parameter) for parameter in parameters)
+            terms = {"weights": live.now - adapters, "adapters": adapters}
+        optimizer = None if is_zero else make_optimizer(parameters, args, is_zero)
         if is_zero:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
@@ -72,7 +74,8 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
                 loss.backward()
             if optimizer is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
-                optimizer.step()
+                if not args.memory.offload_optimizer:  # else it is the host's
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=num_processes == 1)  # DDP keeps them, in its buckets
             del loss
         if optimizer is not None:
@@ -82,8 +85,9 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
         rest = live.peak - sum(terms.values())
         terms["kept activations"] = min(kept, rest)  # of those there may be less when the peak is reached
         terms["working set"] = rest - terms["kept activations"]
-    count = sum(parameter.numel() for parameter in transformer.parameters())
-    return Updates(terms, count, sum(parameter.numel() for parameter in parameters), counter.get_total_flops())
+    weights, trained = (sum(map(torch.Tensor.numel, some)) for some in (transformer.parameters(), parameters))
+    host = live.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's states
+    return Updates(terms, weights, trained, counter.get_total_flops(), host)
 
 
 def peak_of_generating(args: Args, form: ModelForm, resolution: Resolution, is_zero: bool) -> int:

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from utils import activations
+from utils import host
 
-# In place of host memory, which is not counted.
+# Stands for host memory, which is counted apart.
 ELSEWHERE = torch.device("meta")
 # The CUDA caching allocator hands out blocks of so many bytes.
 BLOCK = 512
@@ -36,11 +36,12 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now, peak: bytes now, and the most since `watch_peak`.
         gradients: those of them that were gradients, at the peak.
+        host: the most bytes in host memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.gradients = 0
+        self.now = self.gradients = self.host = self._on_host = 0
         self.peak = sys.maxsize
         self._parameters: list[torch.nn.Parameter] = []
         self._alive: set[int] = set()
@@ -50,18 +51,23 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.gradients, self._parameters = self.now, 0, list(parameters)
 
     def add(self, tensor: torch.Tensor) -> None:
-        if tensor.device == ELSEWHERE:
-            return
-        storage = tensor.untyped_storage()
+        storage, is_on_host = tensor.untyped_storage(), tensor.device == ELSEWHERE
         key = storage._cdata
         if key not in self._alive:
             self._alive.add(key)
-            self.now += storage_size(tensor)
-            weakref.finalize(storage, self._drop, key, storage_size(tensor))
+            self._count(storage_size(tensor), is_on_host)
+            weakref.finalize(storage, self._drop, key, storage_size(tensor), is_on_host)
 
-    def _drop(self, key: int, bytes_: int) -> None:
+    def _count(self, bytes_: int, is_on_host: bool) -> None:
+        if is_on_host:
+            self._on_host += bytes_
+            self.host = max(self.host, self._on_host)
+        else:
+            self.now += bytes_
+
+    def _drop(self, key: int, bytes_: int, is_on_host: bool) -> None:
         self._alive.discard(key)
-        self.now -= bytes_
+        self._count(-bytes_, is_on_host)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
@@ -88,7 +94,7 @@ def fake_run() -> Iterator[LiveBytes]:
     gc.collect()
     gc.freeze()  # what was there before need not be looked through at every new peak
     try:
-        sent = patch.object(activations, "HOST", ELSEWHERE)
+        sent = patch.object(host, "HOST", ELSEWHERE)
         with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), sent, live:
             yield live
     finally:

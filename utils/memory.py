@@ -80,9 +80,10 @@ def predict(
     """
     resolution = largest(args, form)
     updates = run_updates(args, form, resolution, zero is not None, num_processes)
-    training, host = updates.terms, 0
+    training, host = updates.terms, num_processes * updates.host
     if zero is not None:
-        training, host = under_zero(updates, zero, compute_dtype(args).itemsize, num_processes)
+        training, offloaded = under_zero(updates, zero, compute_dtype(args).itemsize, num_processes)
+        host += offloaded
     validation = 0
     if args.validation.do_validation:
         held = sum(training.get(name, 0) for name in ("weights", "adapters", "optimizer"))
@@ -173,7 +174,7 @@ def main() -> None:
     args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *others])
     form, text_encoder = find_form(args.model.model_path)
     args = resolve(replace(args, model=replace(args.model, model_type=form.task)), form, own.zero is not None)
-    if faults := [*args.faults(), *model_faults(args, form, own.zero is not None)]:
+    if faults := [*args.faults(), *model_faults(args, form, own.zero is not None, own.num_processes)]:
         raise UserError(faults)
     zero = None
     if own.zero is not None:

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 
-from utils.args import TrainingArgs
+from utils.args import Args, TrainingArgs
+from utils.host_adam import HostAdam
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], args: TrainingArgs, is_zero: bool) -> torch.optim.Optimizer:
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
-    return kind(parameters, **_settings(args), fused=_is_fused(args, is_zero))
+def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, is_zero: bool) -> torch.optim.Optimizer:
+    training = args.training
+    settings = _settings(training) | {"decoupled_weight_decay": training.optimizer == "adamw"}
+    if args.memory.offload_optimizer:
+        return HostAdam(parameters, **settings)
+    return torch.optim.Adam(parameters, **settings, fused=_is_fused(training, is_zero))
 
 
 def _is_fused(args: TrainingArgs, is_zero: bool) -> bool:

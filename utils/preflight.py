@@ -53,7 +53,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         args = resolve(args, form, template is not None)
         if template is not None:
             zero = found.of(resolve_template, template, args, form.width, num_processes)
-        found.faults += model_faults(args, form, template is not None)
+        found.faults += model_faults(args, form, template is not None, num_processes)
         found.notes += [note for size in args.data.train_resolution for note in form.frames_notes(size.frames)]
         resume_from = found.of(choose_checkpoint, args)
         progress = Progress(
@@ -124,7 +124,7 @@ def resolve(args: Args, form: ModelForm, is_zero: bool = False) -> Args:
     )
 
 
-def model_faults(args: Args, form: ModelForm, is_zero: bool) -> list[str]:
+def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int) -> list[str]:
     """What does not go together between the command line, the model's configs and the machine."""
     faults = []
     if form.task != args.model.model_type:
@@ -152,6 +152,13 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool) -> list[str]:
         )
     if args.memory.quantize_base != "none" and is_zero:
         faults.append("--quantize_base is for DDP; DeepSpeed would cast the codes.")
+    if args.memory.offload_optimizer and (is_zero or num_processes > 1):
+        faults.append(
+            "--offload_optimizer is for one GPU without DeepSpeed; on several, ZERO=zero2_offload and the "
+            "train_zero_*.sh scripts divide what is offloaded."
+        )
+    if args.memory.offload_optimizer and precision == "fp16":
+        faults.append("--offload_optimizer has no loss scale; use --mixed_precision bf16.")
     for resolution in args.data.train_resolution:
         faults += form.resolution_faults(resolution, "--train_resolution")
     if args.model.training_type == "lora":

@@ -23,10 +23,11 @@ def compute_dtype(args: Args) -> torch.dtype:
 def weight_dtype(args: Args, is_zero: bool) -> torch.dtype:
     """The dtype of the transformer's weights on the device.
 
-    Half precision under adapters, float32 where they are trained themselves. DeepSpeed trains half-precision weights
-    and keeps the float32 ones on its own, cut among the processes.
+    Half precision under adapters, float32 where they are trained themselves, unless the optimizer has float32 copies
+    of its own: DeepSpeed's, cut among the processes, and the one in host memory.
     """
-    return torch.float32 if args.model.training_type == "sft" and not is_zero else compute_dtype(args)
+    has_masters = is_zero or args.memory.offload_optimizer
+    return torch.float32 if args.model.training_type == "sft" and not has_masters else compute_dtype(args)
 
 
 def make_trainable(
