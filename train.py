@@ -35,10 +35,11 @@ from utils.conditioning import predict_velocity
 from utils.errors import UserError, told_to_the_user
 from utils.fill_cache import fill_cache
 from utils.loss import draw, velocity_loss
-from utils.memory import describe_prediction, predict, text_encoder_config
 from utils.metrics import TRACKERS, Metrics, quarter_means
+from utils.model_form import text_encoder_config
 from utils.optimizer import make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
+from utils.prediction import describe_prediction, predict
 from utils.preflight import preflight
 from utils.processes import end_with_parent
 from utils.roll_call import RollCall
@@ -145,8 +146,8 @@ def train(plan: RunPlan) -> None:
         accelerator.print("Note: samples, seed or samples an update are not those before; their order is another one.")
     progress.data = plan.data_digest
     optimizer = make_optimizer(parameters, args, is_zero)
-    stays = args.memory.offload_optimizer
-    model, optimizer = accelerator.prepare(transformer, optimizer, device_placement=[True, not stays])
+    placement = [True, False] if args.memory.offload_optimizer else None  # None: what DeepSpeed insists on
+    model, optimizer = accelerator.prepare(transformer, optimizer, device_placement=placement)
     with_gradients = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
