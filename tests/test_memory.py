@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.conftest import ROOT, arguments
-from utils import fake_parts, fake_run, memory
+from utils import fake_parts, fake_run, memory, prediction
 from utils.args import parse_args
 from utils.components import load_transformer
 from utils.errors import UserError
@@ -68,12 +68,12 @@ def test_processes_share_what_zero_divides():
         {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
     )
     section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}
-    one, _ = memory.under_zero(updates, {"zero_optimization": section}, 2, 1)
-    eight, host = memory.under_zero(updates, {"zero_optimization": section}, 2, 8)
+    one, _ = prediction.under_zero(updates, {"zero_optimization": section}, 2, 1)
+    eight, host = prediction.under_zero(updates, {"zero_optimization": section}, 2, 8)
     assert [one[name] for name in ("weights", "optimizer", "gradients")] == [2000, 12000, 2000]
     assert [eight[name] for name in ("weights", "optimizer", "gradients")] == [250, 1500, 250] and host == 0
     section |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    offloaded, host = memory.under_zero(updates, {"zero_optimization": section}, 2, 8)
+    offloaded, host = prediction.under_zero(updates, {"zero_optimization": section}, 2, 8)
     assert sum(offloaded.values()) == 10 + 10 + 2 * 2 * 5 + 2 * 50 and host == 16_000 + 2000
 
 

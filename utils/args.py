@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -20,6 +21,7 @@ from dataset.video import SPREAD, Rate, Resolution
 from utils.errors import UserError
 
 Group = TypeVar("Group")
+Budget = float | Literal["auto"]
 
 
 def option(default: Any = MISSING, *, help: str) -> Any:
@@ -188,7 +190,13 @@ class MemoryArgs:
         "none", help="lora: hold the frozen weights of the blocks in 8 or 4 bits"
     )
 
+    vram_budget_gib: Budget | None = option(
+        None, help="choose the settings above: the fastest that are predicted to fit; auto: what is free on the GPU"
+    )
+
     def faults(self) -> Iterator[str]:
+        if self.vram_budget_gib != "auto":
+            yield from positive(self, "vram_budget_gib")
         for name in ("keep_attention", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:
                 yield f"--{name} true needs --gradient_checkpointing true; without it everything is kept on the GPU."
@@ -301,19 +309,20 @@ def parse_resolution(text: str) -> Resolution:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_rate(text: str) -> Rate:
-    if text == SPREAD:
-        return SPREAD
+def parse_number_or(word: str, text: str) -> float | str:
+    if text == word:
+        return word
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor {SPREAD}") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor {word}") from None
 
 
 def _how_to_parse(annotation: Any) -> dict[str, Any]:
     """The argparse keywords of a field's type."""
-    if set(typing.get_args(Rate)) <= set(typing.get_args(annotation)):
-        return {"type": parse_rate, "metavar": f"FPS|{SPREAD}"}
+    for union, word, metavar in ((Rate, SPREAD, "FPS"), (Budget, "auto", "GIB")):
+        if set(typing.get_args(union)) <= set(typing.get_args(annotation)):
+            return {"type": partial(parse_number_or, word), "metavar": f"{metavar}|{word}"}
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # X | None
         annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
     if annotation is bool:

@@ -246,6 +246,10 @@ def with_defaults(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
+def text_encoder_config(model_dir: Path) -> dict[str, Any]:
+    return json.loads((model_dir / "text_encoder" / "config.json").read_text())
+
+
 def check_weights(folder: Path, flag: str, kind: Any | None, config: dict[str, Any] | None) -> None:
     """Reads the headers of a component's safetensors.
 

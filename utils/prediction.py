@@ -1,23 +1,12 @@
-"""What a run will take, before it is begun: memory of a GPU and of the host, work, time, and which cards it fits.
-
-    python -m utils.memory --model_path THUDM/CogVideoX-5b --training_type lora
-    python -m utils.memory --model_path THUDM/CogVideoX-2b --training_type sft --zero zero2_offload --num_processes 1
-
-Takes the flags of train.py, of which --data_root, --output_dir and --model_type may be left out; the names of the
-published checkpoints are enough. Needs no GPU and no weights, and half a minute.
-"""
+"""What a run will take: memory of a GPU and of the host, work, time, and which cards it fits."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dataset.video import Resolution
-from utils.args import Args, parse_args
-from utils.errors import UserError, told_to_the_user
+from utils.args import Args
 from utils.fake_parts import (
     Updates,
     peak_of_encoding_clips,
@@ -25,11 +14,9 @@ from utils.fake_parts import (
     peak_of_generating,
     run_updates,
 )
-from utils.model_form import ModelForm, read_form
-from utils.preflight import model_faults, resolve
-from utils.published import PUBLISHED, TEXT_ENCODER, published_form
+from utils.model_form import ModelForm
 from utils.trainable import compute_dtype
-from utils.zero_config import ROOT, get, resolve_template
+from utils.zero_config import get
 
 GIB = 2**30
 # Until a GPU has calibrated it: the CUDA context, fragments, workspaces of kernels, of which fake tensors know nothing.
@@ -38,6 +25,8 @@ CARDS = (12, 16, 24, 32, 40, 48, 80, 141)  # GiB, nearly, of cards as they are s
 # Dense bf16 TFLOP/s of the data sheets, and the share of them that a training step may reach.
 GPUS = {"H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 UTILISATION = (0.25, 0.5)
+# Copies under way are those of more blocks than the first of these.
+FEW_BLOCKS = (6, 8)
 
 
 @dataclass(frozen=True)
@@ -68,6 +57,19 @@ class Prediction:
         return self.peak / GIB * MARGIN + BESIDE
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Peaks in bytes of what is not training, and does not depend on how the transformer is trained.
+
+    Attributes:
+        encoding: of filling the latent cache.
+        generating: of a validation video, beside the trained weights; 0 where there is none.
+    """
+
+    encoding: int
+    generating: int
+
+
 def predict(
     args: Args, form: ModelForm, text_encoder: dict[str, Any], zero: dict[str, Any] | None, num_processes: int
 ) -> Prediction:
@@ -78,19 +80,57 @@ def predict(
         text_encoder: config of the T5 encoder.
         zero: DeepSpeed's configuration without "auto"; None for DDP.
     """
+    updates = run_updates(args, form, largest(args, form), zero is not None, num_processes)
+    beside = peaks_beside(args, form, text_encoder, zero is not None)
+    return put_together(args, updates, beside, zero, num_processes)
+
+
+def peaks_beside(args: Args, form: ModelForm, text_encoder: dict[str, Any], is_zero: bool) -> Beside:
     resolution = largest(args, form)
-    updates = run_updates(args, form, resolution, zero is not None, num_processes)
+    return Beside(
+        max(peak_of_encoding_clips(args, form, resolution), peak_of_encoding_prompts(form, text_encoder)),
+        peak_of_generating(args, form, resolution, is_zero) if args.validation.do_validation else 0,
+    )
+
+
+def put_together(
+    args: Args, updates: Updates, beside: Beside, zero: dict[str, Any] | None, num_processes: int
+) -> Prediction:
     training, host = updates.terms, num_processes * updates.host
     if zero is not None:
         training, offloaded = under_zero(updates, zero, compute_dtype(args).itemsize, num_processes)
         host += offloaded
     validation = 0
-    if args.validation.do_validation:
-        held = sum(training.get(name, 0) for name in ("weights", "adapters", "optimizer"))
-        validation = held + peak_of_generating(args, form, resolution, zero is not None)
-    encoding = max(peak_of_encoding_clips(args, form, resolution), peak_of_encoding_prompts(form, text_encoder))
+    if beside.generating:
+        validation = beside.generating + sum(training.get(name, 0) for name in ("weights", "adapters", "optimizer"))
     flop = updates.flop * args.training.gradient_accumulation_steps
-    return Prediction(training, validation, encoding, host, flop)
+    return Prediction(training, validation, beside.encoding, host, flop)
+
+
+def few_blocks_updates(args: Args, form: ModelForm, is_zero: bool, num_processes: int) -> Updates:
+    """What `run_updates` would find, from transformers of few blocks: all of it is a line in their number, nearly."""
+    blocks, (few, more) = form.transformer["num_layers"], FEW_BLOCKS
+    if blocks <= more:
+        return run_updates(args, form, largest(args, form), is_zero, num_processes)
+    small, large = (
+        run_updates(
+            args,
+            replace(form, transformer=form.transformer | {"num_layers": count}),
+            largest(args, form),
+            is_zero,
+            num_processes,
+        )
+        for count in FEW_BLOCKS
+    )
+
+    def on_the_line(at_few: int, at_more: int) -> int:
+        return at_more + (at_more - at_few) * (blocks - more) // (more - few)
+
+    terms = {name: on_the_line(small.terms[name], large.terms[name]) for name in large.terms}
+    weights, trained, flop, host = (
+        on_the_line(getattr(small, name), getattr(large, name)) for name in ("weights", "trained", "flop", "host")
+    )
+    return Updates(terms, weights, trained, flop, host)
 
 
 def largest(args: Args, form: ModelForm) -> Resolution:
@@ -162,44 +202,3 @@ def describe_prediction(prediction: Prediction, args: Args, form: ModelForm) -> 
         f"Work of an update: {tflop:.0f} TFLOP, {video_tokens} video and {text_tokens} text tokens a sample",
         f"Time of an update, by data sheets and not measured: {', '.join(times)}",
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="All other flags are those of train.py: python train.py --help"
-    )
-    parser.add_argument("--zero", help="a template in configs/, such as zero2_offload, or a path; default: DDP")
-    parser.add_argument("--num_processes", type=int, default=1, help="GPUs, on one machine")
-    own, others = parser.parse_known_args()
-    args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *others])
-    form, text_encoder = find_form(args.model.model_path)
-    args = resolve(replace(args, model=replace(args.model, model_type=form.task)), form, own.zero is not None)
-    if faults := [*args.faults(), *model_faults(args, form, own.zero is not None, own.num_processes)]:
-        raise UserError(faults)
-    zero = None
-    if own.zero is not None:
-        template = Path(own.zero) if own.zero.endswith(".json") else ROOT / "configs" / f"{own.zero}.json"
-        zero = resolve_template(template, args, form.width, own.num_processes)
-    prediction = predict(args, form, text_encoder, zero, own.num_processes)
-    print("\n".join(describe_prediction(prediction, args, form)))
-
-
-def find_form(model_path: str) -> tuple[ModelForm, dict[str, Any]]:
-    """The form and the text encoder's config of a folder, or of a published checkpoint."""
-    form = None if Path(model_path).is_dir() else published_form(model_path)
-    if form is not None:
-        return form, TEXT_ENCODER
-    folder = Path(model_path).expanduser()
-    if not folder.is_dir():
-        names = ", ".join(PUBLISHED)
-        raise UserError(f"--model_path {model_path}: there is no such folder, and it is none of {names}.")
-    return read_form(folder), text_encoder_config(folder)
-
-
-def text_encoder_config(model_dir: Path) -> dict[str, Any]:
-    return json.loads((model_dir / "text_encoder" / "config.json").read_text())
-
-
-if __name__ == "__main__":
-    with told_to_the_user():
-        main()

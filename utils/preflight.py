@@ -23,10 +23,11 @@ from dataset.manifest import Sample, Table, find_table, read_manifest
 from dataset.survey import Found, examine
 from utils import components
 from utils.args import Args, DataArgs, ValidationArgs
+from utils.budget import check_fits, fit_to_budget
 from utils.checkpoint import Progress
 from utils.errors import Findings, UserError
 from utils.metrics import TRACKERS
-from utils.model_form import ModelForm, read_form
+from utils.model_form import ModelForm, read_form, text_encoder_config
 from utils.plan import RunPlan, check_disk_space, find_cache_dir, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
 from utils.trainable import unfit_targets
@@ -55,6 +56,13 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
             zero = found.of(resolve_template, template, args, form.width, num_processes)
         found.faults += model_faults(args, form, template is not None, num_processes)
         found.notes += [note for size in args.data.train_resolution for note in form.frames_notes(size.frames)]
+        if not found.faults:
+            text_encoder = text_encoder_config(model_dir)
+            if args.memory.vram_budget_gib is not None:
+                args, note = found.of(fit_to_budget, args, form, text_encoder, zero, num_processes) or (args, "")
+                found.notes.append(note)
+            else:
+                found.notes += found.of(check_fits, args, form, text_encoder, zero, num_processes) or []
         resume_from = found.of(choose_checkpoint, args)
         progress = Progress(
             base=components.identity(model_dir / "transformer"),

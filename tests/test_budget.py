@@ -1,0 +1,84 @@
+"""Settings chosen for the memory that there is, and runs that are stopped because they cannot fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.conftest import arguments, run
+from utils import activations, budget, prediction
+from utils.args import parse_args
+from utils.errors import UserError
+from utils.fake_parts import run_updates
+from utils.model_form import read_form, text_encoder_config
+from utils.preflight import preflight, resolve
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """No margin, which would be most of what a tiny model takes; and even its tensors are worth sending away."""
+    monkeypatch.setattr(prediction, "BESIDE", 0.0)
+    monkeypatch.setattr(prediction, "MARGIN", 1.0)
+    monkeypatch.setattr(activations, "SMALLEST", 1)
+
+
+def setting(model, folder, *options):
+    form = read_form(model)
+    args = parse_args(arguments(model, folder, folder, "--mixed_precision", "bf16", *options, task=form.task))
+    return resolve(args, form), form
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "false"], ["--offload_activations"]])
+def test_few_blocks_tell_of_many(tiny, tmp_path, exact, options):
+    args, form = setting(tiny("5b"), tmp_path, *options)
+    form = replace(form, transformer=form.transformer | {"num_layers": 12})
+    found = prediction.few_blocks_updates(args, form, False, 1)
+    expected = run_updates(args, form, args.data.train_resolution[0], False, 1)
+    assert sum(found.terms.values()) == pytest.approx(sum(expected.terms.values()), rel=0.01)
+    assert (found.weights, found.trained, found.flop) == (expected.weights, expected.trained, expected.flop)
+    assert found.host == pytest.approx(expected.host, rel=0.01)
+
+
+def test_the_first_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypatch):
+    model = tiny("5b")
+    args, form = setting(model, tmp_path)
+    form = replace(form, transformer=form.transformer | {"num_layers": 4})
+    monkeypatch.setattr(budget, "peaks_beside", lambda *_: prediction.Beside(0, 0))
+    ladder, needs = [], []
+    for step in budget.SETTINGS + budget.SETTINGS_OF_LORA:
+        args = replace(args, memory=replace(args.memory, **step))
+        ladder.append(args.memory)
+        updates = prediction.few_blocks_updates(args, form, False, 1)
+        needs.append(sum(updates.terms.values()) / prediction.GIB)
+    assert needs == sorted(needs, reverse=True)
+    for gib, expected in ((1.001 * needs[2], ladder[2]), (0.999 * needs[2], ladder[3])):
+        found = budget.fastest_that_fits(args, form, text_encoder_config(model), None, 1, gib)
+        assert isinstance(found, type(args)) and found.memory == expected
+
+
+def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, exact, monkeypatch):
+    monkeypatch.setattr(budget, "peaks_beside", lambda *_: prediction.Beside(0, 0))
+    plain = ("--gradient_checkpointing", "false")
+    args, form = setting(tiny("5b"), tmp_path, *plain)
+    needed = sum(prediction.few_blocks_updates(args, form, False, 1).terms.values()) / prediction.GIB
+    argv = arguments(tiny("5b"), data, tmp_path / "run", "--mixed_precision", "bf16", *plain)
+
+    def preflight_with(free):
+        monkeypatch.setattr(budget, "free_gpu_memory", lambda: free)
+        return preflight(parse_args(argv), 1)
+
+    with pytest.raises(UserError, match=r"are free\. These flags would fit: --gradient_checkpointing true"):
+        preflight_with(0.99 * needed)
+    with pytest.raises(UserError, match="No settings would fit"):
+        preflight_with(0.01 * needed)
+    assert not [note for note in preflight_with(1.01 * needed).notes if "GiB" in note]
+
+
+def test_a_budget_is_kept_or_refused_by_the_script(tiny, data, tmp_path):
+    argv = arguments(tiny("2b"), data, tmp_path / "run", "--dry_run", "--vram_budget_gib")
+    done = run("train_ddp_t2v.sh", *argv, "2", processes=1)
+    assert done.returncode == 0, done.stderr
+    assert "settings that fit 2 GiB: --gradient_checkpointing false --keep_attention false" in done.stdout
+    done = run("train_ddp_t2v.sh", *argv, "auto", processes=1)
+    assert done.returncode == 2 and "--vram_budget_gib auto needs a GPU" in done.stderr

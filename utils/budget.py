@@ -1,0 +1,106 @@
+"""Settings for the memory that there is: the fastest of those that are predicted to fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from utils.args import Args
+from utils.errors import UserError
+from utils.model_form import ModelForm
+from utils.prediction import GIB, Prediction, few_blocks_updates, peaks_beside, put_together
+
+# From the fastest to the smallest, each with what the one before has. By the work and the copies that they cost; no
+# GPU has measured their order.
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False}
+    | {"quantize_base": "none", "offload_optimizer": False},
+    {"gradient_checkpointing": True, "keep_attention": True},
+    {"offload_activations": True},
+)
+SETTINGS_OF_LORA: tuple[dict[str, Any], ...] = ({"quantize_base": "int8"}, {"quantize_base": "int4"})
+SETTINGS_OF_ONE_GPU: tuple[dict[str, Any], ...] = ({"offload_optimizer": True},)
+
+
+def free_gpu_memory() -> float | None:
+    """GiB of this process's GPU; None without one."""
+    return torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
+
+
+def fit_to_budget(
+    args: Args, form: ModelForm, text_encoder: dict[str, Any], zero: dict[str, Any] | None, num_processes: int
+) -> tuple[Args, str]:
+    """The settings for `--vram_budget_gib`, and a note that says them as flags.
+
+    Raises:
+        UserError: nothing fits, or there is no GPU to ask.
+    """
+    budget = args.memory.vram_budget_gib
+    if budget == "auto":
+        budget = free_gpu_memory()
+        if budget is None:
+            raise UserError("--vram_budget_gib auto needs a GPU; say how many GiB there will be.")
+    assert isinstance(budget, float)
+    chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, budget)
+    if isinstance(chosen, Prediction):
+        raise UserError(
+            f"--vram_budget_gib {budget:g}: {chosen.gib_to_have:.1f} GiB are needed with every saving on "
+            f"(training {sum(chosen.training.values()) / GIB:.1f}, validation {chosen.validation / GIB:.1f}, encoding "
+            f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less."
+        )
+    return chosen, f"Fastest settings that fit {budget:g} GiB: {flags(chosen)}"
+
+
+def fastest_that_fits(
+    args: Args,
+    form: ModelForm,
+    text_encoder: dict[str, Any],
+    zero: dict[str, Any] | None,
+    num_processes: int,
+    budget_gib: float,
+) -> Args | Prediction:
+    """The settings, or what the smallest of them would take."""
+    beside = peaks_beside(args, form, text_encoder, zero is not None)
+    steps = SETTINGS
+    if args.model.training_type == "lora":
+        steps += SETTINGS_OF_LORA if zero is None else ()
+    elif zero is None and num_processes == 1 and args.training.mixed_precision != "fp16":
+        steps += SETTINGS_OF_ONE_GPU
+    for step in steps:
+        args = replace(args, memory=replace(args.memory, **step))
+        updates = few_blocks_updates(args, form, zero is not None, num_processes)
+        prediction = put_together(args, updates, beside, zero, num_processes)
+        if prediction.gib_to_have <= budget_gib:
+            return args
+    return prediction
+
+
+def flags(args: Args) -> str:
+    names = {
+        name: value for step in (*SETTINGS, *SETTINGS_OF_LORA, *SETTINGS_OF_ONE_GPU) for name, value in step.items()
+    }
+    return " ".join(f"--{name} {str(getattr(args.memory, name)).lower()}" for name in names)
+
+
+def check_fits(
+    args: Args, form: ModelForm, text_encoder: dict[str, Any], zero: dict[str, Any] | None, num_processes: int
+) -> list[str]:
+    """Compares what a run is predicted to take with what its GPU has free; returns notes.
+
+    Raises:
+        UserError: it cannot fit, even if the prediction misses nothing; says which flags would fit.
+    """
+    free = free_gpu_memory()
+    if free is None:
+        return []
+    updates = few_blocks_updates(args, form, zero is not None, num_processes)
+    beside = peaks_beside(args, form, text_encoder, zero is not None)
+    prediction = put_together(args, updates, beside, zero, num_processes)
+    needed = f"about {prediction.peak / GIB:.1f} GiB of GPU memory are needed, and {free:.1f} GiB are free"
+    if prediction.peak / GIB > free:
+        chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free)
+        advice = f"These flags would fit: {flags(chosen)}" if isinstance(chosen, Args) else "No settings would fit"
+        raise UserError(f"{needed[0].upper()}{needed[1:]}. {advice}.")
+    return [f"{needed}; that is close."] if prediction.gib_to_have > free else []
