@@ -37,14 +37,14 @@ from utils.fill_cache import fill_cache
 from utils.loss import draw, velocity_loss
 from utils.metrics import TRACKERS, Metrics, quarter_means
 from utils.model_form import text_encoder_config
-from utils.optimizer import make_lr_scheduler, make_optimizer
+from utils.optimizer import clip_gradients, make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.prediction import describe_prediction, predict
 from utils.preflight import preflight
 from utils.processes import end_with_parent
 from utils.roll_call import RollCall
 from utils.schedule import is_due
-from utils.trainable import compute_dtype, make_trainable, trained_parameters, weight_dtype
+from utils.trainable import compute_dtype, make_trainable, trained_parameters, use_attention_kernel, weight_dtype
 from utils.validation import validate
 
 Result = TypeVar("Result")
@@ -121,7 +121,7 @@ def train(plan: RunPlan) -> None:
     output_dir = args.output.output_dir
     set_seed(args.training.seed)
     accelerator = Accelerator(
-        mixed_precision=args.training.mixed_precision,
+        mixed_precision=args.training.mixed_precision if plan.zero or args.memory.autocast else "no",
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         log_with=TRACKERS[args.output.report_to] or None,
         deepspeed_plugin=DeepSpeedPlugin(plan.zero, zero3_init_flag=False) if plan.zero else None,
@@ -136,6 +136,10 @@ def train(plan: RunPlan) -> None:
     loaded_to = "cpu" if args.memory.quantize_base != "none" else accelerator.device.type
     transformer = components.load_transformer(weights / "transformer", weight_dtype(args, is_zero), loaded_to)
     make_trainable(transformer, args, accelerator.device)
+    use_attention_kernel(args.memory.attention_kernel)
+    if args.memory.compile_blocks:
+        for block in transformer.transformer_blocks:
+            block.compile()
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
     alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
@@ -197,7 +201,7 @@ def train(plan: RunPlan) -> None:
             stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
             backward(accelerator, loss.mean(), progress.step)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(with_gradients, args.training.max_grad_norm or math.inf)
+                grad_norm = clip_gradients(accelerator, optimizer, with_gradients, args.training.max_grad_norm)
                 overflow = accelerator.optimizer_step_was_skipped or not math.isfinite(grad_norm)
                 if overflow and args.training.mixed_precision != "fp16":  # fp16 skips such an update
                     raise UserError(f"The gradients are not finite at step {progress.step + 1}. {WHAT_TO_DO}")

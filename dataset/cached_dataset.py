@@ -22,7 +22,7 @@ from dataset.latent_cache import DamagedEntry, LatentCache, SampleKeys
 from utils.errors import UserError
 
 # What a random number is for: the same seed and position serve each purpose with numbers of its own.
-ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT, FLIP = range(5)
+ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT, FLIP, ROUNDING = range(6)
 
 
 def seed_for(purpose: int, seed: int, number: int) -> int:

@@ -30,7 +30,7 @@ def real_peak(model, args, form) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
         for _ in range(2):
-            fake_parts.loss_of(transformer, args, form, batch).backward()
+            fake_parts.loss_of(transformer, args, form, batch, False).backward()
             optimizer.step()
             optimizer.zero_grad()
     now = peak = 0

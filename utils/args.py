@@ -186,10 +186,22 @@ class MemoryArgs:
     offload_optimizer: bool = option(
         False, help="sft on one GPU: gradients, float32 weights and Adam's states in host memory, 16 bytes a weight"
     )
+    quantize_optimizer: bool = option(
+        False, help="hold Adam's states in 8 bits; sft: weights in bf16 too, rounded at random, in place of float32"
+    )
+    release_gradients: bool = option(
+        False, help="with --quantize_optimizer on one GPU: update in the backward pass; no clipping, no accumulation"
+    )
     quantize_base: Literal["none", "int8", "fp8", "int4"] = option(
         "none", help="lora: hold the frozen weights of the blocks in 8 or 4 bits"
     )
-
+    autocast: bool = option(
+        True, help="false: bf16 throughout, norms too, as in sampling; less memory and copying; DeepSpeed has none"
+    )
+    compile_blocks: bool = option(False, help="compile each transformer block: minutes at the start, then faster")
+    attention_kernel: Literal["auto", "flash", "cudnn", "efficient", "math"] = option(
+        "auto", help="which of torch's attention kernels to use; auto: torch chooses"
+    )
     vram_budget_gib: Budget | None = option(
         None, help="choose the settings above: the fastest that are predicted to fit; auto: what is free on the GPU"
     )
@@ -200,6 +212,12 @@ class MemoryArgs:
         for name in ("keep_attention", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:
                 yield f"--{name} true needs --gradient_checkpointing true; without it everything is kept on the GPU."
+        if self.compile_blocks and self.keep_attention:
+            yield "--compile_blocks and --keep_attention exclude each other: in a compiled block nothing can be kept."
+        if self.quantize_optimizer and self.offload_optimizer:
+            yield "--quantize_optimizer and --offload_optimizer exclude each other: on the host the states are float32."
+        if self.release_gradients and not self.quantize_optimizer:
+            yield "--release_gradients true needs --quantize_optimizer true."
 
 
 @dataclass(frozen=True)
@@ -269,6 +287,12 @@ class Args:
             yield from group.faults()
         if self.memory.quantize_base != "none" and self.model.training_type == "sft":
             yield "--quantize_base is for --training_type lora; full fine-tuning trains the weights themselves."
+        one_pass = self.training.gradient_accumulation_steps == 1
+        if self.memory.release_gradients and (self.training.max_grad_norm or not one_pass):
+            yield (
+                "--release_gradients: a gradient is gone before the others are there to be clipped with it or added to "
+                "it; it needs --max_grad_norm 0 and --gradient_accumulation_steps 1."
+            )
         if self.memory.offload_optimizer and self.model.training_type == "lora":
             yield "--offload_optimizer is for --training_type sft; adapters have little that could be offloaded."
         images = {

@@ -22,7 +22,7 @@ from utils.fake_run import fake_run, flop_counter, give_fake_weights, storage_si
 from utils.loss import velocity_loss
 from utils.model_form import ModelForm
 from utils.optimizer import make_optimizer
-from utils.trainable import compute_dtype, make_trainable, trained_parameters, weight_dtype
+from utils.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
                 live.watch_peak(parameters)
             held = live.now
             with watch:
-                loss = loss_of(transformer, args, form, batch)
+                loss = loss_of(transformer, args, form, batch, is_zero)
                 kept = live.now - held
                 loss.backward()
             if optimizer is not None:
@@ -79,8 +79,8 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
                 optimizer.zero_grad(set_to_none=num_processes == 1)  # DDP keeps them, in its buckets
             del loss
         if optimizer is not None:
-            states = [state for slots in optimizer.state.values() for state in slots.values()]
-            terms["optimizer"] = sum(map(storage_size, states))
+            slots = [slot for state in optimizer.state.values() for slot in state.values()]
+            terms["optimizer"] = sum(storage_size(slot) for slot in slots if isinstance(slot, torch.Tensor))
             terms["gradients"] = live.gradients
         rest = live.peak - sum(terms.values())
         terms["kept activations"] = min(kept, rest)  # of those there may be less when the peak is reached
@@ -97,7 +97,7 @@ def peak_of_generating(args: Args, form: ModelForm, resolution: Resolution, is_z
         give_fake_weights(transformer)
         held = live.now
         live.watch_peak()
-        loss_of(transformer, args, form, fake_batch(args, form, resolution, batch_size=2))
+        loss_of(transformer, args, form, fake_batch(args, form, resolution, batch_size=2), is_zero)
         denoising = live.peak - held
     vae = empty_vae(args, form)
     with fake_run() as live, torch.no_grad():
@@ -161,13 +161,13 @@ def fake_batch(args: Args, form: ModelForm, resolution: Resolution, batch_size: 
 
 
 def loss_of(
-    transformer: CogVideoXTransformer3DModel, args: Args, form: ModelForm, batch: dict[str, Any]
+    transformer: CogVideoXTransformer3DModel, args: Args, form: ModelForm, batch: dict[str, Any], is_zero: bool
 ) -> torch.Tensor:
     """The loss of `train`, under autocast as accelerate switches it on."""
     dtype, latents = compute_dtype(args), batch["latents"]
 
     def predict_under_autocast(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=uses_autocast(args, is_zero)):
             return predict_velocity(
                 transformer, form, noisy, timesteps, batch["prompt_embeds"], batch["image_latents"], dtype
             ).float()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
+from utils.adam8bit import Adam8bit
 from utils.args import Args, TrainingArgs
 from utils.host_adam import HostAdam
 
@@ -16,7 +20,19 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, is_zero: bo
     settings = _settings(training) | {"decoupled_weight_decay": training.optimizer == "adamw"}
     if args.memory.offload_optimizer:
         return HostAdam(parameters, **settings)
+    if args.memory.quantize_optimizer:
+        return Adam8bit(parameters, **settings, seed=training.seed, release=args.memory.release_gradients)
     return torch.optim.Adam(parameters, **settings, fused=_is_fused(training, is_zero))
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float
+) -> torch.Tensor:
+    """Clips the gradients to a norm, or not with 0; returns the norm they had, those that are gone already too."""
+    inner = optimizer.optimizer
+    if isinstance(inner, Adam8bit) and inner.release:
+        return inner.released_norm()
+    return accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
 def _is_fused(args: TrainingArgs, is_zero: bool) -> bool:

@@ -30,7 +30,7 @@ from utils.metrics import TRACKERS
 from utils.model_form import ModelForm, read_form, text_encoder_config
 from utils.plan import RunPlan, check_disk_space, find_cache_dir, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
-from utils.trainable import unfit_targets
+from utils.trainable import unfit_targets, weight_dtype
 from utils.zero_config import find_template, resolve_template
 
 # So many clips that other mistakes are told before they are looked at.
@@ -167,6 +167,24 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
         )
     if args.memory.offload_optimizer and precision == "fp16":
         faults.append("--offload_optimizer has no loss scale; use --mixed_precision bf16.")
+    memory = args.memory
+    if memory.quantize_optimizer and is_zero:
+        faults.append("--quantize_optimizer is for DDP; DeepSpeed has an optimizer of its own.")
+    if memory.quantize_optimizer and precision == "fp16" and args.model.training_type == "sft":
+        faults.append("--quantize_optimizer trains weights in bf16 themselves; use --mixed_precision bf16.")
+    if memory.compile_blocks and is_zero:
+        faults.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights layer by layer within a block.")
+    if memory.attention_kernel in ("cudnn", "efficient") and not torch.cuda.is_available():
+        faults.append(f"--attention_kernel {memory.attention_kernel} needs a GPU; on a CPU use auto, flash or math.")
+    if memory.release_gradients and num_processes > 1:
+        faults.append("--release_gradients is for one GPU; several have to average their gradients first.")
+    if not memory.autocast and precision == "fp16":
+        faults.append("--autocast false: in fp16 norms overflow without it; use --mixed_precision bf16.")
+    if not memory.autocast and precision == "bf16" and weight_dtype(args, is_zero) == torch.float32:
+        faults.append(
+            "--autocast false needs weights in bf16; for sft that is --quantize_optimizer true or "
+            "--offload_optimizer true."
+        )
     for resolution in args.data.train_resolution:
         faults += form.resolution_faults(resolution, "--train_resolution")
     if args.model.training_type == "lora":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from utils.activations import checkpoint_blocks
 from utils.args import Args
@@ -24,10 +27,15 @@ def weight_dtype(args: Args, is_zero: bool) -> torch.dtype:
     """The dtype of the transformer's weights on the device.
 
     Half precision under adapters, float32 where they are trained themselves, unless the optimizer has float32 copies
-    of its own: DeepSpeed's, cut among the processes, and the one in host memory.
+    of its own, DeepSpeed's, cut among the processes, or the one in host memory; or can do without.
     """
-    has_masters = is_zero or args.memory.offload_optimizer
-    return torch.float32 if args.model.training_type == "sft" and not has_masters else compute_dtype(args)
+    can_be_half = is_zero or args.memory.offload_optimizer or args.memory.quantize_optimizer
+    return torch.float32 if args.model.training_type == "sft" and not can_be_half else compute_dtype(args)
+
+
+def uses_autocast(args: Args, is_zero: bool) -> bool:
+    """Whether the transformer runs under torch's autocast; DeepSpeed has the weights in half precision instead."""
+    return compute_dtype(args) != torch.float32 and args.memory.autocast and not is_zero
 
 
 def make_trainable(
@@ -43,11 +51,39 @@ def make_trainable(
         torch.manual_seed(args.training.seed)  # the same adapters on every rank
         transformer.add_adapter(lora_config(args))
         cast_training_params(transformer, torch.float32)
+        if not args.memory.autocast:
+            compute_in_dtype_of_inputs(transformer)
         if args.memory.quantize_base != "none":
             quantize_blocks(transformer, args.memory.quantize_base, device)
     if args.memory.gradient_checkpointing:
         checkpoint_blocks(transformer, args.memory.keep_attention, args.memory.offload_activations)
     transformer.train()
+
+
+def use_attention_kernel(name: str) -> None:
+    """Leaves torch one kernel for `scaled_dot_product_attention`, in the whole process; "auto" changes nothing."""
+    backends = torch.backends.cuda
+    switches = {
+        "flash": backends.enable_flash_sdp,
+        "cudnn": backends.enable_cudnn_sdp,
+        "efficient": backends.enable_mem_efficient_sdp,
+        "math": backends.enable_math_sdp,
+    }
+    for kernel, switch in switches.items() if name != "auto" else ():
+        switch(kernel == name)
+
+
+def compute_in_dtype_of_inputs(transformer: torch.nn.Module) -> None:
+    """Lets adapters compute as autocast would: peft, left alone, casts their inputs to the dtype of their weights."""
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for linear in (*layer.lora_A.values(), *layer.lora_B.values()):
+                linear.forward = partial(_linear, linear)
+
+
+def _linear(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(inputs, layer.weight.to(inputs.dtype))
 
 
 def lora_config(args: Args) -> LoraConfig:

@@ -1,0 +1,167 @@
+"""Adam with states of 8 bits and, for full fine-tuning, weights of bfloat16 alone: 4 bytes a weight and its gradient.
+
+States are held in blocks with a scale each, in codes that are fine near the largest of a block and reach seven orders
+of magnitude below it (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2). An update is mostly
+smaller than half a step of bfloat16, and rounding to the nearest would lose it: it is rounded up or down at random, so
+that the mean is exact (arXiv:2010.06192, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+
+from dataset.cached_dataset import ROUNDING, seed_for
+
+# Weights that share a scale, and weights worked on at a time, which bounds what the update needs beside the states.
+BLOCK, CHUNK = 256, 2**23
+# Tensors of fewer weights keep their states in float32, and so do those that do not divide into blocks.
+SMALLEST = 4096
+
+
+@cache
+def code_values(signed: bool) -> torch.Tensor:
+    """What the 256 codes stand for, ascending, float32 from -1 or 0 to 1.
+
+    Each decade below 1 has half as many values as the one above, in the middles of equal parts of it.
+    """
+    values = [torch.ones(1)]
+    for decade in range(7):
+        count = 2 ** (decade if signed else decade + 1)
+        edges = torch.linspace(0.1, 1, count + 1)
+        values.append(10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2)
+    positive = torch.cat(values)
+    return torch.cat([-positive[1:], torch.zeros(1), positive] if signed else [torch.zeros(1), positive]).sort().values
+
+
+def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 (N,) -> codes uint8 (N,) and scales float32 (N / BLOCK, 1); what is not zero gets no code of zero."""
+    blocks = values.view(-1, BLOCK)
+    scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    table = code_values(signed).to(values.device)
+    codes = torch.bucketize(blocks / scale, (table[1:] + table[:-1]) / 2, out_int32=True)
+    if not signed:  # under a root, as a divisor
+        codes.clamp_min_(1)
+    return codes.to(torch.uint8).flatten(), scale
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
+    """The float32 values (N,) that codes stand for."""
+    table = code_values(signed).to(codes.device)
+    return (table[codes.int()].view(-1, BLOCK) * scale).flatten()
+
+
+def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Float32 -> bfloat16, to either neighbour, with the chances that make the mean exact."""
+    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+class Adam8bit(torch.optim.Optimizer):
+    """Adam for weights in float32 or bfloat16.
+
+    Args:
+        decoupled_weight_decay: AdamW.
+        seed: of the rounding, which is the same on every process and after resuming.
+        release: update each weight in the backward pass as soon as its gradient is there, and drop the gradient. `step`
+            then has nothing left to do, and gradients can neither be clipped nor added up over several passes.
+    """
+
+    def __init__(
+        self,
+        weights: list[torch.nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decoupled_weight_decay: bool,
+        seed: int,
+        release: bool,
+    ) -> None:
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(weights, settings | {"decoupled_weight_decay": decoupled_weight_decay})
+        self.seed, self.release = seed, release
+        self._index: dict[torch.Tensor, int] = {weight: index for index, weight in enumerate(weights)}
+        self._squares: list[torch.Tensor] = []
+        if release:
+            for weight in weights:
+                weight.register_post_accumulate_grad_hook(self._release)
+
+    def _release(self, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        self._squares.append(weight.grad.float().square().sum())
+        self._update(weight)
+        weight.grad = None
+
+    def released_norm(self) -> torch.Tensor:
+        """Of all gradients released since it was last asked for."""
+        squares, self._squares = self._squares, []
+        return torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for weight in self._index:
+            if weight.grad is not None:
+                self._update(weight)
+
+    @torch.no_grad()
+    def _update(self, weight: torch.Tensor) -> None:
+        group, state = self.param_groups[0], self.state[weight]
+        assert weight.grad is not None
+        if not state:
+            state["step"] = 0
+            for name, signed in (("mean", True), ("square", False)):
+                zeros = torch.zeros(weight.numel(), device=weight.device)
+                if weight.numel() < SMALLEST or weight.numel() % BLOCK:
+                    state[name] = zeros
+                else:
+                    state[name], state[f"{name}_scale"] = encode(zeros, signed)
+        state["step"] += 1
+        step, (beta1, beta2), rate = state["step"], group["betas"], group["lr"]
+        generator = torch.Generator(weight.device).manual_seed(
+            seed_for(ROUNDING, self.seed, step * len(self._index) + self._index[weight])
+        )
+        weights, gradients = weight.view(-1), weight.grad.reshape(-1)
+        for start in range(0, len(weights), CHUNK):
+            part = slice(start, start + CHUNK)
+            value, gradient = weights[part].float(), gradients[part].float()
+            if group["decoupled_weight_decay"]:
+                value = value * (1 - rate * group["weight_decay"])
+            else:
+                gradient = gradient + group["weight_decay"] * value
+            mean = _read(state, "mean", part).lerp_(gradient, 1 - beta1)
+            square = _read(state, "square", part).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            _write(state, "mean", part, mean)
+            _write(state, "square", part, square)
+            divisor = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+            value.addcdiv_(mean, divisor, value=-rate / (1 - beta1**step))
+            weights[part] = round_at_random(value, generator) if weight.dtype == torch.bfloat16 else value
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which casts the states to the dtype of the weights
+        for index, weight in enumerate(self._index):
+            if index in state_dict["state"]:
+                self.state[weight] = {
+                    name: value if name == "step" else value.to(weight.device, copy=True)
+                    for name, value in state_dict["state"][index].items()
+                }
+
+
+def _read(state: dict[str, Any], name: str, part: slice) -> torch.Tensor:
+    """A part of a state as float32, to be written to."""
+    scale = state.get(f"{name}_scale")
+    if scale is None:
+        return state[name][part].clone()
+    return decode(state[name][part], scale[part.start // BLOCK : part.stop // BLOCK], signed=name == "mean")
+
+
+def _write(state: dict[str, Any], name: str, part: slice, values: torch.Tensor) -> None:
+    scale = state.get(f"{name}_scale")
+    if scale is None:
+        state[name][part] = values
+    else:
+        state[name][part], scale[part.start // BLOCK : part.stop // BLOCK] = encode(values, signed=name == "mean")
