@@ -44,7 +44,14 @@ from utils.preflight import preflight
 from utils.processes import end_with_parent
 from utils.roll_call import RollCall
 from utils.schedule import is_due
-from utils.trainable import compute_dtype, make_trainable, trained_parameters, use_attention_kernel, weight_dtype
+from utils.trainable import (
+    compile_blocks,
+    compute_dtype,
+    make_trainable,
+    trained_parameters,
+    use_attention_kernel,
+    weight_dtype,
+)
 from utils.validation import validate
 
 Result = TypeVar("Result")
@@ -138,8 +145,7 @@ def train(plan: RunPlan) -> None:
     make_trainable(transformer, args, accelerator.device)
     use_attention_kernel(args.memory.attention_kernel)
     if args.memory.compile_blocks:
-        for block in transformer.transformer_blocks:
-            block.compile()
+        compile_blocks(transformer)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
     alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)

@@ -47,7 +47,7 @@ def quick_start(form: str) -> dict[str, Any]:
 def zero2() -> dict[str, Any]:
     """All weights on the quick start's data, two processes."""
     output, options = OUT / "zero2", flags("t2v")
-    options |= {"training_type": "sft", "batch_size": "4", "learning_rate": "1e-4", "output_dir": str(output)}
+    options |= {"training_type": "sft", "batch_size": "4", "learning_rate": "2e-4", "output_dir": str(output)}
     options = {name: value for name, value in options.items() if name not in ("rank", "lora_alpha", "target_modules")}
     run("bash", "train_zero_t2v.sh", *spelled(options), ZERO="zero2", NUM_PROCESSES="2")
     return measure("t2v", output, "--transformer_path", find_checkpoints(output)[-1] / "transformer")

@@ -103,9 +103,10 @@ class Adam8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        for weight in self._index:
-            if weight.grad is not None:
-                self._update(weight)
+        if not self.release:  # else all is done; DDP puts zeros where the gradients were
+            for weight in self._index:
+                if weight.grad is not None:
+                    self._update(weight)
 
     @torch.no_grad()
     def _update(self, weight: torch.Tensor) -> None:

@@ -203,7 +203,8 @@ class MemoryArgs:
         "auto", help="which of torch's attention kernels to use; auto: torch chooses"
     )
     vram_budget_gib: Budget | None = option(
-        None, help="choose the settings above: the fastest that are predicted to fit; auto: what is free on the GPU"
+        None,
+        help="choose what of the above to use: the fastest that is predicted to fit; auto: what is free on the GPU",
     )
 
     def faults(self) -> Iterator[str]:

@@ -16,12 +16,14 @@ from utils.prediction import GIB, Prediction, few_blocks_updates, peaks_beside, 
 # GPU has measured their order.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False}
-    | {"quantize_base": "none", "offload_optimizer": False},
+    | {"quantize_base": "none", "quantize_optimizer": False, "release_gradients": False, "offload_optimizer": False}
+    | {"autocast": True, "compile_blocks": False},
     {"gradient_checkpointing": True, "keep_attention": True},
     {"offload_activations": True},
 )
 SETTINGS_OF_LORA: tuple[dict[str, Any], ...] = ({"quantize_base": "int8"}, {"quantize_base": "int4"})
-SETTINGS_OF_ONE_GPU: tuple[dict[str, Any], ...] = ({"offload_optimizer": True},)
+SETTINGS_OF_SFT: tuple[dict[str, Any], ...] = ({"quantize_optimizer": True},)
+SETTINGS_OF_ONE_GPU: tuple[dict[str, Any], ...] = ({"quantize_optimizer": False, "offload_optimizer": True},)
 
 
 def free_gpu_memory() -> float | None:
@@ -66,8 +68,8 @@ def fastest_that_fits(
     steps = SETTINGS
     if args.model.training_type == "lora":
         steps += SETTINGS_OF_LORA if zero is None else ()
-    elif zero is None and num_processes == 1 and args.training.mixed_precision != "fp16":
-        steps += SETTINGS_OF_ONE_GPU
+    elif zero is None and args.training.mixed_precision != "fp16":
+        steps += SETTINGS_OF_SFT + (SETTINGS_OF_ONE_GPU if num_processes == 1 else ())
     for step in steps:
         args = replace(args, memory=replace(args.memory, **step))
         updates = few_blocks_updates(args, form, zero is not None, num_processes)
@@ -78,9 +80,7 @@ def fastest_that_fits(
 
 
 def flags(args: Args) -> str:
-    names = {
-        name: value for step in (*SETTINGS, *SETTINGS_OF_LORA, *SETTINGS_OF_ONE_GPU) for name, value in step.items()
-    }
+    names = dict.fromkeys(name for step in (*SETTINGS, *SETTINGS_OF_LORA, *SETTINGS_OF_SFT) for name in step)
     return " ".join(f"--{name} {str(getattr(args.memory, name)).lower()}" for name in names)
 
 

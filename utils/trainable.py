@@ -73,6 +73,12 @@ def use_attention_kernel(name: str) -> None:
         switch(kernel == name)
 
 
+def compile_blocks(transformer: CogVideoXTransformer3DModel) -> None:
+    """Compiles each block by itself, all from one graph; what is recomputed is the compiled block."""
+    for block in transformer.transformer_blocks:
+        block.compile()
+
+
 def compute_in_dtype_of_inputs(transformer: torch.nn.Module) -> None:
     """Lets adapters compute as autocast would: peft, left alone, casts their inputs to the dtype of their weights."""
     for layer in transformer.modules():
