@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import real_size
+from benchmarks.rows import ROWS
 from tests.conftest import ROOT, arguments
 from utils import fake_parts, fake_run, memory, prediction
 from utils.args import parse_args
@@ -61,6 +63,13 @@ def test_a_published_model_is_predicted_without_its_weights():
     tflop = float(re.search(r"Work of an update: (\d+) TFLOP", printed)[1])
     assert peak == pytest.approx(7.7, rel=0.02) and tflop == pytest.approx(477, rel=0.02)
     assert "17550 video and 226 text tokens" in printed and "fits cards of 12, 16" in printed
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.goal and row.zero is None], ids=lambda row: row.name)
+def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
+    found, recorded = real_size.predict_row(row), real_size.read(real_size.RESULTS / "predicted.json")[row.name]
+    assert found["peak_gib"] == pytest.approx(recorded["peak_gib"], rel=0.01) and found["peak_gib"] <= row.goal
+    assert found["tflop"] == recorded["tflop"] and found["flags"] == recorded["flags"]
 
 
 def test_processes_share_what_zero_divides():

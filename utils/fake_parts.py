@@ -140,7 +140,8 @@ def empty_transformer(args: Args, form: ModelForm, is_zero: bool) -> CogVideoXTr
 def empty_vae(args: Args, form: ModelForm) -> AutoencoderKLCogVideoX:
     """As `components.load_vae` makes it on a GPU, from half-precision files."""
     with init_empty_weights(include_buffers=True):
-        vae = AutoencoderKLCogVideoX.from_config(form.vae).to(torch.bfloat16).eval()
+        vae = AutoencoderKLCogVideoX.from_config(form.vae).eval()
+    torch.nn.Module.to(vae, torch.bfloat16)
     if args.system.enable_slicing:
         vae.enable_slicing()
     if args.system.enable_tiling:
@@ -167,15 +168,16 @@ def loss_of(
     dtype, latents = compute_dtype(args), batch["latents"]
 
     def predict_under_autocast(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=uses_autocast(args, is_zero)):
+        with torch.autocast(latents.device.type, dtype, enabled=uses_autocast(args, is_zero)):
             return predict_velocity(
                 transformer, form, noisy, timesteps, batch["prompt_embeds"], batch["image_latents"], dtype
             ).float()
 
-    timesteps = torch.zeros(len(latents), dtype=torch.int64)
+    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+    alphas_cumprod = torch.full((1000,), 0.5, device=latents.device)
     try:
         return velocity_loss(
-            predict_under_autocast, torch.empty(1000), latents, timesteps, torch.empty_like(latents)
+            predict_under_autocast, alphas_cumprod, latents, timesteps, torch.empty_like(latents)
         ).mean()
     finally:
         rotary_table.cache_clear()  # the next one who asks shall not get a fake one

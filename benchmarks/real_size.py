@@ -1,0 +1,176 @@
+"""Memory, work and time of updates at real size: predicted on any machine, measured where there is a GPU.
+
+    python -m benchmarks.real_size                      measures on this machine's GPU, with random weights
+    python -m benchmarks.real_size --predict            predicts, on fake tensors
+    python -m benchmarks.real_size 5b-lora --again      rows whose names have this in them, measured anew
+
+Each row runs in a process of its own, is written to benchmarks/results/ as soon as it is there, and is not done twice
+unless with --again. What is predicted not to fit the GPU is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rows import ROWS, Row
+from utils.args import Args, parse_args
+from utils.fake_parts import fake_batch, loss_of
+from utils.memory import find_form
+from utils.model_form import ModelForm
+from utils.optimizer import make_optimizer
+from utils.prediction import GIB, few_blocks_updates, largest, under_zero
+from utils.preflight import resolve
+from utils.trainable import (
+    compile_blocks,
+    compute_dtype,
+    make_trainable,
+    trained_parameters,
+    use_attention_kernel,
+    weight_dtype,
+)
+from utils.zero_config import ROOT, resolve_template
+
+RESULTS = Path(__file__).parent / "results"
+UPDATES = 3
+# Dense bf16 TFLOP/s of the data sheets, for the utilisation.
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
+
+
+def settings(row: Row) -> tuple[Args, ModelForm]:
+    args = parse_args(
+        ["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", "--model_path", row.model, *row.flags.split()]
+    )
+    form, _ = find_form(row.model)
+    return resolve(args, form, row.zero is not None), form
+
+
+def predict_row(row: Row) -> dict[str, Any]:
+    """Terms of the peak in GiB of one process, TFLOP of an update, and GiB of host memory."""
+    args, form = settings(row)
+    zero, processes = row.zero or (None, 1)
+    updates = few_blocks_updates(args, form, zero is not None, processes)
+    terms, host = updates.terms, updates.host
+    if zero is not None:
+        config = resolve_template(ROOT / "configs" / f"{zero}.json", args, form.width, processes)
+        terms, host = under_zero(updates, config, compute_dtype(args).itemsize, processes)
+    return {
+        "peak_gib": round(sum(terms.values()) / GIB, 2),
+        "goal_gib": row.goal,
+        "terms_gib": {name: round(bytes_ / GIB, 2) for name, bytes_ in terms.items()},
+        "tflop": round(updates.flop / 1e12),
+        "host_gib": round(host / GIB, 1),
+        "flags": row.flags,
+    }
+
+
+def measure_row(row: Row) -> dict[str, Any]:
+    """Peak of reserved memory over three updates, and the time of one, on the GPU."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    args, form = settings(row)
+    device = torch.device("cuda")
+    torch.set_default_dtype(weight_dtype(args, is_zero=False))
+    with torch.device(device):
+        transformer = CogVideoXTransformer3DModel.from_config(form.transformer)
+    torch.set_default_dtype(torch.float32)
+    make_trainable(transformer, args, device)
+    use_attention_kernel(args.memory.attention_kernel)
+    if args.memory.compile_blocks:
+        compile_blocks(transformer)
+    parameters = trained_parameters(transformer)
+    optimizer = make_optimizer(parameters, args, is_zero=False)
+    batch = fake_batch(args, form, largest(args, form), 1)
+    batch = {name: None if value is None else torch.randn_like(value, device=device) for name, value in batch.items()}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(UPDATES):
+        start = time.perf_counter()
+        loss_of(transformer, args, form, batch, is_zero=False).backward()
+        if args.training.max_grad_norm:
+            clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(clipped, args.training.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    # the first makes the optimizer's states and chooses kernels
+    return {"reserved_gib": torch.cuda.max_memory_reserved() / GIB, "seconds": statistics.median(seconds[1:])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="?", default="", help="part of the names of the rows to do; default: all")
+    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--again", action="store_true", help="rows too that are in the file already")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    rows = [row for row in ROWS if options.rows in row.name and (options.predict or row.zero is None)]
+    if options.alone:
+        row = next(row for row in rows if row.name == options.rows)
+        print(json.dumps(predict_row(row) if options.predict else measure_row(row)))
+        return
+    predicted = RESULTS / "predicted.json"
+    known = read(predicted)
+    if options.predict:
+        file, free = predicted, math.inf
+    else:
+        if not torch.cuda.is_available():
+            sys.exit("There is no GPU to measure on; --predict needs none.")
+        file = RESULTS / f"{torch.cuda.get_device_name().replace(' ', '-')}.json"
+        free = torch.cuda.mem_get_info()[0] / GIB
+    results = read(file)
+    for row in rows:
+        if "error" not in results.get(row.name, {"error": "not done"}) and not options.again:
+            continue
+        if not options.predict and known[row.name]["peak_gib"] > free:
+            print(f"{row.name}: left out, {known[row.name]['peak_gib']} GiB of {free:.1f}")
+            continue
+        found = alone(row, options.predict)
+        if "seconds" in found:
+            found |= compared(row, found, known)
+        results[row.name] = found
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        print(row.name, json.dumps(found), flush=True)
+
+
+def alone(row: Row, predict: bool) -> dict[str, Any]:
+    """What a process of its own finds of the row, or why it found nothing."""
+    command = [sys.executable, "-m", "benchmarks.real_size", row.name, "--alone", *(["--predict"] if predict else [])]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compared(row: Row, found: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """With the prediction; utilisation counts the work of the update, that of recomputing included."""
+    gpu = torch.cuda.get_device_name()
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
+    return {
+        "reserved_by_predicted": found["reserved_gib"] / known[row.name]["peak_gib"],
+        "utilisation": known[row.name]["tflop"] / found["seconds"] / peak if peak else None,
+        "commit": commit.strip(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")} | {"cuda": torch.version.cuda},
+    }
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The rows of `real_size`: recipes with their settings, and the peaks in GiB that they are to stay below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALLEST_LORA = "--keep_attention true --offload_activations true --quantize_base int4 --autocast false"
+SMALLEST_SFT = "--keep_attention true --offload_activations true --offload_optimizer true --autocast false"
+SFT = "--training_type sft --mixed_precision bf16"
+WITHOUT_HOST = f"{SFT} --quantize_optimizer true --release_gradients true --max_grad_norm 0 --autocast false"
+PLAIN = "--gradient_checkpointing false"
+LONG = "--train_resolution 81x768x1360"
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    Attributes:
+        flags: of train.py.
+        goal: GiB; None where the time is what matters.
+        zero: template and number of processes, for rows that are only predicted.
+    """
+
+    name: str
+    model: str
+    flags: str
+    goal: float | None = None
+    zero: tuple[str, int] | None = None
+
+
+ROWS = [
+    Row("2b-lora", "CogVideoX-2b", "--mixed_precision bf16", 7.8),
+    Row("2b-lora-smallest", "CogVideoX-2b", f"--mixed_precision bf16 {SMALLEST_LORA}", 5.5),
+    Row("2b-lora-fastest", "CogVideoX-2b", f"--mixed_precision bf16 --autocast false {PLAIN}"),
+    Row("5b-lora", "CogVideoX-5b", "--offload_activations true --autocast false", 15.6),
+    Row("5b-lora-smallest", "CogVideoX-5b", SMALLEST_LORA, 10.5),
+    Row("5b-lora-fastest", "CogVideoX-5b", "--keep_attention true --autocast false"),
+    Row("1.5-lora", "CogVideoX1.5-5B", f"{LONG} --offload_activations true --autocast false", 20.8),
+    Row("1.5-lora-smallest", "CogVideoX1.5-5B", f"{LONG} {SMALLEST_LORA}", 14.5),
+    Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{LONG} --keep_attention true --autocast false"),
+    Row("2b-sft", "CogVideoX-2b", WITHOUT_HOST, 14.4),
+    Row("2b-sft-smallest", "CogVideoX-2b", f"{SFT} {SMALLEST_SFT}", 8),
+    Row("5b-sft", "CogVideoX-5b", f"{WITHOUT_HOST} --offload_activations true", 26),
+    Row("5b-sft-smallest", "CogVideoX-5b", f"{SFT} {SMALLEST_SFT}", 17),
+    Row("1.5-sft", "CogVideoX1.5-5B", f"{LONG} {WITHOUT_HOST} --offload_activations true", 30),
+    Row("1.5-sft-smallest", "CogVideoX1.5-5B", f"{LONG} {SFT} {SMALLEST_SFT}", 22),
+    *(
+        Row(f"{short}-sft-{template}-{count}", model, f"{SFT} {flags}", goal, (template, count))
+        for short, model, flags, goals in (
+            ("2b", "CogVideoX-2b", "", (None, None, None, None)),
+            ("5b", "CogVideoX-5b", "", (19, 31, 23, 11)),
+            ("1.5", "CogVideoX1.5-5B", LONG, (30, 42, 34, 22)),
+        )
+        for (template, count), goal in zip(
+            (("zero2_offload", 1), ("zero2", 8), ("zero3", 8), ("zero3_offload", 8)), goals, strict=True
+        )
+    ),
+]
