@@ -53,9 +53,9 @@ def zero2() -> dict[str, Any]:
     return measure("t2v", output, "--transformer_path", find_checkpoints(output)[-1] / "transformer")
 
 
-def with_strength(form: str, scale: float) -> dict[str, Any]:
-    lora, output = find_checkpoints(OUT / form / "lora")[-1], OUT / f"{form}-strength-{scale:g}"
-    return measure(form, output, "--lora_path", lora, "--lora_scale", str(scale))
+def with_strength(scale: float) -> dict[str, Any]:
+    lora, output = find_checkpoints(OUT / "t2v" / "lora")[-1], OUT / f"t2v-strength-{scale:g}"
+    return measure("t2v", output, "--lora_path", lora, "--lora_scale", str(scale))
 
 
 def with_fault(form: str, fault: str) -> dict[str, Any]:
@@ -66,17 +66,17 @@ def with_fault(form: str, fault: str) -> dict[str, Any]:
     return measure(form, output, "--lora_path", find_checkpoints(output)[-1])
 
 
-def with_stale_latents(form: str) -> dict[str, Any]:
+def with_stale_latents() -> dict[str, Any]:
     """The folder held other clips when its latents were made; they were replaced under the same names."""
-    data, output = OUT / f"{form}-stale_data", OUT / f"{form}-stale_latents"
+    data, output = OUT / "t2v-stale_data", OUT / "t2v-stale_latents"
     shutil.rmtree(data, ignore_errors=True)
     run(sys.executable, "-m", "examples.world", data, "--known", "56", "--seed", "50000000")
-    options = flags(form) | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
+    options = flags("t2v") | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
     del options["cache_dir"]
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options), "--precompute_only", "true")
-    shutil.copytree(OUT / form / "data", data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
+    shutil.copytree(OUT / "t2v" / "data", data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
     run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options))
-    return measure(form, output, "--lora_path", find_checkpoints(output)[-1])
+    return measure("t2v", output, "--lora_path", find_checkpoints(output)[-1])
 
 
 def measure(form: str, output: Path, *options: str | Path) -> dict[str, Any]:
@@ -108,10 +108,10 @@ ROWS = {
         Row("t2v, all weights, ZeRO-2", zero2),
     ],
     "faults": [
-        Row("t2v, LoRA at half strength", partial(with_strength, "t2v", 0.5)),
-        Row("t2v, LoRA at double strength", partial(with_strength, "t2v", 2.0)),
+        Row("t2v, LoRA at half strength", partial(with_strength, 0.5)),
+        Row("t2v, LoRA at double strength", partial(with_strength, 2.0)),
         Row("t2v, latents scaled twice", partial(with_fault, "t2v", "latents_scaled_twice")),
-        Row("t2v, stale latents", partial(with_stale_latents, "t2v")),
+        Row("t2v, stale latents", with_stale_latents),
         Row("t2v-1.5, frames padded at the end", partial(with_fault, "t2v-1.5", "padding_at_the_end")),
         Row("t2v-1.5, rotary table of 1.0", partial(with_fault, "t2v-1.5", "rotary_of_the_other_kind")),
         Row("i2v-1.5, image latents multiplied", partial(with_fault, "i2v-1.5", "image_latents_multiplied")),
