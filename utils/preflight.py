@@ -155,8 +155,8 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
         faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
     if args.checkpoint.export_dtype is not None and not (is_zero and args.model.training_type == "sft"):
         faults.append(
-            "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and so is the transformer/ "
-            "of DDP, which resuming reads; python -m utils.export makes a smaller copy."
+            "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and the transformer/ of DDP "
+            "is as it was trained, since resuming reads it; python -m utils.export makes a copy in another dtype."
         )
     if args.memory.quantize_base != "none" and is_zero:
         faults.append("--quantize_base is for DDP; DeepSpeed would cast the codes.")
