@@ -177,7 +177,7 @@ def loss_of(
     alphas_cumprod = torch.full((1000,), 0.5, device=latents.device)
     try:
         return velocity_loss(
-            predict_under_autocast, alphas_cumprod, latents, timesteps, torch.empty_like(latents)
+            predict_under_autocast, alphas_cumprod, latents, timesteps, torch.zeros_like(latents)
         ).mean()
     finally:
         rotary_table.cache_clear()  # the next one who asks shall not get a fake one
