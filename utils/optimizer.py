@@ -17,12 +17,16 @@ from utils.host_adam import HostAdam
 
 def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, is_zero: bool) -> torch.optim.Optimizer:
     training = args.training
-    settings = _settings(training) | {"decoupled_weight_decay": training.optimizer == "adamw"}
+    settings, is_decoupled = _settings(training), training.optimizer == "adamw"
     if args.memory.offload_optimizer:
-        return HostAdam(parameters, **settings)
+        return HostAdam(parameters, **settings, decoupled_weight_decay=is_decoupled)
     if args.memory.quantize_optimizer:
-        return Adam8bit(parameters, **settings, seed=training.seed, release=args.memory.release_gradients)
-    return torch.optim.Adam(parameters, **settings, fused=_is_fused(training, is_zero))
+        release = args.memory.release_gradients
+        return Adam8bit(
+            parameters, **settings, decoupled_weight_decay=is_decoupled, seed=training.seed, release=release
+        )
+    kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam  # accelerate gives DeepSpeed's of the same class
+    return kind(parameters, **settings, fused=_is_fused(training, is_zero))
 
 
 def clip_gradients(
