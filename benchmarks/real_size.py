@@ -100,7 +100,7 @@ def measure_row(row: Row) -> dict[str, Any]:
         loss_of(transformer, args, form, batch, is_zero=False).backward()
         if args.training.max_grad_norm:
             clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(clipped, args.training.max_grad_norm or math.inf)
+            torch.nn.utils.clip_grad_norm_(clipped, args.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()

@@ -52,7 +52,7 @@ def test_auto_is_what_the_command_line_says(plan_with, name):
     assert zero["train_micro_batch_size_per_gpu"] == 3 and zero["gradient_accumulation_steps"] == 4
     assert zero["train_batch_size"] == 3 * 4 * 2 and zero["gradient_clipping"] == 0.5
     assert zero["bf16"]["enabled"] is True and zero["fp16"]["enabled"] is False
-    assert zero["zero_optimization"]["reduce_bucket_size"] == 64 * 64
+    assert zero["zero_optimization"]["reduce_bucket_size"] == 12 * 64 * 64
     assert "auto" not in json.dumps(zero)
 
 

@@ -172,11 +172,14 @@ def unusable(template: dict[str, Any], args: Args) -> Iterator[str]:
 
 
 def sizes(width: int) -> dict[str, int]:
-    """What "auto" means for buffers, in elements, as in transformers' trainer."""
+    """What "auto" means for buffers, in elements: the matrices of a block, to be sent together, and half of them ahead.
+
+    Attention has 4 width^2 weights, the feed-forward layers have 8.
+    """
     return {
-        "zero_optimization.reduce_bucket_size": width * width,
-        "zero_optimization.allgather_bucket_size": width * width,
-        "zero_optimization.stage3_prefetch_bucket_size": width * width * 9 // 10,
+        "zero_optimization.reduce_bucket_size": 12 * width * width,
+        "zero_optimization.allgather_bucket_size": 12 * width * width,
+        "zero_optimization.stage3_prefetch_bucket_size": 6 * width * width,
         "zero_optimization.stage3_param_persistence_threshold": 10 * width,
     }
 
