@@ -85,21 +85,21 @@ class Adam8bit(torch.optim.Optimizer):
         super().__init__(weights, settings | {"decoupled_weight_decay": decoupled_weight_decay})
         self.seed, self.release = seed, release
         self._index: dict[torch.Tensor, int] = {weight: index for index, weight in enumerate(weights)}
-        self._squares: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
         if release:
             for weight in weights:
                 weight.register_post_accumulate_grad_hook(self._release)
 
     def _release(self, weight: torch.Tensor) -> None:
         assert weight.grad is not None
-        self._squares.append(weight.grad.float().square().sum())
+        self._norms.append(torch.linalg.vector_norm(weight.grad, dtype=torch.float32))
         self._update(weight)
         weight.grad = None
 
     def released_norm(self) -> torch.Tensor:
         """Of all gradients released since it was last asked for."""
-        squares, self._squares = self._squares, []
-        return torch.stack(squares).sum().sqrt()
+        norms, self._norms = self._norms, []
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
