@@ -41,7 +41,7 @@ from utils.optimizer import clip_gradients, make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.prediction import describe_prediction, predict
 from utils.preflight import preflight
-from utils.processes import end_with_parent
+from utils.processes import end_with_parent, ends_the_process
 from utils.roll_call import RollCall
 from utils.schedule import is_due
 from utils.trainable import (
@@ -274,5 +274,5 @@ if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed outright would leave its processes training
         end_with_parent(os.getppid(), signal.SIGTERM)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of what DeepSpeed calls
-    with told_to_the_user():
+    with ends_the_process(), told_to_the_user():
         main()

@@ -1,0 +1,37 @@
+"""How a training process ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A thread inside of torch when the interpreter goes away, as gloo's may be; for certain here.
+THREAD_IN_TORCH = """
+import atexit, sys, threading, torch
+from utils.errors import UserError, told_to_the_user
+from utils.processes import ends_the_process
+
+def add():
+    tensor = torch.ones(100)
+    while True:
+        tensor + tensor
+
+threading.Thread(target=add, daemon=True).start()
+atexit.register(print, "registered")
+with ends_the_process(), told_to_the_user():
+    {ending}
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("raise UserError('wrong')", 2)])
+def test_a_thread_in_torch_does_not_change_how_a_process_ends(ending, code):
+    program = THREAD_IN_TORCH.format(ending=ending)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "registered" in done.stdout
+    assert ("error: wrong" in done.stderr) == (code == 2)
+    assert done.returncode == code, done.stderr
+
