@@ -52,7 +52,7 @@ TRAIN_ARGS=(
     --keep_attention false                  # true: less to recompute, for 2 GiB (2b) to 11 GiB (1.5) of memory more
     --offload_activations false             # true: what is kept waits in host memory; both true: fast and small
     # --vram_budget_gib 16                  # or auto: chooses these by what is predicted to fit; README, Less memory
-    # --quantize_optimizer true             # sft: 8-bit Adam and bf16 weights; --offload_optimizer: Adam on the host
+    # --quantize_optimizer 8bit             # sft: 8-bit Adam and bf16 weights; --offload_optimizer: Adam on the host
     --seed 42                               # order of clips, noise, timesteps and first adapters
 )
 

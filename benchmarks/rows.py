@@ -7,7 +7,8 @@ from dataclasses import dataclass
 SMALLEST_LORA = "--keep_attention true --offload_activations true --quantize_base int4 --autocast false"
 SMALLEST_SFT = "--keep_attention true --offload_activations true --offload_optimizer true --autocast false"
 SFT = "--training_type sft --mixed_precision bf16"
-WITHOUT_HOST = f"{SFT} --quantize_optimizer true --release_gradients true --max_grad_norm 0 --autocast false"
+WITHOUT_HOST = f"{SFT} --quantize_optimizer 8bit --release_gradients true --max_grad_norm 0 --autocast false"
+OF_4_BITS = WITHOUT_HOST.replace("8bit", "4bit")
 PLAIN = "--gradient_checkpointing false"
 LONG = "--train_resolution 81x768x1360"
 
@@ -40,7 +41,7 @@ ROWS = [
     Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{LONG} --keep_attention true --autocast false"),
     Row("2b-sft", "CogVideoX-2b", WITHOUT_HOST, 14.4),
     Row("2b-sft-smallest", "CogVideoX-2b", f"{SFT} {SMALLEST_SFT}", 8),
-    Row("5b-sft", "CogVideoX-5b", f"{WITHOUT_HOST} --offload_activations true", 26),
+    Row("5b-sft", "CogVideoX-5b", OF_4_BITS, 26),
     Row("5b-sft-smallest", "CogVideoX-5b", f"{SFT} {SMALLEST_SFT}", 17),
     Row("1.5-sft", "CogVideoX1.5-5B", f"{LONG} {WITHOUT_HOST} --offload_activations true", 30),
     Row("1.5-sft-smallest", "CogVideoX1.5-5B", f"{LONG} {SFT} {SMALLEST_SFT}", 22),

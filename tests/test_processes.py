@@ -34,4 +34,3 @@ def test_a_thread_in_torch_does_not_change_how_a_process_ends(ending, code):
     assert "registered" in done.stdout
     assert ("error: wrong" in done.stderr) == (code == 2)
     assert done.returncode == code, done.stderr
-

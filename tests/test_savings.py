@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import arguments, read_metrics, succeed
-from utils import activations, adam8bit, fake_parts, quantized
+from utils import activations, fake_parts, quantized, quantized_adam
 from utils.args import parse_args
 from utils.components import load_transformer
 from utils.conditioning import predict_velocity
 from utils.model_form import read_form
 from utils.preflight import resolve
+from utils.quantized_adam import QuantizedAdam
 from utils.trainable import compile_blocks, make_trainable, trained_parameters, use_attention_kernel, uses_autocast
 
 FORMS = ("2b", "5b-i2v", "1.5-i2v")
@@ -158,34 +159,46 @@ def test_kernels_and_compiled_blocks_compute_the_same(tiny, tmp_path):
     torch.testing.assert_close(found, [predicted, expected], rtol=1e-4, atol=1e-6)
 
 
-def test_adam_in_8_bits_is_adam(monkeypatch):
+# How far the weights may go astray, as a share of their way in float32.
+@pytest.mark.parametrize(("bits", "smallest", "tolerance"), [(8, 2**20, 1e-5), (8, 1, 0.06), (4, 1, 0.2)])
+def test_adam_in_few_bits_is_adam(monkeypatch, bits, smallest, tolerance):
+    monkeypatch.setattr(quantized_adam, "SMALLEST", smallest)
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(64, 256))
+    before = torch.randn(64, 256)
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-2}
-    before = weight.detach().clone()
-    changes = {}
-    for name, smallest in (("float32", 2**20), ("8 bits", 1)):
-        monkeypatch.setattr(adam8bit, "SMALLEST", smallest)
-        ours, theirs = (torch.nn.Parameter(before.clone()) for _ in range(2))
-        optimizers = [torch.optim.AdamW([theirs], **settings)]
-        optimizers += [adam8bit.Adam8bit([ours], **settings, decoupled_weight_decay=True, seed=0, release=False)]
-        for _ in range(100):
-            noise = torch.randn_like(weight) * torch.logspace(-3, 0, 256)  # of small and large gradients in a block
-            for parameter, optimizer in zip((theirs, ours), optimizers, strict=True):
-                parameter.grad = noise + 0.3 * parameter.detach()
-                optimizer.step()
-        changes[name] = float((ours - theirs).detach().norm() / (theirs.detach() - before).norm())
-    assert changes["float32"] < 1e-5 and changes["8 bits"] < 0.06  # measured: 0.047
+    ours, theirs = (torch.nn.Parameter(before.clone()) for _ in range(2))
+    optimizers = [
+        torch.optim.AdamW([theirs], **settings),
+        QuantizedAdam([ours], **settings, mean_bits=bits, decoupled_weight_decay=True, seed=0, release=False),
+    ]
+    for _ in range(100):
+        noise = torch.randn_like(before) * torch.logspace(-3, 0, 256)  # of small and large gradients in a block
+        for parameter, optimizer in zip((theirs, ours), optimizers, strict=True):
+            parameter.grad = noise + 0.3 * parameter.detach()
+            optimizer.step()
+    assert float((ours - theirs).detach().norm() / (theirs.detach() - before).norm()) < tolerance
+    held = sum(slot.nbytes for slot in optimizers[1].state[ours].values() if isinstance(slot, torch.Tensor))
+    assert held == before.numel() * (8 if smallest > 1 else (bits + 8) / 8 + 2 * 4 / quantized_adam.BLOCK)
 
+
+def test_rounding_at_random_is_exact_on_average():
     third = torch.full((2**20,), 1 + 2**-7 / 3)  # between two neighbours in bfloat16
-    rounded = adam8bit.round_at_random(torch.cat([third, -third]), torch.Generator().manual_seed(0)).float()
+    rounded = quantized_adam.round_at_random(torch.cat([third, -third]), torch.Generator().manual_seed(0)).float()
     assert rounded.abs().unique().tolist() == [1, 1 + 2**-7]
     for half, value in zip(rounded.chunk(2), (third[0], -third[0]), strict=True):
         assert float(half.mean()) == pytest.approx(float(value), abs=2e-5)
+    values = torch.rand(2**20) - 0.5
+    values[:: quantized_adam.BLOCK] = 1  # one scale for all
+    coded = quantized_adam.decode(*quantized_adam.encode(values, 4, True, torch.Generator().manual_seed(0)), 4, True)
+    assert len(coded.unique()) <= 16
+    assert float((coded - values).abs().max()) < 0.225  # the widest step
+    assert float((coded - values).mean()) == pytest.approx(0, abs=2e-4)
 
 
-def test_released_gradients_train_the_same_weights_and_resume(tiny, data, tmp_path):
-    options = ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "--max_grad_norm", 0]
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_released_gradients_train_the_same_weights_and_resume(tiny, data, tmp_path, bits):
+    options = ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", bits]
+    options += ["--max_grad_norm", 0]
     options += ["--autocast", "false", "--learning_rate", 1e-3, "--lr_warmup_steps", 0]
     options += ["--resume_from_checkpoint", "latest"]
     runs = [("whole", 4, []), ("halves", 2, ["--release_gradients"]), ("halves", 4, ["--release_gradients"])]

@@ -186,8 +186,10 @@ class MemoryArgs:
     offload_optimizer: bool = option(
         False, help="sft on one GPU: gradients, float32 weights and Adam's states in host memory, 16 bytes a weight"
     )
-    quantize_optimizer: bool = option(
-        False, help="hold Adam's states in 8 bits; sft: weights in bf16 too, rounded at random, in place of float32"
+    quantize_optimizer: Literal["none", "8bit", "4bit"] = option(
+        "none",
+        help="hold Adam's states in 8 bits, or of them the mean in 4; sft: weights in bf16 too, rounded at random, in "
+        "place of float32",
     )
     release_gradients: bool = option(
         False, help="with --quantize_optimizer on one GPU: update in the backward pass; no clipping, no accumulation"
@@ -215,10 +217,10 @@ class MemoryArgs:
                 yield f"--{name} true needs --gradient_checkpointing true; without it everything is kept on the GPU."
         if self.compile_blocks and self.keep_attention:
             yield "--compile_blocks and --keep_attention exclude each other: in a compiled block nothing can be kept."
-        if self.quantize_optimizer and self.offload_optimizer:
+        if self.quantize_optimizer != "none" and self.offload_optimizer:
             yield "--quantize_optimizer and --offload_optimizer exclude each other: on the host the states are float32."
-        if self.release_gradients and not self.quantize_optimizer:
-            yield "--release_gradients true needs --quantize_optimizer true."
+        if self.release_gradients and self.quantize_optimizer == "none":
+            yield "--release_gradients true needs --quantize_optimizer 8bit or 4bit."
 
 
 @dataclass(frozen=True)

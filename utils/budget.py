@@ -16,14 +16,14 @@ from utils.prediction import GIB, Prediction, few_blocks_updates, peaks_beside, 
 # GPU has measured their order.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False}
-    | {"quantize_base": "none", "quantize_optimizer": False, "release_gradients": False, "offload_optimizer": False}
+    | {"quantize_base": "none", "quantize_optimizer": "none", "release_gradients": False, "offload_optimizer": False}
     | {"autocast": True, "compile_blocks": False},
     {"gradient_checkpointing": True, "keep_attention": True},
     {"offload_activations": True},
 )
 SETTINGS_OF_LORA: tuple[dict[str, Any], ...] = ({"quantize_base": "int8"}, {"quantize_base": "int4"})
-SETTINGS_OF_SFT: tuple[dict[str, Any], ...] = ({"quantize_optimizer": True},)
-SETTINGS_OF_ONE_GPU: tuple[dict[str, Any], ...] = ({"quantize_optimizer": False, "offload_optimizer": True},)
+SETTINGS_OF_SFT: tuple[dict[str, Any], ...] = ({"quantize_optimizer": "8bit"}, {"quantize_optimizer": "4bit"})
+SETTINGS_OF_ONE_GPU: tuple[dict[str, Any], ...] = ({"quantize_optimizer": "none", "offload_optimizer": True},)
 
 
 def free_gpu_memory() -> float | None:

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
-from utils.adam8bit import Adam8bit
 from utils.args import Args, TrainingArgs
 from utils.host_adam import HostAdam
+from utils.quantized_adam import QuantizedAdam
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, is_zero: bool) -> torch.optim.Optimizer:
@@ -20,10 +20,14 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, is_zero: bo
     settings, is_decoupled = _settings(training), training.optimizer == "adamw"
     if args.memory.offload_optimizer:
         return HostAdam(parameters, **settings, decoupled_weight_decay=is_decoupled)
-    if args.memory.quantize_optimizer:
-        release = args.memory.release_gradients
-        return Adam8bit(
-            parameters, **settings, decoupled_weight_decay=is_decoupled, seed=training.seed, release=release
+    if args.memory.quantize_optimizer != "none":
+        return QuantizedAdam(
+            parameters,
+            **settings,
+            mean_bits={"8bit": 8, "4bit": 4}[args.memory.quantize_optimizer],
+            decoupled_weight_decay=is_decoupled,
+            seed=training.seed,
+            release=args.memory.release_gradients,
         )
     kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam  # accelerate gives DeepSpeed's of the same class
     return kind(parameters, **settings, fused=_is_fused(training, is_zero))
@@ -34,7 +38,7 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Clips the gradients to a norm, or not with 0; returns the norm they had, those that are gone already too."""
     inner = optimizer.optimizer
-    if isinstance(inner, Adam8bit) and inner.release:
+    if isinstance(inner, QuantizedAdam) and inner.release:
         return inner.released_norm()
     return accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
 

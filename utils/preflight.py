@@ -168,9 +168,9 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
     if args.memory.offload_optimizer and precision == "fp16":
         faults.append("--offload_optimizer has no loss scale; use --mixed_precision bf16.")
     memory = args.memory
-    if memory.quantize_optimizer and is_zero:
+    if memory.quantize_optimizer != "none" and is_zero:
         faults.append("--quantize_optimizer is for DDP; DeepSpeed has an optimizer of its own.")
-    if memory.quantize_optimizer and precision == "fp16" and args.model.training_type == "sft":
+    if memory.quantize_optimizer != "none" and precision == "fp16" and args.model.training_type == "sft":
         faults.append("--quantize_optimizer trains weights in bf16 themselves; use --mixed_precision bf16.")
     if memory.compile_blocks and is_zero:
         faults.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights layer by layer within a block.")
@@ -182,7 +182,7 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
         faults.append("--autocast false: in fp16 norms overflow without it; use --mixed_precision bf16.")
     if not memory.autocast and precision == "bf16" and weight_dtype(args, is_zero) == torch.float32:
         faults.append(
-            "--autocast false needs weights in bf16; for sft that is --quantize_optimizer true or "
+            "--autocast false needs weights in bf16; for sft that is --quantize_optimizer 8bit or "
             "--offload_optimizer true."
         )
     for resolution in args.data.train_resolution:

@@ -23,13 +23,15 @@ from utils.checkpoint import (
 from utils.errors import UserError
 from utils.model_form import check_weights, read_config
 
-# Options that decide which weights exist; a checkpoint made with others cannot be continued.
+# Options that decide which weights and states exist; a checkpoint made with others cannot be continued.
 MUST_AGREE = (
     ("model", "model_type"),
     ("model", "training_type"),
     ("lora", "rank"),
     ("lora", "lora_alpha"),
     ("lora", "target_modules"),
+    ("memory", "quantize_optimizer"),
+    ("memory", "offload_optimizer"),
 )
 
 

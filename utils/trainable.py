@@ -29,7 +29,7 @@ def weight_dtype(args: Args, is_zero: bool) -> torch.dtype:
     Half precision under adapters, float32 where they are trained themselves, unless the optimizer has float32 copies
     of its own, DeepSpeed's, cut among the processes, or the one in host memory; or can do without.
     """
-    can_be_half = is_zero or args.memory.offload_optimizer or args.memory.quantize_optimizer
+    can_be_half = is_zero or args.memory.offload_optimizer or args.memory.quantize_optimizer != "none"
     return torch.float32 if args.model.training_type == "sft" and not can_be_half else compute_dtype(args)
 
 

@@ -1,14 +1,17 @@
-"""Adam with states of 8 bits and, for full fine-tuning, weights of bfloat16 alone: 4 bytes a weight and its gradient.
+"""Adam with states of few bits and, for full fine-tuning, weights of bfloat16 alone.
 
-States are held in blocks with a scale each, in codes that are fine near the largest of a block and reach seven orders
-of magnitude below it (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2). An update is mostly
-smaller than half a step of bfloat16, and rounding to the nearest would lose it: it is rounded up or down at random, so
-that the mean is exact (arXiv:2010.06192, section 3).
+States are held in blocks with a scale each, in codes that are fine near the largest of a block and reach, with 8 bits,
+seven orders of magnitude below it (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2). The mean
+of the gradients can do with 4 bits; that of their squares, by whose root is divided, cannot. What is smaller than half
+a step between two values would be lost by rounding to the nearest: an update of a weight in bfloat16, and what a
+gradient adds to a mean of 4 bits. Both are rounded up or down at random, so that on average they are exact
+(arXiv:2010.06192, section 3).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,34 +26,47 @@ SMALLEST = 4096
 
 
 @cache
-def code_values(signed: bool) -> torch.Tensor:
-    """What the 256 codes stand for, ascending, float32 from -1 or 0 to 1.
+def code_values(bits: int, signed: bool) -> torch.Tensor:
+    """What the codes of so many bits stand for, ascending, float32 from -1 or 0 to 1.
 
     Each decade below 1 has half as many values as the one above, in the middles of equal parts of it.
     """
     values = [torch.ones(1)]
-    for decade in range(7):
+    for decade in range(bits - 1):
         count = 2 ** (decade if signed else decade + 1)
         edges = torch.linspace(0.1, 1, count + 1)
-        values.append(10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2)
+        values.append(10.0 ** (decade - bits + 2) * (edges[1:] + edges[:-1]) / 2)
     positive = torch.cat(values)
     return torch.cat([-positive[1:], torch.zeros(1), positive] if signed else [torch.zeros(1), positive]).sort().values
 
 
-def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 (N,) -> codes uint8 (N,) and scales float32 (N / BLOCK, 1); what is not zero gets no code of zero."""
+def encode(
+    values: torch.Tensor, bits: int, signed: bool, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 (N,) -> codes uint8 (N * bits / 8,) and scales float32 (N / BLOCK, 1).
+
+    8 bits take the nearest value, but of squares not zero for what is not; 4 bits one of both neighbours, at random.
+    """
     blocks = values.view(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    table = code_values(signed).to(values.device)
-    codes = torch.bucketize(blocks / scale, (table[1:] + table[:-1]) / 2, out_int32=True)
-    if not signed:  # under a root, as a divisor
-        codes.clamp_min_(1)
-    return codes.to(torch.uint8).flatten(), scale
+    blocks, table = blocks / scale, code_values(bits, signed).to(values.device)
+    if bits == 8:
+        codes = torch.bucketize(blocks, (table[1:] + table[:-1]) / 2, out_int32=True)
+        if not signed:  # under a root, as a divisor
+            codes.clamp_min_(1)
+        return codes.to(torch.uint8).flatten(), scale
+    upper = torch.bucketize(blocks, table, out_int32=True).clamp_(1, len(table) - 1)
+    below, above = table[upper - 1], table[upper]
+    chance = torch.rand(blocks.shape, device=values.device, generator=generator)
+    codes = (upper - (chance >= (blocks - below) / (above - below)).int()).to(torch.uint8).view(-1, 2)
+    return codes[:, 0] | codes[:, 1] << 4, scale
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
+def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
     """The float32 values (N,) that codes stand for."""
-    table = code_values(signed).to(codes.device)
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=1)
+    table = code_values(bits, signed).to(codes.device)
     return (table[codes.int()].view(-1, BLOCK) * scale).flatten()
 
 
@@ -60,10 +76,11 @@ def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.T
     return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
-class Adam8bit(torch.optim.Optimizer):
+class QuantizedAdam(torch.optim.Optimizer):
     """Adam for weights in float32 or bfloat16.
 
     Args:
+        mean_bits: 8 or 4; the mean of the squares has 8.
         decoupled_weight_decay: AdamW.
         seed: of the rounding, which is the same on every process and after resuming.
         release: update each weight in the backward pass as soon as its gradient is there, and drop the gradient. `step`
@@ -77,13 +94,14 @@ class Adam8bit(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        mean_bits: int,
         decoupled_weight_decay: bool,
         seed: int,
         release: bool,
     ) -> None:
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(weights, settings | {"decoupled_weight_decay": decoupled_weight_decay})
-        self.seed, self.release = seed, release
+        self.mean_bits, self.seed, self.release = mean_bits, seed, release
         self._index: dict[torch.Tensor, int] = {weight: index for index, weight in enumerate(weights)}
         self._norms: list[torch.Tensor] = []
         if release:
@@ -112,19 +130,16 @@ class Adam8bit(torch.optim.Optimizer):
     def _update(self, weight: torch.Tensor) -> None:
         group, state = self.param_groups[0], self.state[weight]
         assert weight.grad is not None
-        if not state:
-            state["step"] = 0
-            for name, signed in (("mean", True), ("square", False)):
-                zeros = torch.zeros(weight.numel(), device=weight.device)
-                if weight.numel() < SMALLEST or weight.numel() % BLOCK:
-                    state[name] = zeros
-                else:
-                    state[name], state[f"{name}_scale"] = encode(zeros, signed)
-        state["step"] += 1
+        state["step"] = state.get("step", 0) + 1
         step, (beta1, beta2), rate = state["step"], group["betas"], group["lr"]
         generator = torch.Generator(weight.device).manual_seed(
             seed_for(ROUNDING, self.seed, step * len(self._index) + self._index[weight])
         )
+        mean_slot = Slot(state, "mean", self.mean_bits, signed=True, generator=generator)
+        square_slot = Slot(state, "square", 8, signed=False, generator=generator)
+        if step == 1:
+            for slot in (mean_slot, square_slot):
+                slot.fill_with_zeros(weight)
         weights, gradients = weight.view(-1), weight.grad.reshape(-1)
         for start in range(0, len(weights), CHUNK):
             part = slice(start, start + CHUNK)
@@ -133,10 +148,10 @@ class Adam8bit(torch.optim.Optimizer):
                 value = value * (1 - rate * group["weight_decay"])
             else:
                 gradient = gradient + group["weight_decay"] * value
-            mean = _read(state, "mean", part).lerp_(gradient, 1 - beta1)
-            square = _read(state, "square", part).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            _write(state, "mean", part, mean)
-            _write(state, "square", part, square)
+            mean = mean_slot.read(part).lerp_(gradient, 1 - beta1)
+            square = square_slot.read(part).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            mean_slot.write(part, mean)
+            square_slot.write(part, square)
             divisor = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
             value.addcdiv_(mean, divisor, value=-rate / (1 - beta1**step))
             weights[part] = round_at_random(value, generator) if weight.dtype == torch.bfloat16 else value
@@ -152,17 +167,44 @@ class Adam8bit(torch.optim.Optimizer):
                 }
 
 
-def _read(state: dict[str, Any], name: str, part: slice) -> torch.Tensor:
-    """A part of a state as float32, to be written to."""
-    scale = state.get(f"{name}_scale")
-    if scale is None:
-        return state[name][part].clone()
-    return decode(state[name][part], scale[part.start // BLOCK : part.stop // BLOCK], signed=name == "mean")
+@dataclass(frozen=True)
+class Slot:
+    """One of the two states of a weight: codes with their scales, or float32 where the weight is small."""
 
+    state: dict[str, Any]
+    name: str
+    bits: int
+    signed: bool
+    generator: torch.Generator
 
-def _write(state: dict[str, Any], name: str, part: slice, values: torch.Tensor) -> None:
-    scale = state.get(f"{name}_scale")
-    if scale is None:
-        state[name][part] = values
-    else:
-        state[name][part], scale[part.start // BLOCK : part.stop // BLOCK] = encode(values, signed=name == "mean")
+    def fill_with_zeros(self, weight: torch.Tensor) -> None:
+        count, device = weight.numel(), weight.device
+        if count < SMALLEST or count % BLOCK:
+            self.state[self.name] = torch.zeros(count, device=device)
+            return
+        self.state[self.name] = torch.empty(count * self.bits // 8, dtype=torch.uint8, device=device)
+        self.state[f"{self.name}_scale"] = torch.empty(count // BLOCK, 1, device=device)
+        for start in range(0, count, CHUNK):
+            part = slice(start, min(start + CHUNK, count))
+            self.write(part, torch.zeros(part.stop - part.start, device=device))
+
+    def read(self, part: slice) -> torch.Tensor:
+        """A part of the state as float32, to be written to."""
+        scale = self.state.get(f"{self.name}_scale")
+        if scale is None:
+            return self.state[self.name][part].clone()
+        return decode(self.state[self.name][self._codes(part)], scale[self._scales(part)], self.bits, self.signed)
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        scale = self.state.get(f"{self.name}_scale")
+        if scale is None:
+            self.state[self.name][part] = values
+            return
+        codes, scale[self._scales(part)] = encode(values, self.bits, self.signed, self.generator)
+        self.state[self.name][self._codes(part)] = codes
+
+    def _codes(self, part: slice) -> slice:
+        return slice(part.start * self.bits // 8, part.stop * self.bits // 8)
+
+    def _scales(self, part: slice) -> slice:
+        return slice(part.start // BLOCK, part.stop // BLOCK)
