@@ -57,6 +57,18 @@ def test_the_first_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypat
         assert isinstance(found, type(args)) and found.memory == expected
 
 
+def test_the_text_encoder_gives_way_where_it_alone_is_too_large(tiny, tmp_path, exact, monkeypatch):
+    def beside(args, *_):
+        return prediction.Beside(0 if args.memory.offload_text_encoder else 10 * prediction.GIB, 0)
+
+    monkeypatch.setattr(budget, "peaks_beside", beside)
+    args, form = setting(tiny("5b"), tmp_path, "--offload_text_encoder")
+    for gib, offloaded in ((9.9, True), (10.1, False)):
+        found = budget.fastest_that_fits(args, form, {}, None, 1, gib)
+        assert isinstance(found, type(args)) and found.memory.offload_text_encoder == offloaded
+        assert f"--offload_text_encoder {str(offloaded).lower()}" in budget.flags(found)
+
+
 def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, exact, monkeypatch):
     monkeypatch.setattr(budget, "peaks_beside", lambda *_: prediction.Beside(0, 0))
     plain = ("--gradient_checkpointing", "false")

@@ -74,17 +74,18 @@ def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tm
         kind.from_pretrained(model_dir / name, dtype=torch.bfloat16).save_pretrained(model_dir / name)
     with encoders.pixel_encoders(model_dir, CPU, True, True) as encode:
         assert encode.video(torch.zeros(9, 64, 64, 3, dtype=torch.uint8)).dtype == torch.bfloat16
-    with encoders.prompt_encoder(model_dir, CPU, 26) as encode:
+    with encoders.prompt_encoder(model_dir, CPU, 26, offload=False) as encode:
         assert encode("a circle").dtype == torch.bfloat16
     del encode
     models = [thing for thing in gc.get_objects() if isinstance(thing, AutoencoderKLCogVideoX | T5EncoderModel)]
     assert all(parameter.is_meta for model in models for parameter in model.parameters())
 
 
-def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
+@pytest.mark.parametrize("offload", [False, True])
+def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path, offload):
     model_dir, cache = tiny("5b"), LatentCache(tmp_path)
     prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
-    precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26), Share(0, 1), alive)
+    precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26, offload), Share(0, 1), alive)
     pipeline = CogVideoXPipeline.from_pretrained(model_dir)
     for name, text in prompts.items():
         expected, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=26)

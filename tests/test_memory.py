@@ -72,6 +72,14 @@ def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
     assert found["tflop"] == recorded["tflop"] and found["flags"] == recorded["flags"]
 
 
+def test_an_offloaded_text_encoder_takes_its_largest_layer_at_a_time():
+    form, config = memory.find_form("THUDM/CogVideoX-5b")
+    whole, offloaded = (fake_parts.peak_of_encoding_prompts(form, config, offload) for offload in (False, True))
+    assert whole == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # T5-XXL's encoder in bf16, and activations
+    embedding = config["vocab_size"] * config["d_model"] * 2
+    assert embedding < offloaded < 1.05 * embedding
+
+
 def test_processes_share_what_zero_divides():
     updates = fake_parts.Updates(
         {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0

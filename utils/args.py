@@ -197,6 +197,9 @@ class MemoryArgs:
     quantize_base: Literal["none", "int8", "fp8", "int4"] = option(
         "none", help="lora: hold the frozen weights of the blocks in 8 or 4 bits"
     )
+    offload_text_encoder: bool = option(
+        False, help="prompts are encoded with T5 in host memory, each layer copied to the GPU in its turn"
+    )
     autocast: bool = option(
         True, help="false: bf16 throughout, norms too, as in sampling; less memory and copying; DeepSpeed has none"
     )

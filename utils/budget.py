@@ -10,7 +10,7 @@ import torch
 from utils.args import Args
 from utils.errors import UserError
 from utils.model_form import ModelForm
-from utils.prediction import GIB, Prediction, few_blocks_updates, peaks_beside, put_together
+from utils.prediction import GIB, Prediction, few_blocks_updates, gib_to_have, peaks_beside, put_together
 
 # From the fastest to the smallest, each with what the one before has. By the work and the copies that they cost; no
 # GPU has measured their order.
@@ -48,7 +48,7 @@ def fit_to_budget(
     chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, budget)
     if isinstance(chosen, Prediction):
         raise UserError(
-            f"--vram_budget_gib {budget:g}: {chosen.gib_to_have:.1f} GiB are needed with every saving on "
+            f"--vram_budget_gib {budget:g}: {gib_to_have(chosen.peak):.1f} GiB are needed with every saving on "
             f"(training {sum(chosen.training.values()) / GIB:.1f}, validation {chosen.validation / GIB:.1f}, encoding "
             f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less."
         )
@@ -64,7 +64,11 @@ def fastest_that_fits(
     budget_gib: float,
 ) -> Args | Prediction:
     """The settings, or what the smallest of them would take."""
-    beside = peaks_beside(args, form, text_encoder, zero is not None)
+    for offload in (False, True):  # slower once, and no update is
+        args = replace(args, memory=replace(args.memory, offload_text_encoder=offload))
+        beside = peaks_beside(args, form, text_encoder, zero is not None)
+        if gib_to_have(beside.encoding) <= budget_gib:
+            break
     steps = SETTINGS
     if args.model.training_type == "lora":
         steps += SETTINGS_OF_LORA if zero is None else ()
@@ -74,13 +78,14 @@ def fastest_that_fits(
         args = replace(args, memory=replace(args.memory, **step))
         updates = few_blocks_updates(args, form, zero is not None, num_processes)
         prediction = put_together(args, updates, beside, zero, num_processes)
-        if prediction.gib_to_have <= budget_gib:
+        if gib_to_have(prediction.peak) <= budget_gib:
             return args
     return prediction
 
 
 def flags(args: Args) -> str:
     names = dict.fromkeys(name for step in (*SETTINGS, *SETTINGS_OF_LORA, *SETTINGS_OF_SFT) for name in step)
+    names |= {"offload_text_encoder": None}
     return " ".join(f"--{name} {str(getattr(args.memory, name)).lower()}" for name in names)
 
 
@@ -103,4 +108,4 @@ def check_fits(
         chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free)
         advice = f"These flags would fit: {flags(chosen)}" if isinstance(chosen, Args) else "No settings would fit"
         raise UserError(f"{needed[0].upper()}{needed[1:]}. {advice}.")
-    return [f"{needed}; that is close."] if prediction.gib_to_have > free else []
+    return [f"{needed}; that is close."] if gib_to_have(prediction.peak) > free else []

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKLCogVideoX
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
@@ -56,18 +57,30 @@ def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -
 
 @torch.no_grad()
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int, prompt: str
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: T5EncoderModel,
+    device: torch.device,
+    max_length: int,
+    prompt: str,
 ) -> torch.Tensor:
     """Prompt -> [S, D] in the text encoder's dtype; padded or cut to S tokens, as `_get_t5_prompt_embeds` does."""
     tokens = tokenizer(prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0][0].cpu()
+    return text_encoder(tokens.input_ids.to(device))[0][0].cpu()
 
 
 @contextmanager
-def prompt_encoder(model_dir: Path, device: torch.device, max_length: int) -> Iterator[Callable[[str], torch.Tensor]]:
-    text_encoder = components.load_text_encoder(model_dir, device)
+def prompt_encoder(
+    model_dir: Path, device: torch.device, max_length: int, offload: bool
+) -> Iterator[Callable[[str], torch.Tensor]]:
+    """
+    Args:
+        offload: the weights stay in host memory; each layer is copied to the device when its turn comes.
+    """
+    text_encoder = components.load_text_encoder(model_dir, torch.device("cpu") if offload else device)
+    if offload:
+        cpu_offload(text_encoder, device)
     with components.released(text_encoder):
-        yield partial(encode_prompt, components.load_tokenizer(model_dir), text_encoder, max_length)
+        yield partial(encode_prompt, components.load_tokenizer(model_dir), text_encoder, device, max_length)
 
 
 @contextmanager

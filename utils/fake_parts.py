@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 from dataset.video import Resolution
 from utils.args import Args
 from utils.conditioning import predict_velocity, rotary_table
-from utils.fake_run import fake_run, flop_counter, give_fake_weights, storage_size
+from utils.fake_run import fake_run, flop_counter, give_fake_weights, storage_size, take_weights
 from utils.loss import velocity_loss
 from utils.model_form import ModelForm
 from utils.optimizer import make_optimizer
@@ -118,11 +118,16 @@ def peak_of_encoding_clips(args: Args, form: ModelForm, resolution: Resolution) 
         return live.peak
 
 
-def peak_of_encoding_prompts(form: ModelForm, config: dict[str, Any]) -> int:
+def peak_of_encoding_prompts(form: ModelForm, config: dict[str, Any], offload: bool) -> int:
     with init_empty_weights(include_buffers=True):
         encoder = T5EncoderModel(T5Config(**config)).to(torch.bfloat16).eval()
     with fake_run() as live, torch.no_grad():
-        give_fake_weights(encoder)
+        if offload:
+            for part in encoder.modules():
+                part.register_forward_pre_hook(lambda part, inputs: give_fake_weights(part, recurse=False))
+                part.register_forward_hook(lambda part, inputs, output: take_weights(part))
+        else:
+            give_fake_weights(encoder)
         live.watch_peak()
         encoder(torch.zeros(1, form.max_text_seq_length, dtype=torch.int64))
         return live.peak

@@ -101,9 +101,9 @@ def fake_run() -> Iterator[LiveBytes]:
         gc.unfreeze()
 
 
-def give_fake_weights(module: torch.nn.Module) -> None:
+def give_fake_weights(module: torch.nn.Module, recurse: bool = True) -> None:
     """Puts fake tensors in place of those on the meta device. Is to be called within `fake_run`."""
-    for part in module.modules():
+    for part in module.modules() if recurse else [module]:
         for name, weight in list(part._parameters.items()):
             if weight is not None:
                 fake = torch.empty(weight.shape, dtype=weight.dtype)
@@ -111,6 +111,13 @@ def give_fake_weights(module: torch.nn.Module) -> None:
         for name, buffer in list(part._buffers.items()):
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def take_weights(module: torch.nn.Module) -> None:
+    """Puts a module's own weights, not those of its parts, back on the meta device."""
+    for name, weight in list(module._parameters.items()):
+        if weight is not None:
+            module._parameters[name] = torch.nn.Parameter(weight.to("meta"), weight.requires_grad)
 
 
 @contextmanager

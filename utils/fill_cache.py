@@ -31,7 +31,13 @@ def fill_cache(processes: PartialState, roll_call: RollCall, plan: RunPlan) -> R
     cache, share = LatentCache(plan.cache_dir), Share(processes.process_index, processes.num_processes)
     if processes.is_main_process:
         remove_leftovers(plan.cache_dir)
-    load_prompt_encoder = partial(encoders.prompt_encoder, plan.model_dir, device, plan.form.max_text_seq_length)
+    load_prompt_encoder = partial(
+        encoders.prompt_encoder,
+        plan.model_dir,
+        device,
+        plan.form.max_text_seq_length,
+        args.memory.offload_text_encoder,
+    )
     load_pixel_encoders = partial(
         encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
     )

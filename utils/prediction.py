@@ -51,11 +51,6 @@ class Prediction:
     def peak(self) -> int:
         return max(sum(self.training.values()), self.validation, self.encoding)
 
-    @property
-    def gib_to_have(self) -> float:
-        """Free memory that a card should have."""
-        return self.peak / GIB * MARGIN + BESIDE
-
 
 @dataclass(frozen=True)
 class Beside:
@@ -68,6 +63,11 @@ class Beside:
 
     encoding: int
     generating: int
+
+
+def gib_to_have(peak: int) -> float:
+    """Free memory that a card should have for a peak of so many bytes."""
+    return peak / GIB * MARGIN + BESIDE
 
 
 def predict(
@@ -87,8 +87,9 @@ def predict(
 
 def peaks_beside(args: Args, form: ModelForm, text_encoder: dict[str, Any], is_zero: bool) -> Beside:
     resolution = largest(args, form)
+    prompts = peak_of_encoding_prompts(form, text_encoder, args.memory.offload_text_encoder)
     return Beside(
-        max(peak_of_encoding_clips(args, form, resolution), peak_of_encoding_prompts(form, text_encoder)),
+        max(peak_of_encoding_clips(args, form, resolution), prompts),
         peak_of_generating(args, form, resolution, is_zero) if args.validation.do_validation else 0,
     )
 
@@ -185,7 +186,7 @@ def describe_prediction(prediction: Prediction, args: Args, form: ModelForm) -> 
         f"{name} {' to '.join(f'{tflop / peak / share:.1f}' for share in reversed(UTILISATION))} s"
         for name, peak in GPUS.items()
     ]
-    fits = ", ".join(str(card) for card in CARDS if card >= prediction.gib_to_have)
+    fits = ", ".join(str(card) for card in CARDS if card >= gib_to_have(prediction.peak))
     lines = [
         f"Memory of a GPU: {gib(sum(prediction.training.values()))} in an update ({terms})",
         f"Before that, encoding clips and prompts: {gib(prediction.encoding)}",
@@ -197,7 +198,7 @@ def describe_prediction(prediction: Prediction, args: Args, form: ModelForm) -> 
     video_tokens, text_tokens = form.tokens(largest(args, form))
     return [
         *lines,
-        f"To have free, with a margin for what cannot be predicted: {prediction.gib_to_have:.1f} GiB; "
+        f"To have free, with a margin for what cannot be predicted: {gib_to_have(prediction.peak):.1f} GiB; "
         + (f"fits cards of {fits} GB" if fits else f"fits no card of {CARDS[-1]} GB or less"),
         f"Work of an update: {tflop:.0f} TFLOP, {video_tokens} video and {text_tokens} text tokens a sample",
         f"Time of an update, by data sheets and not measured: {', '.join(times)}",
