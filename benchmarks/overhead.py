@@ -1,32 +1,49 @@
-"""Seconds from launch to the first update done: the start, preflight, cache and model of a run.
+"""What a run takes beside its model: seconds from launch to the first update, and of each update.
 
     python -m benchmarks.overhead
 
-LoRA on the tiny model of the examples through the launch script, with clips to encode and with all in the cache.
-Measured on 2 CPU cores without a GPU, torch 2.13.0, nothing else running: 12.2 s and 5.6 s.
+LoRA on the tiny model of the examples, through the launch script for the start: preflight, cache, weights. Of an update
+what is not the transformer's passes, clipping and optimizer: reading the cache, drawing noise, loss, logging.
+What was found is in results/overhead.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+import train
 from utils.zero_config import ROOT
 
-CLIPS = 32
+RESULT = Path(__file__).parent / "results" / "overhead.json"
+CLIPS, UPDATES = 32, 60
+
+
+def flags(folder: Path, output: str, steps: int) -> list[str]:
+    return [
+        *("--model_path", "examples/tiny/t2v", "--model_type", "t2v", "--data_root", str(folder / "data")),
+        *("--output_dir", str(folder / output), "--train_resolution", "9x64x64", "--fps", "8"),
+        *("--train_steps", str(steps), "--mixed_precision", "no", "--num_workers", "1", "--report_to", "none"),
+    ]
 
 
 def launch(folder: Path, output: str) -> float:
     """Seconds until a run has logged an update."""
     metrics = folder / output / "metrics.jsonl"
-    command = [
-        *("bash", "train_ddp_t2v.sh", "--model_path", "examples/tiny/t2v", "--data_root", str(folder / "data")),
-        *("--output_dir", str(folder / output), "--train_resolution", "9x64x64", "--fps", "8", "--train_steps", "2"),
-        *("--mixed_precision", "no", "--num_workers", "1", "--report_to", "none"),
-    ]
+    command = ["bash", "train_ddp_t2v.sh", *flags(folder, output, 2)]
     start = time.perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"NUM_PROCESSES": "1"}, **quiet) as run:
@@ -35,13 +52,54 @@ def launch(folder: Path, output: str) -> float:
         return time.perf_counter() - start
 
 
+def updates(folder: Path) -> tuple[float, float]:
+    """Medians in seconds: of an update, and of what of it is not the model and its optimizer."""
+    spent = [0.0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[-1] += time.perf_counter() - start
+
+        return call
+
+    def step(optimizer: Any, *args: Any) -> None:
+        timed(original_step)(optimizer, *args)
+        spent.append(0.0)
+
+    original_step = AcceleratedOptimizer.step
+    with ExitStack() as patches:
+        for name in ("predict_velocity", "backward", "clip_gradients"):
+            patches.enter_context(patch.object(train, name, timed(getattr(train, name))))
+        patches.enter_context(patch.object(AcceleratedOptimizer, "step", step))
+        patches.enter_context(patch.object(sys, "argv", ["train.py", *flags(folder, "updates", UPDATES)]))
+        train.main()
+    lines = [json.loads(line) for line in (folder / "updates" / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["step_s"] for line in lines]
+    # the first is the one that makes everything
+    outside = [whole - model for whole, model in zip(seconds, spent, strict=False)][1:]
+    return statistics.median(seconds[1:]), statistics.median(outside)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world = ["python", "-m", "examples.world", str(folder / "data"), "--known", str(CLIPS)]
         subprocess.run(world, cwd=ROOT, check=True)
         first, again = launch(folder, "first"), launch(folder, "again")
-        print(f"{CLIPS} clips to encode: {first:.1f} s, all in the cache: {again:.1f} s")
+        whole, outside = updates(folder)
+    found = {
+        f"s_to_first_update_{CLIPS}_clips_to_encode": round(first, 1),
+        "s_to_first_update_all_cached": round(again, 1),
+        "s_an_update": round(whole, 4),
+        "s_an_update_outside_the_model": round(outside, 4),
+        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}",
+    }
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    print(RESULT.read_text())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from dataset.survey import Found, summary
 from dataset.video import SPREAD, cropped, decode, stretch
 from dataset.workers import Failure, contained
 from utils import components
-from utils.args import DataArgs, ValidationArgs, add_options, collect, make_parser, option
+from utils.args import DataArgs, ValidationArgs
+from utils.command_line import add_options, collect, make_parser, option
 from utils.errors import Findings, UserError, told_to_the_user
 from utils.model_form import ModelForm, read_form
 from utils.plan import encoding_of, find_cache_dir

@@ -21,6 +21,7 @@ from utils.model_form import read_form
 from utils.optimizer import make_optimizer
 from utils.preflight import resolve
 from utils.trainable import make_trainable, trained_parameters
+from utils.zero_config import resolve_template
 
 
 def real_peak(model, args, form) -> int:
@@ -92,6 +93,21 @@ def test_processes_share_what_zero_divides():
     section |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     offloaded, host = prediction.under_zero(updates, {"zero_optimization": section}, 2, 8)
     assert sum(offloaded.values()) == 10 + 10 + 2 * 2 * 5 + 2 * 50 and host == 16_000 + 2000
+
+
+@pytest.mark.parametrize("model", sorted({row.model for row in ROWS if row.zero and row.goal}))
+def test_zero_takes_what_others_derived_with_deepspeeds_buffers_and_less_with_ours(model):
+    rows = [row for row in ROWS if row.model == model and row.zero and row.goal]
+    args, form = real_size.settings(rows[0])
+    updates = prediction.few_blocks_updates(args, form, True, 8)  # the same for every template
+    for template, processes, goal in ((*row.zero, row.goal) for row in rows):
+        zero = resolve_template(ROOT / "configs" / f"{template}.json", args, form.width, processes)
+        ours = sum(prediction.under_zero(updates, zero, 2, processes)[0].values()) / prediction.GIB
+        section = zero["zero_optimization"]
+        for key in [key for key in section if "bucket" in key or key.startswith("stage3_")]:
+            del section[key]
+        theirs = sum(prediction.under_zero(updates, zero, 2, processes)[0].values()) / prediction.GIB
+        assert theirs == pytest.approx(goal, rel=0.1) and ours < goal, template
 
 
 def test_a_name_that_nothing_is_known_of_is_refused():

@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from utils.args import make_parser, option, parse_group
+from utils.command_line import make_parser, option, parse_group
 from utils.components import DTYPES, CogVideoXTransformer3DModel
 from utils.errors import UserError, told_to_the_user
 from utils.model_form import check_shapes, read_config
