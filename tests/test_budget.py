@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from tests.conftest import arguments, run
-from utils import activations, budget, prediction
+from utils import activations, budget, prediction, quantized_adam
 from utils.args import parse_args
 from utils.errors import UserError
 from utils.fake_parts import run_updates
 from utils.model_form import read_form, text_encoder_config
-from utils.preflight import preflight, resolve
+from utils.preflight import model_faults, preflight, resolve
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """No margin, which would be most of what a tiny model takes; and even its tensors are worth sending away."""
+    """No margin, which would be most of what a tiny model takes; its tensors are worth sending away, and cutting up."""
+    monkeypatch.setattr(quantized_adam, "CHUNK", 16 * quantized_adam.BLOCK)
     monkeypatch.setattr(prediction, "BESIDE", 0.0)
     monkeypatch.setattr(prediction, "MARGIN", 1.0)
     monkeypatch.setattr(activations, "SMALLEST", 1)
@@ -40,19 +42,21 @@ def test_few_blocks_tell_of_many(tiny, tmp_path, exact, options):
     assert found.host == pytest.approx(expected.host, rel=0.01)
 
 
-def test_the_first_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--training_type", "sft"]])
+def test_the_first_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypatch, options):
     model = tiny("5b")
-    args, form = setting(model, tmp_path)
+    args, form = setting(model, tmp_path, *options)
     form = replace(form, transformer=form.transformer | {"num_layers": 4})
     monkeypatch.setattr(budget, "peaks_beside", lambda *_: prediction.Beside(0, 0))
     ladder, needs = [], []
-    for step in budget.SETTINGS + budget.SETTINGS_OF_LORA:
+    for step in budget.ladder(args, None, 1):
         args = replace(args, memory=replace(args.memory, **step))
+        assert not [*args.faults(), *model_faults(args, form, False, 1)]
         ladder.append(args.memory)
         updates = prediction.few_blocks_updates(args, form, False, 1)
         needs.append(sum(updates.terms.values()) / prediction.GIB)
-    assert needs == sorted(needs, reverse=True)
-    for gib, expected in ((1.001 * needs[2], ladder[2]), (0.999 * needs[2], ladder[3])):
+    assert all(after < 1.001 * before for before, after in pairwise(needs)) and needs[-1] < needs[-2] < needs[-3]
+    for gib, expected in ((1.001 * needs[-2], ladder[-2]), (0.999 * needs[-2], ladder[-1])):
         found = budget.fastest_that_fits(args, form, text_encoder_config(model), None, 1, gib)
         assert isinstance(found, type(args)) and found.memory == expected
 
@@ -71,7 +75,7 @@ def test_the_text_encoder_gives_way_where_it_alone_is_too_large(tiny, tmp_path, 
 
 def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, exact, monkeypatch):
     monkeypatch.setattr(budget, "peaks_beside", lambda *_: prediction.Beside(0, 0))
-    plain = ("--gradient_checkpointing", "false")
+    plain = ("--gradient_checkpointing", "false", "--autocast", "false")
     args, form = setting(tiny("5b"), tmp_path, *plain)
     needed = sum(prediction.few_blocks_updates(args, form, False, 1).terms.values()) / prediction.GIB
     argv = arguments(tiny("5b"), data, tmp_path / "run", "--mixed_precision", "bf16", *plain)

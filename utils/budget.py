@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +13,37 @@ from utils.errors import UserError
 from utils.model_form import ModelForm
 from utils.prediction import GIB, Prediction, few_blocks_updates, gib_to_have, peaks_beside, put_together
 
-# From the fastest to the smallest, each with what the one before has. By the work and the copies that they cost; no
-# GPU has measured their order.
-SETTINGS: tuple[dict[str, Any], ...] = (
-    {"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False}
-    | {"quantize_base": "none", "quantize_optimizer": "none", "release_gradients": False, "offload_optimizer": False}
-    | {"autocast": True, "compile_blocks": False},
-    {"gradient_checkpointing": True, "keep_attention": True},
-    {"offload_activations": True},
+# What the choice is about; every setting on the ladder changes some of it.
+CHOSEN = (
+    *("gradient_checkpointing", "keep_attention", "offload_activations", "quantize_base", "quantize_optimizer"),
+    *("release_gradients", "offload_optimizer", "offload_text_encoder", "autocast"),
 )
-SETTINGS_OF_LORA: tuple[dict[str, Any], ...] = ({"quantize_base": "int8"}, {"quantize_base": "int4"})
-SETTINGS_OF_SFT: tuple[dict[str, Any], ...] = ({"quantize_optimizer": "8bit"}, {"quantize_optimizer": "4bit"})
-SETTINGS_OF_ONE_GPU: tuple[dict[str, Any], ...] = ({"quantize_optimizer": "none", "offload_optimizer": True},)
+
+
+def ladder(args: Args, zero: dict[str, Any] | None, num_processes: int) -> Iterator[dict[str, Any]]:
+    """Settings from the fastest to the smallest, each beside what the one before has.
+
+    By the work and the copies that they cost; no GPU has measured their order.
+    """
+    can_be_plain = zero is None and args.training.mixed_precision == "bf16"
+    is_lora = args.model.training_type == "lora"
+    yield {
+        **{"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False},
+        **{"quantize_base": "none", "quantize_optimizer": "none", "offload_optimizer": False},
+        **{"release_gradients": False, "compile_blocks": False, "autocast": not (can_be_plain and is_lora)},
+    }
+    yield {"gradient_checkpointing": True, "keep_attention": True}
+    yield {"offload_activations": True}
+    if is_lora and zero is None:
+        yield {"quantize_base": "int8"}
+        yield {"quantize_base": "int4"}
+    elif zero is None and args.training.mixed_precision != "fp16":
+        training = args.training
+        keeps_none = num_processes == training.gradient_accumulation_steps == 1 and training.max_grad_norm == 0
+        yield {"quantize_optimizer": "8bit", "release_gradients": keeps_none, "autocast": not can_be_plain}
+        yield {"quantize_optimizer": "4bit"}
+        if num_processes == 1:
+            yield {"quantize_optimizer": "none", "release_gradients": False, "offload_optimizer": True}
 
 
 def free_gpu_memory() -> float | None:
@@ -50,7 +70,8 @@ def fit_to_budget(
         raise UserError(
             f"--vram_budget_gib {budget:g}: {gib_to_have(chosen.peak):.1f} GiB are needed with every saving on "
             f"(training {sum(chosen.training.values()) / GIB:.1f}, validation {chosen.validation / GIB:.1f}, encoding "
-            f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less."
+            f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less"
+            f"{_in_bf16(args)}."
         )
     return chosen, f"Fastest settings that fit {budget:g} GiB: {flags(chosen)}"
 
@@ -69,12 +90,7 @@ def fastest_that_fits(
         beside = peaks_beside(args, form, text_encoder, zero is not None)
         if gib_to_have(beside.encoding) <= budget_gib:
             break
-    steps = SETTINGS
-    if args.model.training_type == "lora":
-        steps += SETTINGS_OF_LORA if zero is None else ()
-    elif zero is None and args.training.mixed_precision != "fp16":
-        steps += SETTINGS_OF_SFT + (SETTINGS_OF_ONE_GPU if num_processes == 1 else ())
-    for step in steps:
+    for step in ladder(args, zero, num_processes):
         args = replace(args, memory=replace(args.memory, **step))
         updates = few_blocks_updates(args, form, zero is not None, num_processes)
         prediction = put_together(args, updates, beside, zero, num_processes)
@@ -84,9 +100,7 @@ def fastest_that_fits(
 
 
 def flags(args: Args) -> str:
-    names = dict.fromkeys(name for step in (*SETTINGS, *SETTINGS_OF_LORA, *SETTINGS_OF_SFT) for name in step)
-    names |= {"offload_text_encoder": None}
-    return " ".join(f"--{name} {str(getattr(args.memory, name)).lower()}" for name in names)
+    return " ".join(f"--{name} {str(getattr(args.memory, name)).lower()}" for name in CHOSEN)
 
 
 def check_fits(
@@ -106,6 +120,15 @@ def check_fits(
     needed = f"about {prediction.peak / GIB:.1f} GiB of GPU memory are needed, and {free:.1f} GiB are free"
     if prediction.peak / GIB > free:
         chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free)
-        advice = f"These flags would fit: {flags(chosen)}" if isinstance(chosen, Args) else "No settings would fit"
+        advice = (
+            f"These flags would fit: {flags(chosen)}"
+            if isinstance(chosen, Args)
+            else f"No settings would fit{_in_bf16(args)}"
+        )
         raise UserError(f"{needed[0].upper()}{needed[1:]}. {advice}.")
     return [f"{needed}; that is close."] if gib_to_have(prediction.peak) > free else []
+
+
+def _in_bf16(args: Args) -> str:
+    is_limited = args.model.training_type == "sft" and args.training.mixed_precision == "fp16"
+    return "; with --mixed_precision bf16 more can be saved" if is_limited else ""
