@@ -84,8 +84,11 @@ def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tm
 @pytest.mark.parametrize("offload", [False, True])
 def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path, offload):
     model_dir, cache = tiny("5b"), LatentCache(tmp_path)
+    device = torch.device("cpu", 0)  # what a process of accelerate's has
     prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
-    precompute_prompts(cache, prompts, lambda: encoders.prompt_encoder(model_dir, CPU, 26, offload), Share(0, 1), alive)
+    precompute_prompts(
+        cache, prompts, lambda: encoders.prompt_encoder(model_dir, device, 26, offload), Share(0, 1), alive
+    )
     pipeline = CogVideoXPipeline.from_pretrained(model_dir)
     for name, text in prompts.items():
         expected, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=26)

@@ -76,9 +76,10 @@ def prompt_encoder(
     Args:
         offload: the weights stay in host memory; each layer is copied to the device when its turn comes.
     """
-    text_encoder = components.load_text_encoder(model_dir, torch.device("cpu") if offload else device)
-    if offload:
-        cpu_offload(text_encoder, device)
+    cpu = torch.device("cpu")
+    text_encoder = components.load_text_encoder(model_dir, cpu if offload else device)
+    if offload:  # accelerate's hooks take "cpu:0", which its processes have, for another device than "cpu"
+        cpu_offload(text_encoder, cpu if device.type == "cpu" else device)
     with components.released(text_encoder):
         yield partial(encode_prompt, components.load_tokenizer(model_dir), text_encoder, device, max_length)
 
