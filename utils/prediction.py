@@ -80,7 +80,7 @@ def predict(
         text_encoder: config of the T5 encoder.
         zero: DeepSpeed's configuration without "auto"; None for DDP.
     """
-    updates = run_updates(args, form, largest(args, form), zero is not None, num_processes)
+    updates = few_blocks_updates(args, form, zero is not None, num_processes)
     beside = peaks_beside(args, form, text_encoder, zero is not None)
     return put_together(args, updates, beside, zero, num_processes)
 
@@ -128,6 +128,8 @@ def few_blocks_updates(args: Args, form: ModelForm, is_zero: bool, num_processes
         return at_more + (at_more - at_few) * (blocks - more) // (more - few)
 
     terms = {name: on_the_line(small.terms[name], large.terms[name]) for name in large.terms}
+    gone = min(terms["working set"], 0)  # where many gradients make the peak, less of what was kept is left by then
+    terms |= {"kept activations": terms["kept activations"] + gone, "working set": terms["working set"] - gone}
     weights, trained, flop, host = (
         on_the_line(getattr(small, name), getattr(large, name)) for name in ("weights", "trained", "flop", "host")
     )
