@@ -170,8 +170,9 @@ def test_a_run_does_not_overwrite_or_continue_another(tiny, data, tmp_path):
     again = run("train.py", *arguments(tiny("5b"), data, out, *first))
     assert again.returncode == 2 and "already holds checkpoint-2" in again.stderr
     latest = [*first, "--resume_from_checkpoint", "latest"]
-    other = run("train.py", *arguments(tiny("2b"), data, out, *latest, "--rank", 4))
+    other = run("train.py", *arguments(tiny("2b"), data, out, *latest, "--rank", 4, "--quantize_optimizer", "4bit"))
     assert other.returncode == 2 and "--rank is 4, but" in other.stderr and "is not the base that" in other.stderr
+    assert "--quantize_optimizer is 4bit, but" in other.stderr
     assert "nothing is left to do" in succeed("train.py", *arguments(tiny("5b"), data, out, *latest))
     (out / "checkpoint-7").mkdir()
     back = ["--resume_from_checkpoint", out / "checkpoint-2", "--train_steps", 3]
