@@ -72,7 +72,8 @@ def encode_prompt(
 def prompt_encoder(
     model_dir: Path, device: torch.device, max_length: int, offload: bool
 ) -> Iterator[Callable[[str], torch.Tensor]]:
-    """
+    """Gives `encode_prompt` of a checkpoint's text encoder on a device.
+
     Args:
         offload: the weights stay in host memory; each layer is copied to the device when its turn comes.
     """
