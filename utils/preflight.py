@@ -55,6 +55,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         if template is not None:
             zero = found.of(resolve_template, template, args, form.width, num_processes)
         found.faults += model_faults(args, form, template is not None, num_processes)
+        found.faults += machine_faults(args, template is not None)
         found.notes += [note for size in args.data.train_resolution for note in form.frames_notes(size.frames)]
         if not found.faults:
             text_encoder = text_encoder_config(model_dir)
@@ -133,7 +134,7 @@ def resolve(args: Args, form: ModelForm, is_zero: bool = False) -> Args:
 
 
 def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int) -> list[str]:
-    """What does not go together between the command line, the model's configs and the machine."""
+    """What does not go together between the command line and the model's configs."""
     faults = []
     if form.task != args.model.model_type:
         faults.append(
@@ -145,14 +146,6 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
         faults.append(
             "--mixed_precision fp16: this checkpoint overflows in fp16 (only CogVideoX-2b was trained in it); use bf16."
         )
-    elif precision == "fp16" and not (torch.cuda.is_available() or (is_zero and deepspeed_has_fp16())):
-        faults.append("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
-    if (
-        precision == "bf16"
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
     if args.checkpoint.export_dtype is not None and not (is_zero and args.model.training_type == "sft"):
         faults.append(
             "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and the transformer/ of DDP "
@@ -174,8 +167,6 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
         faults.append("--quantize_optimizer trains weights in bf16 themselves; use --mixed_precision bf16.")
     if memory.compile_blocks and is_zero:
         faults.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights layer by layer within a block.")
-    if memory.attention_kernel in ("cudnn", "efficient") and not torch.cuda.is_available():
-        faults.append(f"--attention_kernel {memory.attention_kernel} needs a GPU; on a CPU use auto, flash or math.")
     if memory.release_gradients and num_processes > 1:
         faults.append("--release_gradients is for one GPU; several have to average their gradients first.")
     if not memory.autocast and precision == "fp16":
@@ -192,6 +183,19 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
             faults.append(
                 f"--target_modules {target}: it must name linear layers of the transformer and no others; try to_q."
             )
+    return faults
+
+
+def machine_faults(args: Args, is_zero: bool) -> list[str]:
+    """What this machine lacks for the command line."""
+    precision, kernel, has_gpu = args.training.mixed_precision, args.memory.attention_kernel, torch.cuda.is_available()
+    faults = []
+    if precision == "fp16" and not (has_gpu or (is_zero and deepspeed_has_fp16())):
+        faults.append("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
+    if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
+    if kernel in ("cudnn", "efficient") and not has_gpu:
+        faults.append(f"--attention_kernel {kernel} needs a GPU; on a CPU use auto, flash or math.")
     return faults
 
 
