@@ -57,15 +57,12 @@ def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -
 
 @torch.no_grad()
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: T5EncoderModel,
-    device: torch.device,
-    max_length: int,
-    prompt: str,
+    tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int, prompt: str
 ) -> torch.Tensor:
     """Prompt -> [S, D] in the text encoder's dtype; padded or cut to S tokens, as `_get_t5_prompt_embeds` does."""
     tokens = tokenizer(prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    return text_encoder(tokens.input_ids.to(device))[0][0].cpu()
+    device = text_encoder.device  # "meta" where it is offloaded, and its hooks move what it is given
+    return text_encoder(tokens.input_ids.to("cpu" if device.type == "meta" else device))[0][0].cpu()
 
 
 @contextmanager
@@ -82,7 +79,7 @@ def prompt_encoder(
     if offload:  # accelerate's hooks take "cpu:0", which its processes have, for another device than "cpu"
         cpu_offload(text_encoder, cpu if device.type == "cpu" else device)
     with components.released(text_encoder):
-        yield partial(encode_prompt, components.load_tokenizer(model_dir), text_encoder, device, max_length)
+        yield partial(encode_prompt, components.load_tokenizer(model_dir), text_encoder, max_length)
 
 
 @contextmanager
