@@ -51,7 +51,7 @@ def test_the_first_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypat
     ladder, needs = [], []
     for step in budget.ladder(args, None, 1):
         args = replace(args, memory=replace(args.memory, **step))
-        assert not [*args.faults(), *model_faults(args, form, False, 1)]
+        assert set(step) <= set(budget.CHOSEN) and not [*args.faults(), *model_faults(args, form, False, 1)]
         ladder.append(args.memory)
         updates = prediction.few_blocks_updates(args, form, False, 1)
         needs.append(sum(updates.terms.values()) / prediction.GIB)

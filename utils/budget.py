@@ -16,7 +16,7 @@ from utils.prediction import GIB, Prediction, few_blocks_updates, gib_to_have, p
 # What the choice is about; every setting on the ladder changes some of it.
 CHOSEN = (
     *("gradient_checkpointing", "keep_attention", "offload_activations", "quantize_base", "quantize_optimizer"),
-    *("release_gradients", "offload_optimizer", "offload_text_encoder", "autocast"),
+    *("release_gradients", "offload_optimizer", "offload_text_encoder", "autocast", "compile_blocks"),
 )
 
 
