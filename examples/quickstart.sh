@@ -22,7 +22,7 @@ bash "train_ddp_${FORM%-1.5}.sh" \
     --model_path "$MODEL" --data_root "$OUT/data" --output_dir "$OUT/lora" --id_token "$TOKEN" \
     --train_resolution 9x64x64 --fps 8 --train_steps 600 --batch_size 8 --mixed_precision no --gradient_checkpointing false \
     --rank 32 --target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 \
-    --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20 --num_workers 1 --checkpointing_steps 300 \
+    --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 --num_workers 1 --checkpointing_steps 300 \
     --do_validation true --validation_dir "$OUT/data/validation" --validation_steps 300 --num_inference_steps 20
 
 LORA=$OUT/lora/checkpoint-600
