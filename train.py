@@ -45,7 +45,6 @@ from utils.processes import end_with_parent, ends_the_process
 from utils.roll_call import RollCall
 from utils.schedule import is_due
 from utils.trainable import (
-    compile_blocks,
     compute_dtype,
     make_trainable,
     trained_parameters,
@@ -144,8 +143,6 @@ def train(plan: RunPlan) -> None:
     transformer = components.load_transformer(weights / "transformer", weight_dtype(args, is_zero), loaded_to)
     make_trainable(transformer, args, accelerator.device)
     use_attention_kernel(args.memory.attention_kernel)
-    if args.memory.compile_blocks:
-        compile_blocks(transformer)
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
     alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)

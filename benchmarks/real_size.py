@@ -32,7 +32,6 @@ from utils.optimizer import make_optimizer
 from utils.prediction import GIB, few_blocks_updates, largest, under_zero
 from utils.preflight import resolve
 from utils.trainable import (
-    compile_blocks,
     compute_dtype,
     make_trainable,
     trained_parameters,
@@ -86,8 +85,6 @@ def measure_row(row: Row) -> dict[str, Any]:
     torch.set_default_dtype(torch.float32)
     make_trainable(transformer, args, device)
     use_attention_kernel(args.memory.attention_kernel)
-    if args.memory.compile_blocks:
-        compile_blocks(transformer)
     parameters = trained_parameters(transformer)
     optimizer = make_optimizer(parameters, args, is_zero=False)
     batch = fake_batch(args, form, largest(args, form), 1)

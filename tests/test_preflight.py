@@ -53,7 +53,6 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--release_gradients"], "--release_gradients: a gradient is gone before .*--max_grad_norm 0"),
         ("2b", ["--training_type", "sft", "--mixed_precision", "bf16", "--autocast", "false"], "needs weights in bf16"),
         ("2b", ["--attention_kernel", "cudnn"], "--attention_kernel cudnn needs a GPU"),
-        ("2b", ["--compile_blocks", "--keep_attention"], "exclude each other: in a compiled block"),
         ("2b", ["--fps", "nan"], "--fps is nan; it must be above 0"),
         ("2b", ["--fps", "inf"], "--fps is inf; it must be above 0"),
         ("2b", ["--seed", "5000000000"], "--seed is 5000000000; it must be at least 0 and below"),

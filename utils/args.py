@@ -191,8 +191,6 @@ class MemoryArgs:
         for name in ("keep_attention", "offload_activations"):
             if getattr(self, name) and not self.gradient_checkpointing:
                 yield f"--{name} true needs --gradient_checkpointing true; without it everything is kept on the GPU."
-        if self.compile_blocks and self.keep_attention:
-            yield "--compile_blocks and --keep_attention exclude each other: in a compiled block nothing can be kept."
         if self.quantize_optimizer != "none" and self.offload_optimizer:
             yield "--quantize_optimizer and --offload_optimizer exclude each other: on the host the states are float32."
         if self.release_gradients and self.quantize_optimizer == "none":

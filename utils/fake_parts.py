@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,11 +134,11 @@ def peak_of_encoding_prompts(form: ModelForm, config: dict[str, Any], offload: b
 
 
 def empty_transformer(args: Args, form: ModelForm, is_zero: bool) -> CogVideoXTransformer3DModel:
-    """As `train` makes it, without weights."""
+    """As `train` makes it, without weights; not compiled, which takes no more memory."""
     with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(form.transformer)
     torch.nn.Module.to(transformer, weight_dtype(args, is_zero))
-    make_trainable(transformer, args)
+    make_trainable(transformer, replace(args, memory=replace(args.memory, compile_blocks=False)))
     return transformer
 
 

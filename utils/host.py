@@ -8,9 +8,38 @@ import torch
 HOST = torch.device("cpu")
 
 
-def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Host memory for a tensor; page-locked where a GPU copies to it, as it has to be to copy beside other work."""
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=HOST, pin_memory=tensor.is_cuda)
+# Page-locked memory is had from the system in pieces of so many bytes.
+PIECE = 2**30
+# Tensors in it begin at multiples of so many bytes.
+ALIGNMENT = 512
+
+
+class PageLocked:
+    """Host memory for tensors of a GPU, page-locked, as it has to be to copy beside other work.
+
+    They lie one behind the other; torch would give each a power of two of bytes. All are given back together.
+    """
+
+    def __init__(self) -> None:
+        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty_like(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """In the order of dimensions in which the tensor lies on its device; ordinary memory where that is the host."""
+        if not tensor.is_cuda:
+            return torch.empty_like(tensor, dtype=dtype, device=HOST)
+        stride = torch.empty_like(tensor, device="meta").stride()
+        return self.take(tensor.numel(), dtype or tensor.dtype).as_strided(tensor.shape, stride)
+
+    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The next so many values."""
+        size = count * dtype.itemsize
+        if self._used + size > len(self._piece):
+            self._piece = torch.empty(max(PIECE, size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._used = 0
+        values = self._piece[self._used : self._used + size].view(dtype)
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        return values
 
 
 class SideStream:

@@ -29,10 +29,11 @@ class HostAdam(torch.optim.Adam):
     def __init__(self, weights: list[torch.nn.Parameter], **settings: Any) -> None:
         self.weights = weights
         self.masters = []
+        masters, gradients = host.PageLocked(), host.PageLocked()  # apart, since a checkpoint holds only the first
         for weight in weights:
-            master = torch.nn.Parameter(host.empty_like(weight, torch.float32))
+            master = torch.nn.Parameter(masters.empty_like(weight, torch.float32))
             master.data.copy_(weight.data)
-            master.grad = host.empty_like(weight, torch.float32)
+            master.grad = gradients.empty_like(weight, torch.float32)
             self.masters.append(master)
         super().__init__(self.masters, **settings, fused=True)
         self._copies, self._leaving = SideStream(), deque[tuple[torch.Tensor, Any]]()
@@ -67,7 +68,7 @@ class HostAdam(torch.optim.Adam):
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
         for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.copy_(master)
+            weight.copy_(master.to(weight.device, non_blocking=True))  # as float32, for it is the GPU that converts
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

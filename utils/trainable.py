@@ -55,8 +55,12 @@ def make_trainable(
             compute_in_dtype_of_inputs(transformer)
         if args.memory.quantize_base != "none":
             quantize_blocks(transformer, args.memory.quantize_base, device)
-    if args.memory.gradient_checkpointing:
-        checkpoint_blocks(transformer, args.memory.keep_attention, args.memory.offload_activations)
+    memory = args.memory
+    if memory.gradient_checkpointing:
+        checkpoint_blocks(transformer, memory.keep_attention, memory.offload_activations, memory.compile_blocks)
+    elif memory.compile_blocks:
+        for block in transformer.transformer_blocks:  # all from one graph
+            block.compile(fullgraph=True)
     transformer.train()
 
 
@@ -71,12 +75,6 @@ def use_attention_kernel(name: str) -> None:
     }
     for kernel, switch in switches.items() if name != "auto" else ():
         switch(kernel == name)
-
-
-def compile_blocks(transformer: CogVideoXTransformer3DModel) -> None:
-    """Compiles each block by itself, all from one graph; what is recomputed is the compiled block."""
-    for block in transformer.transformer_blocks:
-        block.compile()
 
 
 def compute_in_dtype_of_inputs(transformer: torch.nn.Module) -> None:
