@@ -19,9 +19,10 @@ from PIL import Image
 from dataset.video import ClipError, Resolution, View, decode, frames_available, load_image, probe
 from utils import components
 from utils.command_line import finite, make_parser, option, parse_group, positive, seed_faults
+from utils.component_files import check_shapes, check_weights, read_config
 from utils.errors import Findings, UserError, told_to_the_user
 from utils.lora import find_lora, load_lora
-from utils.model_form import ModelForm, check_shapes, check_weights, read_config, read_form
+from utils.model_form import ModelForm, read_form
 from utils.preflight import check_writable
 from utils.stored_weights import read_merged
 

@@ -37,7 +37,7 @@ from utils.fill_cache import fill_cache
 from utils.loss import draw, velocity_loss
 from utils.metrics import TRACKERS, Metrics, quarter_means
 from utils.model_form import text_encoder_config
-from utils.optimizer import clip_gradients, make_lr_scheduler, make_optimizer
+from utils.optimizer import clip_gradients, make_loss_scale, make_lr_scheduler, make_optimizer
 from utils.plan import RunPlan, describe
 from utils.prediction import describe_prediction, predict
 from utils.preflight import preflight
@@ -143,6 +143,8 @@ def train(plan: RunPlan) -> None:
     transformer = components.load_transformer(weights / "transformer", weight_dtype(args, is_zero), loaded_to)
     make_trainable(transformer, args, accelerator.device)
     use_attention_kernel(args.memory.attention_kernel)
+    if args.memory.compile_blocks:
+        accelerator.print("Blocks are compiled in the first update, which takes minutes.")
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
     alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
@@ -153,9 +155,10 @@ def train(plan: RunPlan) -> None:
         accelerator.print("Note: samples, seed or samples an update are not those before; their order is another one.")
     progress.data = plan.data_digest
     optimizer = make_optimizer(parameters, args, is_zero)
+    if args.training.mixed_precision == "fp16" and not is_zero:
+        accelerator.scaler = make_loss_scale(args, accelerator.device)
     placement = [True, False] if args.memory.offload_optimizer else None  # None: what DeepSpeed insists on
     model, optimizer = accelerator.prepare(transformer, optimizer, device_placement=placement)
-    with_gradients = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
@@ -204,7 +207,7 @@ def train(plan: RunPlan) -> None:
             stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
             backward(accelerator, loss.mean(), progress.step)
             if accelerator.sync_gradients:
-                grad_norm = clip_gradients(accelerator, optimizer, with_gradients, args.training.max_grad_norm)
+                grad_norm = clip_gradients(accelerator, optimizer, args.training.max_grad_norm)
                 overflow = accelerator.optimizer_step_was_skipped or not math.isfinite(grad_norm)
                 if overflow and args.training.mixed_precision != "fp16":  # fp16 skips such an update
                     raise UserError(f"The gradients are not finite at step {progress.step + 1}. {WHAT_TO_DO}")
@@ -271,5 +274,6 @@ if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed outright would leave its processes training
         end_with_parent(os.getppid(), signal.SIGTERM)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of what DeepSpeed calls
+    warnings.filterwarnings("ignore", "Seems like `optimizer.step")  # of accelerate, under a loss scale
     with ends_the_process(), told_to_the_user():
         main()

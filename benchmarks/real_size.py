@@ -5,7 +5,8 @@
     python -m benchmarks.real_size 5b-lora --again      rows whose names have this in them, measured anew
 
 Each row runs in a process of its own, is written to benchmarks/results/ as soon as it is there, and is not done twice
-unless with --again. What is predicted not to fit the GPU is left out.
+unless with --again. What is predicted not to fit the GPU is left out. Measuring ends after --minutes; the same command
+goes on with what is left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ import torch
 from benchmarks.rows import ROWS, Row
 from utils.args import Args, parse_args
 from utils.fake_parts import fake_batch, loss_of
+from utils.launch import grow_segments
 from utils.memory import find_form
 from utils.model_form import ModelForm
-from utils.optimizer import make_optimizer
+from utils.optimizer import clip, make_optimizer
 from utils.prediction import GIB, few_blocks_updates, largest, under_zero
 from utils.preflight import resolve
 from utils.trainable import (
@@ -42,6 +45,9 @@ from utils.zero_config import ROOT, resolve_template
 
 RESULTS = Path(__file__).parent / "results"
 UPDATES = 3
+# Seconds: with less time left no row is begun.
+LEAST = 60
+DEVICE = torch.device("cuda")
 # Dense bf16 TFLOP/s of the data sheets, for the utilisation.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
 
@@ -73,31 +79,36 @@ def predict_row(row: Row) -> dict[str, Any]:
     }
 
 
+def model_tflop(row: Row) -> dict[str, Any]:
+    """Of an update, without what is computed anew."""
+    args, form = settings(row)
+    memory = replace(args.memory, gradient_checkpointing=False, keep_attention=False, offload_activations=False)
+    updates = few_blocks_updates(replace(args, memory=memory), form, row.zero is not None, 1)
+    return {"model_tflop": round(updates.flop / 1e12)}
+
+
 def measure_row(row: Row) -> dict[str, Any]:
     """Peak of reserved memory over three updates, and the time of one, on the GPU."""
     from diffusers import CogVideoXTransformer3DModel
 
     args, form = settings(row)
-    device = torch.device("cuda")
     torch.set_default_dtype(weight_dtype(args, is_zero=False))
-    with torch.device(device):
+    with DEVICE:
         transformer = CogVideoXTransformer3DModel.from_config(form.transformer)
     torch.set_default_dtype(torch.float32)
-    make_trainable(transformer, args, device)
+    make_trainable(transformer, args, DEVICE)
     use_attention_kernel(args.memory.attention_kernel)
     parameters = trained_parameters(transformer)
     optimizer = make_optimizer(parameters, args, is_zero=False)
     batch = fake_batch(args, form, largest(args, form), 1)
-    batch = {name: None if value is None else torch.randn_like(value, device=device) for name, value in batch.items()}
+    batch = {name: None if value is None else torch.randn_like(value, device=DEVICE) for name, value in batch.items()}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(UPDATES):
         start = time.perf_counter()
         loss_of(transformer, args, form, batch, is_zero=False).backward()
-        if args.training.max_grad_norm:
-            clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(clipped, args.training.max_grad_norm)
+        clip(optimizer, args.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
@@ -111,55 +122,71 @@ def main() -> None:
     parser.add_argument("rows", nargs="?", default="", help="part of the names of the rows to do; default: all")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--again", action="store_true", help="rows too that are in the file already")
+    parser.add_argument("--minutes", type=float, default=8, help="that measuring may take")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     rows = [row for row in ROWS if options.rows in row.name and (options.predict or row.zero is None)]
     if options.alone:
         row = next(row for row in rows if row.name == options.rows)
-        print(json.dumps(predict_row(row) if options.predict else measure_row(row)))
+        print(json.dumps(predict_row(row) | model_tflop(row) if options.predict else measure_row(row)))
         return
     predicted = RESULTS / "predicted.json"
     known = read(predicted)
     if options.predict:
-        file, free = predicted, math.inf
+        file, free, end = predicted, math.inf, None
     else:
         if not torch.cuda.is_available():
             sys.exit("There is no GPU to measure on; --predict needs none.")
         file = RESULTS / f"{torch.cuda.get_device_name().replace(' ', '-')}.json"
-        free = torch.cuda.mem_get_info()[0] / GIB
-    results = read(file)
+        free, end = torch.cuda.mem_get_info()[0] / GIB, time.monotonic() + 60 * options.minutes
+        grow_segments()
+    results, done = read(file), 0
     for row in rows:
-        if "error" not in results.get(row.name, {"error": "not done"}) and not options.again:
+        if row.name in results and not options.again:
             continue
         if not options.predict and known[row.name]["peak_gib"] > free:
             print(f"{row.name}: left out, {known[row.name]['peak_gib']} GiB of {free:.1f}")
             continue
-        found = alone(row, options.predict)
+        left = None if end is None else end - time.monotonic()
+        if left is not None and left < LEAST:
+            print("The time is up; the same command goes on from here.")
+            break
+        found = alone(row, options.predict, left)
+        if found is None and done:  # it may have had little time
+            print(f"{row.name}: not ended in time; the same command begins with it.")
+            break
+        done += 1
+        found = found or {"error": f"not ended in {options.minutes:g} minutes"}
         if "seconds" in found:
             found |= compared(row, found, known)
         results[row.name] = found
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        in_order = {row.name: results[row.name] for row in ROWS if row.name in results}
+        file.write_text(json.dumps(in_order, indent=1) + "\n")
         print(row.name, json.dumps(found), flush=True)
 
 
-def alone(row: Row, predict: bool) -> dict[str, Any]:
-    """What a process of its own finds of the row, or why it found nothing."""
+def alone(row: Row, predict: bool, seconds: float | None) -> dict[str, Any] | None:
+    """What a process of its own finds of the row, or why it found nothing; None where the time was too short."""
     command = [sys.executable, "-m", "benchmarks.real_size", row.name, "--alone", *(["--predict"] if predict else [])]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compared(row: Row, found: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """With the prediction; utilisation counts the work of the update, that of recomputing included."""
+    """With the prediction; utilisation of the model's work counts nothing twice that is computed anew."""
     gpu = torch.cuda.get_device_name()
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
     return {
         "reserved_by_predicted": found["reserved_gib"] / known[row.name]["peak_gib"],
         "utilisation": known[row.name]["tflop"] / found["seconds"] / peak if peak else None,
+        "model_utilisation": known[row.name]["model_tflop"] / found["seconds"] / peak if peak else None,
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")} | {"cuda": torch.version.cuda},
     }

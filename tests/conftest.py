@@ -58,6 +58,31 @@ def run(script: str, *args: str, processes: int | None = None, **settings: objec
     return subprocess.run(command(script, *args), env=environment(processes, **settings), timeout=600, **AS_A_USER)
 
 
+def patch_programs(folder: Path, module: str, code: str) -> dict[str, Path]:
+    """Variables with which the programs that are started execute `code` in a module once it is imported."""
+    (folder / "sitecustomize.py").write_text(PATCH.format(module=module, code=code))
+    return {"PYTHONPATH": folder}
+
+
+PATCH = """
+import importlib.util, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != {module!r}:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            exec({code!r}, vars(module))
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
 AS_A_USER = {"cwd": "/", "text": True, "capture_output": True}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import real_size
-from benchmarks.rows import ROWS
+from benchmarks.rows import ROWS, Row
 from tests.conftest import ROOT, arguments
 from utils import fake_parts, fake_run, memory, prediction
 from utils.args import parse_args
@@ -71,6 +71,24 @@ def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
     found, recorded = real_size.predict_row(row), real_size.read(real_size.RESULTS / "predicted.json")[row.name]
     assert found["peak_gib"] == pytest.approx(recorded["peak_gib"], rel=0.01) and found["peak_gib"] <= row.goal
     assert found["tflop"] == recorded["tflop"] and found["flags"] == recorded["flags"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--offload_activations true --quantize_base int4 --autocast false",
+        "--training_type sft --quantize_optimizer 8bit --release_gradients true --max_grad_norm 0 --autocast false",
+        "--training_type sft --offload_optimizer true",
+    ],
+)
+def test_rows_are_measured_as_on_a_gpu(tiny, monkeypatch, flags):
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * prediction.GIB)
+    monkeypatch.setattr(real_size, "DEVICE", torch.device("cpu"))
+    row = Row("tiny", str(tiny("5b")), f"--train_resolution 9x64x64 --mixed_precision bf16 {flags}")
+    found = real_size.measure_row(row)
+    assert found["reserved_gib"] == 3 and found["seconds"] > 0
 
 
 def test_an_offloaded_text_encoder_takes_its_largest_layer_at_a_time():

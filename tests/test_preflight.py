@@ -51,7 +51,7 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--cache_dir", "/proc/here"], "--cache_dir /proc/here cannot be written to"),
         ("2b", ["--resume_from_checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
         ("2b", ["--release_gradients"], "--release_gradients: a gradient is gone before .*--max_grad_norm 0"),
-        ("2b", ["--training_type", "sft", "--mixed_precision", "bf16", "--autocast", "false"], "needs weights in bf16"),
+        ("2b", ["--training_type", "sft", "--mixed_precision", "bf16", "--autocast", "false"], "needs weights in half"),
         ("2b", ["--attention_kernel", "cudnn"], "--attention_kernel cudnn needs a GPU"),
         ("2b", ["--fps", "nan"], "--fps is nan; it must be above 0"),
         ("2b", ["--fps", "inf"], "--fps is inf; it must be above 0"),
@@ -154,6 +154,13 @@ def test_incomplete_checkpoints_are_told_before_weights_are_read(tiny, data, tmp
 def test_no_space_for_the_cache_is_told(tiny, data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     assert "the latent cache needs" in faults_of(*arguments(tiny("2b"), data, tmp_path))[0]
+
+
+def test_a_machine_that_cannot_compile_is_told(tiny, data, tmp_path):
+    argv = arguments(tiny("2b"), data, tmp_path / "out", "--dry_run", "--compile_blocks")
+    done = run("train_ddp_t2v.sh", *argv, processes=1, CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "graphs")
+    assert done.returncode == 2, done.stdout
+    assert "--compile_blocks: torch.compile does not work on this machine (" in done.stderr
 
 
 def test_booleans_mean_what_they_say(tiny, data, tmp_path):

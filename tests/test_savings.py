@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import arguments, read_metrics, succeed
+from tests.conftest import arguments, patch_programs, read_metrics, succeed
 from utils import activations, fake_parts, host, quantized, quantized_adam
 from utils.args import parse_args
+from utils.checkpoint import PROGRESS_FILE
 from utils.components import load_transformer
 from utils.conditioning import predict_velocity
 from utils.model_form import read_form
@@ -219,16 +221,51 @@ def test_adam_in_few_bits_is_adam(monkeypatch, bits, smallest, tolerance):
 
 def test_rounding_at_random_is_exact_on_average():
     third = torch.full((2**20,), 1 + 2**-7 / 3)  # between two neighbours in bfloat16
-    rounded = quantized_adam.round_at_random(torch.cat([third, -third]), torch.Generator().manual_seed(0)).float()
-    assert rounded.abs().unique().tolist() == [1, 1 + 2**-7]
-    for half, value in zip(rounded.chunk(2), (third[0], -third[0]), strict=True):
-        assert float(half.mean()) == pytest.approx(float(value), abs=2e-5)
+    for dtype, factor in ((torch.bfloat16, 1.0), (torch.float16, 2.0**-3), (torch.float16, 2.0**-17)):
+        # of fp16 the last has fewer digits: its smallest step is 2^-24
+        values = factor * torch.cat([third, -third])
+        rounded = quantized_adam.round_at_random(values, dtype, torch.Generator().manual_seed(0)).float() / factor
+        if factor != 2.0**-3:
+            assert rounded.abs().unique().tolist() == [1, 1 + 2**-7]
+        for half, value in zip(rounded.chunk(2), (third[0], -third[0]), strict=True):
+            assert float(half.mean()) == pytest.approx(float(value), abs=2e-5)
+    extremes = torch.tensor([0.0, 2.0**-24, 2.0**-14, 65504.0, -65504.0])
+    assert torch.equal(quantized_adam.round_at_random(extremes, torch.float16, torch.Generator()).float(), extremes)
     values = torch.rand(2**20) - 0.5
     values[:: quantized_adam.BLOCK] = 1  # one scale for all
     coded = quantized_adam.decode(*quantized_adam.encode(values, 4, True, torch.Generator().manual_seed(0)), 4, True)
     assert len(coded.unique()) <= 16
     assert float((coded - values).abs().max()) < 0.225  # the widest step
     assert float((coded - values).mean()) == pytest.approx(0, abs=2e-4)
+
+
+def test_optimizers_of_half_precision_know_fp16(tiny, data, tmp_path):
+    """This CPU computes fp16, if slowly. An update that overflows is given up, and does not count."""
+    options = ["--training_type", "sft", "--train_steps", 4, "--lr_warmup_steps", 2, "--max_grad_norm", 0.5]
+
+    def train(name, precision, scale, processes=1, *more):
+        patch = "import functools, utils.optimizer as o; machine_faults = lambda *_: []; "
+        patch += f"o.LossScale = functools.partial(o.LossScale, init_scale={scale})"
+        out = tmp_path / name
+        argv = arguments(tiny("2b"), data, out, *options, "--mixed_precision", precision, *more)
+        settings = patch_programs(tmp_path, "utils.preflight", patch)
+        succeed("train_ddp_t2v.sh", *argv, "--batch_size", str(2 // processes), processes=processes, **settings)
+        seen = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())["samples_seen"]
+        return load_transformer(out / "checkpoint-4" / "transformer").state_dict(), seen // 2 - 4, read_metrics(out)
+
+    base = load_transformer(tiny("2b") / "transformer").state_dict()
+    expected, _, lines = train("plain", "no", 1.0)
+    way = flat([expected[name] - base[name] for name in base])
+    for name, processes, optimizer in (("host", 1, ["--offload_optimizer"]), ("8bit", 2, ["--quantize_optimizer"])):
+        more = [*optimizer, *(["8bit"] if name == "8bit" else []), "--autocast", "false"]
+        found, skipped, found_lines = train(name, "fp16", 2.0**10, processes, *more)
+        astray = flat([found[name] - expected[name] for name in base])
+        assert {weight.dtype for weight in found.values()} == {torch.float16} and skipped == 0
+        assert float(astray.norm() / way.norm()) < 0.05
+        for line, expected_line in zip(found_lines, lines, strict=True):
+            assert line["grad_norm"] == pytest.approx(expected_line["grad_norm"], rel=1e-3)
+        _, skipped, found_lines = train(f"{name}-high", "fp16", 2.0**30, processes, *more)
+        assert skipped >= 5 and [line["learning_rate"] for line in found_lines] == [0.0, 5e-4, 1e-3, 1e-3]
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

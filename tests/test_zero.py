@@ -18,7 +18,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
-from tests.conftest import FIRST_FRAME, arguments, command, environment, read_metrics, run, succeed
+from tests.conftest import FIRST_FRAME, arguments, command, environment, patch_programs, read_metrics, run, succeed
 from utils import export
 from utils.checkpoint import PROGRESS_FILE
 from utils.components import find_transformer
@@ -188,40 +188,20 @@ def test_lora_and_validation_under_zero_3_are_those_of_ddp(tiny, data, validatio
 
 def test_fp16_skips_updates_that_overflow_and_does_not_count_them(tiny, data, tmp_path):
     """DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes it all the same."""
-    (tmp_path / "sitecustomize.py").write_text(ALLOW_FP16)
+    allowed = "CPU_Accelerator.is_fp16_supported = lambda self: True"
+    settings = patch_programs(tmp_path, "deepspeed.accelerator.cpu_accelerator", allowed)
     template = json.loads((ROOT / "configs" / "zero2.json").read_text())
     template["fp16"]["initial_scale_power"] = 26
     (tmp_path / "high.json").write_text(json.dumps(template))
     out = tmp_path / "out"
     options = sft(tiny("2b"), data, out, "--mixed_precision", "fp16", "--checkpointing_steps", 4, form="2b")
-    settings = {"ZERO": tmp_path / "high.json", "PYTHONPATH": tmp_path}
-    succeed("train_zero_t2v.sh", *options, processes=2, **settings)
+    succeed("train_zero_t2v.sh", *options, processes=2, ZERO=tmp_path / "high.json", **settings)
     progress = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())
     skipped = progress["samples_seen"] // 2 - 4
     assert progress["step"] == 4 and skipped >= 5
     assert [line["learning_rate"] for line in read_metrics(out)] == [0.0, 5e-4, 1e-3, 1e-3]
     weights = load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
-
-
-ALLOW_FP16 = """
-import importlib.util, sys
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "deepspeed.accelerator.cpu_accelerator":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            module.CPU_Accelerator.is_fp16_supported = lambda self: True
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
 
 
 @pytest.mark.parametrize("script", ["train_zero_t2v.sh", "train_ddp_t2v.sh"])

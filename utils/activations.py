@@ -7,6 +7,7 @@ arXiv:2205.05198, section 5). What is kept may wait in host memory. None of it c
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def checkpoint_blocks(
                 return run_compiled(block, *inputs)
             return keep(block, *inputs, context_fn=contexts)
 
+    # which warns of operations in place, of which a block has none
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     transformer.enable_gradient_checkpointing(run)
 
 

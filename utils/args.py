@@ -161,8 +161,8 @@ class MemoryArgs:
     )
     quantize_optimizer: Literal["none", "8bit", "4bit"] = option(
         "none",
-        help="hold Adam's states in 8 bits, or of them the mean in 4; sft: weights in bf16 too, rounded at random, in "
-        "place of float32",
+        help="hold Adam's states in 8 bits, or of them the mean in 4; sft: weights in half precision too, rounded at "
+        "random, in place of float32",
     )
     release_gradients: bool = option(
         False, help="with --quantize_optimizer on one GPU: update in the backward pass; no clipping, no accumulation"
@@ -174,11 +174,12 @@ class MemoryArgs:
         False, help="prompts are encoded with T5 in host memory, each layer copied to the GPU in its turn"
     )
     autocast: bool = option(
-        True, help="false: bf16 throughout, norms too, as in sampling; less memory and copying; DeepSpeed has none"
+        True,
+        help="false: half precision throughout, norms too, as in sampling; less memory and copying; not for DeepSpeed",
     )
     compile_blocks: bool = option(False, help="compile each transformer block: minutes at the start, then faster")
     attention_kernel: Literal["auto", "flash", "cudnn", "efficient", "math"] = option(
-        "auto", help="which of torch's attention kernels to use; auto: torch chooses"
+        "auto", help="which of torch's attention kernels to use; auto: torch chooses, cuDNN's on Hopper"
     )
     vram_budget_gib: Budget | None = option(
         None,

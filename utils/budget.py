@@ -12,6 +12,7 @@ from utils.args import Args
 from utils.errors import UserError
 from utils.model_form import ModelForm
 from utils.prediction import GIB, Prediction, few_blocks_updates, gib_to_have, peaks_beside, put_together
+from utils.trainable import compile_fault
 
 # What the choice is about; every setting on the ladder changes some of it.
 CHOSEN = (
@@ -23,23 +24,26 @@ CHOSEN = (
 def ladder(args: Args, zero: dict[str, Any] | None, num_processes: int) -> Iterator[dict[str, Any]]:
     """Settings from the fastest to the smallest, each beside what the one before has.
 
-    By the work and the copies that they cost; no GPU has measured their order.
+    By the work and the copies that they cost; no GPU has measured their order. Compiled blocks are reported to be a
+    sixth faster whatever else is chosen. The attention kernel is left to torch, which takes cuDNN's where it is faster.
     """
-    can_be_plain = zero is None and args.training.mixed_precision == "bf16"
+    can_compile = zero is None and not (torch.cuda.is_available() and compile_fault())
+    can_be_plain = zero is None and args.training.mixed_precision != "no"
     is_lora = args.model.training_type == "lora"
     yield {
         **{"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False},
         **{"quantize_base": "none", "quantize_optimizer": "none", "offload_optimizer": False},
-        **{"release_gradients": False, "compile_blocks": False, "autocast": not (can_be_plain and is_lora)},
+        **{"release_gradients": False, "compile_blocks": can_compile, "autocast": not (can_be_plain and is_lora)},
     }
     yield {"gradient_checkpointing": True, "keep_attention": True}
     yield {"offload_activations": True}
     if is_lora and zero is None:
         yield {"quantize_base": "int8"}
         yield {"quantize_base": "int4"}
-    elif zero is None and args.training.mixed_precision != "fp16":
+    elif zero is None:
         training = args.training
         keeps_none = num_processes == training.gradient_accumulation_steps == 1 and training.max_grad_norm == 0
+        keeps_none &= training.mixed_precision != "fp16"
         yield {"quantize_optimizer": "8bit", "release_gradients": keeps_none, "autocast": not can_be_plain}
         yield {"quantize_optimizer": "4bit"}
         if num_processes == 1:
@@ -70,8 +74,7 @@ def fit_to_budget(
         raise UserError(
             f"--vram_budget_gib {budget:g}: {gib_to_have(chosen.peak):.1f} GiB are needed with every saving on "
             f"(training {sum(chosen.training.values()) / GIB:.1f}, validation {chosen.validation / GIB:.1f}, encoding "
-            f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less"
-            f"{_in_bf16(args)}."
+            f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less."
         )
     return chosen, f"Fastest settings that fit {budget:g} GiB: {flags(chosen)}"
 
@@ -120,15 +123,6 @@ def check_fits(
     needed = f"about {prediction.peak / GIB:.1f} GiB of GPU memory are needed, and {free:.1f} GiB are free"
     if prediction.peak / GIB > free:
         chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free)
-        advice = (
-            f"These flags would fit: {flags(chosen)}"
-            if isinstance(chosen, Args)
-            else f"No settings would fit{_in_bf16(args)}"
-        )
+        advice = f"These flags would fit: {flags(chosen)}" if isinstance(chosen, Args) else "No settings would fit"
         raise UserError(f"{needed[0].upper()}{needed[1:]}. {advice}.")
     return [f"{needed}; that is close."] if gib_to_have(prediction.peak) > free else []
-
-
-def _in_bf16(args: Args) -> str:
-    is_limited = args.model.training_type == "sft" and args.training.mixed_precision == "fp16"
-    return "; with --mixed_precision bf16 more can be saved" if is_limited else ""

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import SCALER_NAME, DistributedType
 from diffusers import CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -124,7 +124,11 @@ class Checkpoints:
                 if self.is_lora:
                     state = load_file(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
                     set_peft_model_state_dict(self.transformer, state)
+                scaler = self.accelerator.scaler
+                if not (folder / TRAINING_STATE / SCALER_NAME).is_file():  # trained in another precision so far
+                    self.accelerator.scaler = None
                 self.accelerator.load_state(str(folder / TRAINING_STATE))
+                self.accelerator.scaler = scaler
         except Exception as error:
             raise UserError(
                 f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); go on from another checkpoint.",

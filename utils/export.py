@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils.command_line import make_parser, option, parse_group
+from utils.component_files import check_shapes, read_config
 from utils.components import DTYPES, CogVideoXTransformer3DModel
 from utils.errors import UserError, told_to_the_user
-from utils.model_form import check_shapes, read_config
 from utils.stored_weights import StoredTensor, read_safetensors, read_zero, zero_folder
 
 TRANSFORMER_CONFIG = "transformer_config.json"  # of a ZeRO checkpoint, whose weights are DeepSpeed's own files

@@ -5,7 +5,6 @@ Each is made as the run itself makes it, and goes through the same loss, optimiz
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from utils.conditioning import predict_velocity, rotary_table
 from utils.fake_run import fake_run, flop_counter, give_fake_weights, storage_size, take_weights
 from utils.loss import velocity_loss
 from utils.model_form import ModelForm
-from utils.optimizer import make_optimizer
+from utils.optimizer import clip, make_optimizer
 from utils.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
 
 
@@ -73,7 +72,7 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
                 kept = live.now - held
                 loss.backward()
             if optimizer is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, args.training.max_grad_norm or math.inf)
+                clip(optimizer, args.training.max_grad_norm)
                 if not args.memory.offload_optimizer:  # else it is the host's
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=num_processes == 1)  # DDP keeps them, in its buckets

@@ -36,6 +36,7 @@ class HostAdam(torch.optim.Adam):
             master.grad = gradients.empty_like(weight, torch.float32)
             self.masters.append(master)
         super().__init__(self.masters, **settings, fused=True)
+        self._step_supports_amp_scaling = False  # an update that overflows in fp16 is not begun, so that it is noticed
         self._copies, self._leaving = SideStream(), deque[tuple[torch.Tensor, Any]]()
         self._has_gradient: set[int] = set()
         self._is_in_backward = False

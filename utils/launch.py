@@ -72,6 +72,16 @@ def complete(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // here, 1)))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    grow_segments()
+
+
+def grow_segments() -> None:
+    """Lets torch's allocator grow its pieces of GPU memory in the processes to come, unless the user has set it up.
+
+    Pieces of fixed sizes break up as tensors of many sizes come and go, and gigabytes can lie idle in them.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def end(fault: str) -> NoReturn:

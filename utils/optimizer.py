@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 
 from utils.args import Args, TrainingArgs
@@ -30,25 +31,51 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, is_zero: bo
             release=args.memory.release_gradients,
         )
     kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam  # accelerate gives DeepSpeed's of the same class
-    return kind(parameters, **settings, fused=_is_fused(training, is_zero))
+    # Fused is one kernel, without the three temporary copies of all weights that the default makes. Not with torch's
+    # loss scale: it leaves the skipping of an update to a fused optimizer, and nobody learns of it.
+    return kind(parameters, **settings, fused=is_zero or training.mixed_precision != "fp16")
 
 
-def clip_gradients(
-    accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float
-) -> torch.Tensor:
-    """Clips the gradients to a norm, or not with 0; returns the norm they had, those that are gone already too."""
-    inner = optimizer.optimizer
-    if isinstance(inner, QuantizedAdam) and inner.release:
-        return inner.released_norm()
-    return accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
+class LossScale(torch.amp.GradScaler):
+    """Torch's dynamic loss scale for fp16, also for gradients that are in fp16 themselves.
 
+    Those it looks through and leaves as they are; `QuantizedAdam` divides them in float32.
 
-def _is_fused(args: TrainingArgs, is_zero: bool) -> bool:
-    """One kernel, without the three temporary copies of all weights that the default makes.
-
-    Not with torch's loss scale: it leaves the skipping of an update to a fused optimizer, and nobody learns of it.
+    Args:
+        device: where the gradients are.
     """
-    return is_zero or args.mixed_precision != "fp16"
+
+    def __init__(self, device: str, **options: Any) -> None:
+        super().__init__(device, **options)
+        self._lazy_init_scale_growth_tracker(torch.device(device))  # later it would go to where the loss is
+
+    def _unscale_grads_(self, optimizer: Any, inv_scale: torch.Tensor, found_inf: Any, allow_fp16: bool) -> Any:
+        if isinstance(optimizer, QuantizedAdam):
+            inv_scale, allow_fp16 = torch.ones_like(inv_scale), True
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+
+
+def make_loss_scale(args: Args, device: torch.device) -> LossScale:
+    return LossScale("cpu" if args.memory.offload_optimizer else device.type)
+
+
+def clip_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_norm: float) -> torch.Tensor:
+    """Clips the gradients to a norm, or not with 0; returns the norm they had, those that are gone already too."""
+    inner, scaler = optimizer.optimizer, accelerator.scaler
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.clip_grad_norm_((), max_norm or math.inf)
+    if scaler is None:
+        return clip(inner, max_norm)
+    scaler.unscale_(inner)
+    return clip(inner, max_norm, scaler.get_scale())
+
+
+def clip(optimizer: torch.optim.Optimizer, max_norm: float, scale: float = 1.0) -> torch.Tensor:
+    """The same for one process; `scale` as of `QuantizedAdam.clip`."""
+    if isinstance(optimizer, QuantizedAdam):
+        return optimizer.clip(max_norm or math.inf, scale)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
 def _settings(args: TrainingArgs) -> dict[str, Any]:
@@ -71,8 +98,8 @@ def make_lr_scheduler(
     while hasattr(optimizer, "optimizer"):  # out of the wrappers of accelerate and DeepSpeed
         optimizer = optimizer.optimizer
     for group in optimizer.param_groups:
-        group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate)
-        group["fused"] = bool(group.get("fused")) and _is_fused(args, is_zero)
+        is_fused = optimizer.defaults.get("fused")
+        group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate, fused=is_fused)
     return get_scheduler(
         args.lr_scheduler,
         optimizer,

@@ -30,7 +30,7 @@ from utils.metrics import TRACKERS
 from utils.model_form import ModelForm, read_form, text_encoder_config
 from utils.plan import RunPlan, check_disk_space, find_cache_dir, make_plan, nearest_existing
 from utils.resume import choose_checkpoint, read_progress
-from utils.trainable import unfit_targets, weight_dtype
+from utils.trainable import compile_fault, unfit_targets, weight_dtype
 from utils.zero_config import find_template, resolve_template
 
 # So many clips that other mistakes are told before they are looked at.
@@ -158,22 +158,21 @@ def model_faults(args: Args, form: ModelForm, is_zero: bool, num_processes: int)
             "--offload_optimizer is for one GPU without DeepSpeed; on several, ZERO=zero2_offload and the "
             "train_zero_*.sh scripts divide what is offloaded."
         )
-    if args.memory.offload_optimizer and precision == "fp16":
-        faults.append("--offload_optimizer has no loss scale; use --mixed_precision bf16.")
     memory = args.memory
     if memory.quantize_optimizer != "none" and is_zero:
         faults.append("--quantize_optimizer is for DDP; DeepSpeed has an optimizer of its own.")
-    if memory.quantize_optimizer != "none" and precision == "fp16" and args.model.training_type == "sft":
-        faults.append("--quantize_optimizer trains weights in bf16 themselves; use --mixed_precision bf16.")
     if memory.compile_blocks and is_zero:
         faults.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights layer by layer within a block.")
     if memory.release_gradients and num_processes > 1:
         faults.append("--release_gradients is for one GPU; several have to average their gradients first.")
-    if not memory.autocast and precision == "fp16":
-        faults.append("--autocast false: in fp16 norms overflow without it; use --mixed_precision bf16.")
-    if not memory.autocast and precision == "bf16" and weight_dtype(args, is_zero) == torch.float32:
+    if memory.release_gradients and precision == "fp16":
         faults.append(
-            "--autocast false needs weights in bf16; for sft that is --quantize_optimizer 8bit or "
+            "--release_gradients: in fp16 an update is given up where a gradient overflows, which is seen too late; "
+            "use --mixed_precision bf16."
+        )
+    if not memory.autocast and precision != "no" and weight_dtype(args, is_zero) == torch.float32:
+        faults.append(
+            "--autocast false needs weights in half precision; for sft that is --quantize_optimizer 8bit or "
             "--offload_optimizer true."
         )
     for resolution in args.data.train_resolution:
@@ -196,6 +195,10 @@ def machine_faults(args: Args, is_zero: bool) -> list[str]:
         faults.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
     if kernel in ("cudnn", "efficient") and not has_gpu:
         faults.append(f"--attention_kernel {kernel} needs a GPU; on a CPU use auto, flash or math.")
+    if kernel in ("flash", "cudnn") and has_gpu and precision == "no":
+        faults.append(f"--attention_kernel {kernel} computes in half precision; use auto, efficient or math.")
+    if args.memory.compile_blocks and (fault := compile_fault()):
+        faults.append(f"--compile_blocks: torch.compile does not work on this machine ({fault}).")
     return faults
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from utils.model_form import ModelForm, with_defaults
+from utils.component_files import with_defaults
+from utils.model_form import ModelForm
 
 V1_0_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 V1_5 = {

@@ -1,9 +1,9 @@
-"""Adam with states of few bits and, for full fine-tuning, weights of bfloat16 alone.
+"""Adam with states of few bits and, for full fine-tuning, weights of half precision alone.
 
 States are held in blocks with a scale each, in codes that are fine near the largest of a block and reach, with 8 bits,
 seven orders of magnitude below it (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2). The mean
 of the gradients can do with 4 bits; that of their squares, by whose root is divided, cannot. What is smaller than half
-a step between two values would be lost by rounding to the nearest: an update of a weight in bfloat16, and what a
+a step between two values would be lost by rounding to the nearest: an update of a weight in half precision, and what a
 gradient adds to a mean of 4 bits. Both are rounded up or down at random, so that on average they are exact
 (arXiv:2010.06192, section 3).
 """
@@ -70,14 +70,20 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int, signed: bool) ->
     return (table[codes.int()].view(-1, BLOCK) * scale).flatten()
 
 
-def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Float32 -> bfloat16, to either neighbour, with the chances that make the mean exact."""
-    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+# Half precision -> the bits of float32 that it lacks, and what makes its smallest normal number that of float32.
+ROUNDED = {torch.bfloat16: (16, 1.0), torch.float16: (13, 2.0**-112)}
+
+
+def round_at_random(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Float32 -> half precision, to either neighbour, with the chances that make the mean exact."""
+    bits, factor = ROUNDED[dtype]
+    noise = torch.randint(2**bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    scaled = values if factor == 1 else values * factor
+    return noise.add_(scaled.view(torch.int32)).bitwise_and_(-(2**bits)).view(torch.float32).div_(factor).to(dtype)
 
 
 class QuantizedAdam(torch.optim.Optimizer):
-    """Adam for weights in float32 or bfloat16.
+    """Adam for weights in float32 or half precision.
 
     Args:
         mean_bits: 8 or 4; the mean of the squares has 8.
@@ -104,20 +110,30 @@ class QuantizedAdam(torch.optim.Optimizer):
         self.mean_bits, self.seed, self.release = mean_bits, seed, release
         self._index: dict[torch.Tensor, int] = {weight: index for index, weight in enumerate(weights)}
         self._norms: list[torch.Tensor] = []
+        self._factor: torch.Tensor | float = 1.0
         if release:
             for weight in weights:
                 weight.register_post_accumulate_grad_hook(self._release)
 
     def _release(self, weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        self._norms.append(torch.linalg.vector_norm(weight.grad, dtype=torch.float32))
+        self._norms.append(_norm(weight))
         self._update(weight)
         weight.grad = None
 
-    def released_norm(self) -> torch.Tensor:
-        """Of all gradients released since it was last asked for."""
-        norms, self._norms = self._norms, []
-        return torch.linalg.vector_norm(torch.stack(norms))
+    @torch.no_grad()
+    def clip(self, max_norm: float, scale: float) -> torch.Tensor:
+        """Lets `step` clip the gradients to a norm; returns the norm they have.
+
+        The gradients stay as they are: in fp16, small ones that are divided by the loss scale would be lost.
+
+        Args:
+            max_norm: is infinite where gradients have been released, which are gone.
+            scale: of the loss, by which the gradients are too large.
+        """
+        norms = self._norms if self.release else [_norm(weight) for weight in self._index if weight.grad is not None]
+        norm, self._norms = torch.linalg.vector_norm(torch.stack(norms)) / scale, []
+        self._factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scale  # as torch.nn.utils.clip_grad_norm_
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -144,6 +160,8 @@ class QuantizedAdam(torch.optim.Optimizer):
         for start in range(0, len(weights), CHUNK):
             part = slice(start, start + CHUNK)
             value, gradient = weights[part].float(), gradients[part].float()
+            if not self.release:
+                gradient = gradient * self._factor
             if group["decoupled_weight_decay"]:
                 value = value * (1 - rate * group["weight_decay"])
             else:
@@ -154,7 +172,7 @@ class QuantizedAdam(torch.optim.Optimizer):
             square_slot.write(part, square)
             divisor = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
             value.addcdiv_(mean, divisor, value=-rate / (1 - beta1**step))
-            weights[part] = round_at_random(value, generator) if weight.dtype == torch.bfloat16 else value
+            weights[part] = round_at_random(value, weight.dtype, generator) if weight.dtype in ROUNDED else value
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,6 +183,12 @@ class QuantizedAdam(torch.optim.Optimizer):
                     name: value if name == "step" else value.to(weight.device, copy=True)
                     for name, value in state_dict["state"][index].items()
                 }
+
+
+def _norm(weight: torch.Tensor) -> torch.Tensor:
+    """Float32, of the gradient."""
+    assert weight.grad is not None
+    return torch.linalg.vector_norm(weight.grad, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from utils.checkpoint import (
     damaged_zero_files,
     find_checkpoints,
 )
+from utils.component_files import check_weights, read_config
 from utils.errors import UserError
-from utils.model_form import check_weights, read_config
 
 # Options that decide which weights and states exist; a checkpoint made with others cannot be continued.
 MUST_AGREE = (

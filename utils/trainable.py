@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+import subprocess
+import sys
+from functools import cache, partial
 
 import torch
 from accelerate import init_empty_weights
@@ -75,6 +77,21 @@ def use_attention_kernel(name: str) -> None:
     }
     for kernel, switch in switches.items() if name != "auto" else ():
         switch(kernel == name)
+
+
+@cache
+def compile_fault() -> str | None:
+    """Why torch cannot compile on this machine, for want of a C compiler perhaps; None where it can.
+
+    Tried in a process of its own: the compiler starts threads, and from this one processes that decode are forked.
+    """
+    script = (
+        "import torch; device = 'cuda' if torch.cuda.is_available() else 'cpu'; "
+        "torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.zeros(8, device=device))"
+    )
+    tried = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    errors = [line for line in tried.stderr.splitlines() if "Error" in line]
+    return (errors or ["it ended with a failure"])[-1] if tried.returncode else None
 
 
 def compute_in_dtype_of_inputs(transformer: torch.nn.Module) -> None:
