@@ -162,7 +162,7 @@ def train(plan: RunPlan) -> None:
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
-    lr_scheduler = make_lr_scheduler(optimizer, args.training, is_zero, plan.total_steps, progress.step)
+    lr_scheduler = make_lr_scheduler(optimizer, args.training, plan.total_steps, progress.step)
     metrics = Metrics(accelerator, output_dir, args.as_dict(), progress.step, plan.total_steps)
 
     # ---- data: one endless stream, entered where the run stands

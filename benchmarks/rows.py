@@ -20,7 +20,7 @@ LONG = "--train_resolution 81x768x1360"
 class Row:
     """
     Attributes:
-        flags: of train.py. What is predicted is the same with blocks compiled.
+        flags: of train.py. Predictions do not know of compiled blocks.
         goal: GiB; None where the time is what matters.
         zero: template and number of processes, for rows that are only predicted.
     """

@@ -51,7 +51,11 @@ def checkpoint_blocks(
     """
     memory = HostMemory() if offload else None
     keep = partial(checkpoint, use_reentrant=False, preserve_rng_state=transformer.config.dropout > 0)
-    run_compiled = torch.compile(partial(_in_graph, keep, keep_attention), fullgraph=True) if compiled else None
+    run_compiled = None
+    if compiled:
+        run_compiled = torch.compile(partial(_in_graph, keep, keep_attention), fullgraph=True)
+        # it warns of operations in place, of which a block has none
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -67,8 +71,6 @@ def checkpoint_blocks(
                 return run_compiled(block, *inputs)
             return keep(block, *inputs, context_fn=contexts)
 
-    # which warns of operations in place, of which a block has none
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     transformer.enable_gradient_checkpointing(run)
 
 

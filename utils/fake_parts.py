@@ -133,7 +133,7 @@ def peak_of_encoding_prompts(form: ModelForm, config: dict[str, Any], offload: b
 
 
 def empty_transformer(args: Args, form: ModelForm, is_zero: bool) -> CogVideoXTransformer3DModel:
-    """As `train` makes it, without weights; not compiled, which takes no more memory."""
+    """As `train` makes it, without weights; not compiled, since fake tensors cannot tell what that takes."""
     with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(form.transformer)
     torch.nn.Module.to(transformer, weight_dtype(args, is_zero))

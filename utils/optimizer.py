@@ -88,7 +88,7 @@ def _settings(args: TrainingArgs) -> dict[str, Any]:
 
 
 def make_lr_scheduler(
-    optimizer: Any, args: TrainingArgs, is_zero: bool, total_steps: int, step: int
+    optimizer: Any, args: TrainingArgs, total_steps: int, step: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule from update `step` on; it is a function of the step alone. Takes the prepared optimizer.
 
@@ -98,8 +98,8 @@ def make_lr_scheduler(
     while hasattr(optimizer, "optimizer"):  # out of the wrappers of accelerate and DeepSpeed
         optimizer = optimizer.optimizer
     for group in optimizer.param_groups:
-        is_fused = optimizer.defaults.get("fused")
-        group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate, fused=is_fused)
+        group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate)
+        group["fused"] = optimizer.defaults.get("fused")  # by the precision of now
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
