@@ -131,7 +131,9 @@ def train(plan: RunPlan) -> None:
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         log_with=TRACKERS[args.output.report_to] or None,
         deepspeed_plugin=DeepSpeedPlugin(plan.zero, zero3_init_flag=False) if plan.zero else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
+        # without a second copy of the gradients, and without sending buffers, which are the same on all processes, each
+        # time: positions, and the codes of a quantized base
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
 

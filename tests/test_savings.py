@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ from utils.args import parse_args
 from utils.checkpoint import PROGRESS_FILE
 from utils.components import load_transformer
 from utils.conditioning import predict_velocity
+from utils.lora import WEIGHTS_FILE
 from utils.model_form import read_form
 from utils.preflight import resolve
 from utils.quantized_adam import QuantizedAdam
@@ -101,6 +103,17 @@ def test_a_quantized_base_is_the_base_it_stands_for(tiny, tmp_path, form, kind, 
         parameter.grad = None
     predicted, expected, _ = gradients(*plain)
     torch.testing.assert_close([found_prediction, *found], [predicted, *expected], rtol=1e-4, atol=1e-6)
+
+
+def test_a_quantized_base_trains_on_two_processes_as_on_one(tiny, data, tmp_path):
+    adapters = []
+    for processes in (1, 2):  # fp8: what moves between processes knows no such type
+        out = tmp_path / str(processes)
+        options = ["--quantize_base", "fp8", "--train_steps", 2, "--batch_size", 2 // processes]
+        succeed("train_ddp_t2v.sh", *arguments(tiny("2b"), data, out, *options), processes=processes)
+        adapters.append(load_file(out / "checkpoint-2" / WEIGHTS_FILE))
+    torch.testing.assert_close(adapters[1], adapters[0], rtol=0, atol=1e-6)
+    assert any(tensor.any() for name, tensor in adapters[0].items() if "lora_B" in name)
 
 
 def test_page_locked_memory_is_cut_without_gaps(monkeypatch):
