@@ -33,7 +33,8 @@ def real_peak(model, args, form) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
         for _ in range(2):
-            fake_parts.loss_of(transformer, args, form, batch, False).backward()
+            for _ in range(args.training.gradient_accumulation_steps):
+                fake_parts.loss_of(transformer, args, form, batch, False).backward()
             optimizer.step()
             optimizer.zero_grad()
     now = peak = 0
@@ -44,7 +45,12 @@ def real_peak(model, args, form) -> int:
     return peak
 
 
-@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "false"], ["--training_type", "sft"]])
+SFT = ["--training_type", "sft"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--gradient_checkpointing", "false"], SFT, [*SFT, "--gradient_accumulation_steps", "2"]]
+)
 @pytest.mark.parametrize("form", ["5b-i2v", "1.5"])
 def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, form, options):
     monkeypatch.setattr(fake_run, "BLOCK", 1)  # a CPU rounds nothing

@@ -75,7 +75,8 @@ def run_updates(args: Args, form: ModelForm, resolution: Resolution, is_zero: bo
                 clip(optimizer, args.training.max_grad_norm)
                 if not args.memory.offload_optimizer:  # else it is the host's
                     optimizer.step()
-                optimizer.zero_grad(set_to_none=num_processes == 1)  # DDP keeps them, in its buckets
+                # DDP keeps them, in its buckets; and between the passes of an update they are there too
+                optimizer.zero_grad(set_to_none=num_processes == args.training.gradient_accumulation_steps == 1)
             del loss
         if optimizer is not None:
             slots = [slot for state in optimizer.state.values() for slot in state.values()]

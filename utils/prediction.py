@@ -103,7 +103,8 @@ def put_together(
         host += offloaded
     validation = 0
     if beside.generating:
-        validation = beside.generating + sum(training.get(name, 0) for name in ("weights", "adapters", "optimizer"))
+        stays = ("weights", "adapters", "optimizer", *(["gradients"] if num_processes > 1 else []))
+        validation = beside.generating + sum(training.get(name, 0) for name in stays)
     flop = updates.flop * args.training.gradient_accumulation_steps
     return Prediction(training, validation, beside.encoding, host, flop)
 
