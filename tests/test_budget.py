@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
@@ -12,7 +11,7 @@ from utils import activations, budget, prediction, quantized_adam
 from utils.args import parse_args
 from utils.errors import UserError
 from utils.fake_parts import run_updates
-from utils.model_form import read_form, text_encoder_config
+from utils.model_form import read_form
 from utils.preflight import model_faults, preflight, resolve
 
 
@@ -43,22 +42,34 @@ def test_few_blocks_tell_of_many(tiny, tmp_path, exact, options):
 
 
 @pytest.mark.parametrize("options", [[], ["--training_type", "sft"]])
-def test_the_first_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypatch, options):
-    model = tiny("5b")
-    args, form = setting(model, tmp_path, *options)
+def test_the_fastest_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypatch, options):
+    args, form = setting(tiny("5b"), tmp_path, *options)
     form = replace(form, transformer=form.transformer | {"num_layers": 4})
     monkeypatch.setattr(budget, "peaks_beside", lambda *_: prediction.Beside(0, 0))
-    ladder, needs = [], []
-    for step in budget.ladder(args, None, 1):
-        args = replace(args, memory=replace(args.memory, **step))
-        assert set(step) <= set(budget.CHOSEN) and not [*args.faults(), *model_faults(args, form, False, 1)]
-        ladder.append(args.memory)
-        updates = prediction.few_blocks_updates(args, form, False, 1)
-        needs.append(sum(updates.terms.values()) / prediction.GIB)
-    assert all(after < 1.001 * before for before, after in pairwise(needs)) and needs[-1] < needs[-2] < needs[-3]
-    for gib, expected in ((1.001 * needs[-2], ladder[-2]), (0.999 * needs[-2], ladder[-1])):
-        found = budget.fastest_that_fits(args, form, text_encoder_config(model), None, 1, gib)
+    known = {}
+
+    def predicted(args, *others):
+        if args.memory not in known:
+            known[args.memory] = prediction.few_blocks_updates(args, *others)
+        return known[args.memory]
+
+    monkeypatch.setattr(budget, "few_blocks_updates", predicted)
+    tried = []
+    for cost, kept in budget.ACTIVATIONS:
+        for more, held in budget.weights_and_states(args, None, 1):
+            memory = replace(args.memory, **kept, **held)
+            found = replace(args, memory=memory)
+            assert not [*found.faults(), *model_faults(found, form, False, 1)]
+            updates = predicted(found, form, False, 1)
+            tried.append((cost + more, sum(updates.terms.values()) / prediction.GIB, memory))
+    assert set(kept | held) | {"offload_text_encoder"} == set(budget.CHOSEN)
+    needs = [need for _, need, _ in tried]
+    for gib in (min(needs), (min(needs) + max(needs)) / 2, sorted(needs)[len(needs) // 2], max(needs)):
+        _, _, expected = min((some for some in tried if some[1] <= 1.001 * gib), key=lambda some: some[0])
+        found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * gib)
         assert isinstance(found, type(args)) and found.memory == expected
+    none = budget.fastest_that_fits(args, form, {}, None, 1, 0.999 * min(needs))
+    assert isinstance(none, prediction.Prediction) and none.peak / prediction.GIB == pytest.approx(min(needs))
 
 
 def test_the_text_encoder_gives_way_where_it_alone_is_too_large(tiny, tmp_path, exact, monkeypatch):
@@ -84,7 +95,7 @@ def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, 
         monkeypatch.setattr(budget, "free_gpu_memory", lambda: free)
         return preflight(parse_args(argv), 1)
 
-    with pytest.raises(UserError, match=r"are free\. These flags would fit: --gradient_checkpointing true"):
+    with pytest.raises(UserError, match=r"are free\. These flags would fit: .*--quantize_base int8"):
         preflight_with(0.99 * needed)
     with pytest.raises(UserError, match="No settings would fit"):
         preflight_with(0.01 * needed)

@@ -14,40 +14,49 @@ from utils.model_form import ModelForm
 from utils.prediction import GIB, Prediction, few_blocks_updates, gib_to_have, peaks_beside, put_together
 from utils.trainable import compile_fault
 
-# What the choice is about; every setting on the ladder changes some of it.
+# What the choice is about; every setting names some of it, and all together name all.
 CHOSEN = (
     *("gradient_checkpointing", "keep_attention", "offload_activations", "quantize_base", "quantize_optimizer"),
     *("release_gradients", "offload_optimizer", "offload_text_encoder", "autocast", "compile_blocks"),
 )
+# What blocks keep, from the fastest to the smallest, each with the share of an update's time that it costs: what is
+# computed anew, of work; copies are made beside it. These and those below are estimates; no GPU has measured them.
+ACTIVATIONS: tuple[tuple[float, dict[str, Any]], ...] = (
+    (0.0, {"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False}),
+    (0.2, {"gradient_checkpointing": True, "keep_attention": True, "offload_activations": False}),
+    (0.22, {"gradient_checkpointing": True, "keep_attention": True, "offload_activations": True}),
+)
 
 
-def ladder(args: Args, zero: dict[str, Any] | None, num_processes: int) -> Iterator[dict[str, Any]]:
-    """Settings from the fastest to the smallest, each beside what the one before has.
+def weights_and_states(
+    args: Args, zero: dict[str, Any] | None, num_processes: int
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """How weights and optimizer may be held, as above: codes have to be decoded, and the host's Adam is slow.
 
-    By the work and the copies that they cost; no GPU has measured their order. Compiled blocks are reported to be a
-    sixth faster whatever else is chosen. The attention kernel is left to torch, which takes cuDNN's where it is faster.
+    Compiled blocks are reported to be a sixth faster whatever else is chosen. The attention kernel is left to torch,
+    which takes cuDNN's where it is faster.
     """
-    can_compile = zero is None and not (torch.cuda.is_available() and compile_fault())
-    can_be_plain = zero is None and args.training.mixed_precision != "no"
-    is_lora = args.model.training_type == "lora"
-    yield {
-        **{"gradient_checkpointing": False, "keep_attention": False, "offload_activations": False},
-        **{"quantize_base": "none", "quantize_optimizer": "none", "offload_optimizer": False},
-        **{"release_gradients": False, "compile_blocks": can_compile, "autocast": not (can_be_plain and is_lora)},
+    training, is_lora = args.training, args.model.training_type == "lora"
+    can_be_plain = zero is None and training.mixed_precision != "no"
+    exact = {
+        **{"quantize_base": "none", "quantize_optimizer": "none", "release_gradients": False},
+        **{"offload_optimizer": False, "autocast": not (can_be_plain and is_lora)},
+        "compile_blocks": zero is None and not (torch.cuda.is_available() and compile_fault()),
     }
-    yield {"gradient_checkpointing": True, "keep_attention": True}
-    yield {"offload_activations": True}
-    if is_lora and zero is None:
-        yield {"quantize_base": "int8"}
-        yield {"quantize_base": "int4"}
-    elif zero is None:
-        training = args.training
-        keeps_none = num_processes == training.gradient_accumulation_steps == 1 and training.max_grad_norm == 0
-        keeps_none &= training.mixed_precision != "fp16"
-        yield {"quantize_optimizer": "8bit", "release_gradients": keeps_none, "autocast": not can_be_plain}
-        yield {"quantize_optimizer": "4bit"}
-        if num_processes == 1:
-            yield {"quantize_optimizer": "none", "release_gradients": False, "offload_optimizer": True}
+    yield 0.0, exact
+    if zero is not None:
+        return
+    if is_lora:
+        yield 0.03, exact | {"quantize_base": "int8"}
+        yield 0.06, exact | {"quantize_base": "int4"}
+        return
+    keeps_none = num_processes == training.gradient_accumulation_steps == 1 and training.max_grad_norm == 0
+    of_half = exact | {"autocast": not can_be_plain}
+    quantized = of_half | {"release_gradients": keeps_none and training.mixed_precision != "fp16"}
+    yield 0.4, quantized | {"quantize_optimizer": "8bit"}
+    yield 0.45, quantized | {"quantize_optimizer": "4bit"}
+    if num_processes == 1:
+        yield 1.5, of_half | {"offload_optimizer": True}
 
 
 def free_gpu_memory() -> float | None:
@@ -93,13 +102,28 @@ def fastest_that_fits(
         beside = peaks_beside(args, form, text_encoder, zero is not None)
         if gib_to_have(beside.encoding) <= budget_gib:
             break
-    for step in ladder(args, zero, num_processes):
-        args = replace(args, memory=replace(args.memory, **step))
-        updates = few_blocks_updates(args, form, zero is not None, num_processes)
-        prediction = put_together(args, updates, beside, zero, num_processes)
-        if gib_to_have(prediction.peak) <= budget_gib:
-            return args
-    return prediction
+    prediction: Prediction | None = None
+
+    def fits(settings: dict[str, Any]) -> bool:
+        nonlocal prediction
+        tried = replace(args, memory=replace(args.memory, **settings))
+        updates = few_blocks_updates(tried, form, zero is not None, num_processes)
+        prediction = put_together(tried, updates, beside, zero, num_processes)
+        return gib_to_have(prediction.peak) <= budget_gib
+
+    best: tuple[float, dict[str, Any]] | None = None
+    for cost, activations in ACTIVATIONS:
+        options = [
+            (cost + more, activations | weights)
+            for more, weights in weights_and_states(args, zero, num_processes)
+            if best is None or cost + more < best[0]
+        ]
+        if options and fits(options[-1][1]):  # the smallest first: where it does not fit, no other does
+            best = next(option for option in options if option is options[-1] or fits(option[1]))
+    if best is None:
+        assert prediction is not None
+        return prediction  # of the smallest settings
+    return replace(args, memory=replace(args.memory, **best[1]))
 
 
 def flags(args: Args) -> str:
