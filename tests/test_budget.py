@@ -68,6 +68,14 @@ def test_the_fastest_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeyp
         _, _, expected = min((some for some in tried if some[1] <= 1.001 * gib), key=lambda some: some[0])
         found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * gib)
         assert isinstance(found, type(args)) and found.memory == expected
+    smallest = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * min(needs))
+    monkeypatch.setattr(budget, "free_host_memory", lambda: 0)  # then nothing can be offloaded
+    found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * max(needs))
+    assert found.memory == tried[0][2] and smallest.memory.offload_activations
+    on_gpu = [some for some in tried if not (some[2].offload_activations or some[2].offload_optimizer)]
+    needed = 1.001 * min(need for _, need, _ in on_gpu)
+    found = budget.fastest_that_fits(args, form, {}, None, 1, needed)
+    assert found.memory == min((some for some in on_gpu if some[1] <= needed), key=lambda some: some[0])[2]
     none = budget.fastest_that_fits(args, form, {}, None, 1, 0.999 * min(needs))
     assert isinstance(none, prediction.Prediction) and none.peak / prediction.GIB == pytest.approx(min(needs))
 
@@ -100,6 +108,10 @@ def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, 
     with pytest.raises(UserError, match="No settings would fit"):
         preflight_with(0.01 * needed)
     assert not [note for note in preflight_with(1.01 * needed).notes if "GiB" in note]
+    argv += ["--gradient_checkpointing", "true", "--offload_activations"]
+    assert not [note for note in preflight_with(1.01 * needed).notes if "GiB" in note]
+    monkeypatch.setattr(budget, "free_host_memory", lambda: 0.0)
+    assert [note for note in preflight_with(1.01 * needed).notes if "GiB of host memory are needed" in note]
 
 
 def test_a_budget_is_kept_or_refused_by_the_script(tiny, data, tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 
 from utils.args import Args
@@ -64,6 +67,16 @@ def free_gpu_memory() -> float | None:
     return torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
 
 
+def free_host_memory() -> float:
+    """GiB of this machine; without end where it has no GPU, since the run will be on another."""
+    return psutil.virtual_memory().available / GIB if torch.cuda.is_available() else math.inf
+
+
+def host_gib(prediction: Prediction, num_processes: int) -> float:
+    """GiB of host memory that this machine's share of the processes needs for what is offloaded."""
+    return prediction.host / GIB * int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) / num_processes
+
+
 def fit_to_budget(
     args: Args, form: ModelForm, text_encoder: dict[str, Any], zero: dict[str, Any] | None, num_processes: int
 ) -> tuple[Args, str]:
@@ -83,7 +96,8 @@ def fit_to_budget(
         raise UserError(
             f"--vram_budget_gib {budget:g}: {gib_to_have(chosen.peak):.1f} GiB are needed with every saving on "
             f"(training {sum(chosen.training.values()) / GIB:.1f}, validation {chosen.validation / GIB:.1f}, encoding "
-            f"{chosen.encoding / GIB:.1f} GiB, and a margin). Fewer frames or a smaller --train_resolution need less."
+            f"{chosen.encoding / GIB:.1f} GiB, and a margin), beside {host_gib(chosen, num_processes):.1f} GiB of host "
+            "memory. Fewer frames or a smaller --train_resolution need less."
         )
     return chosen, f"Fastest settings that fit {budget:g} GiB: {flags(chosen)}"
 
@@ -102,27 +116,33 @@ def fastest_that_fits(
         beside = peaks_beside(args, form, text_encoder, zero is not None)
         if gib_to_have(beside.encoding) <= budget_gib:
             break
-    prediction: Prediction | None = None
+    known: dict[tuple[Any, ...], Prediction] = {}
+
+    def predicted(settings: dict[str, Any]) -> Prediction:
+        key = tuple(settings.values())
+        if key not in known:
+            tried = replace(args, memory=replace(args.memory, **settings))
+            updates = few_blocks_updates(tried, form, zero is not None, num_processes)
+            known[key] = put_together(tried, updates, beside, zero, num_processes)
+        return known[key]
 
     def fits(settings: dict[str, Any]) -> bool:
-        nonlocal prediction
-        tried = replace(args, memory=replace(args.memory, **settings))
-        updates = few_blocks_updates(tried, form, zero is not None, num_processes)
-        prediction = put_together(tried, updates, beside, zero, num_processes)
-        return gib_to_have(prediction.peak) <= budget_gib
+        return gib_to_have(predicted(settings).peak) <= budget_gib
 
     best: tuple[float, dict[str, Any]] | None = None
+    host = free_host_memory()
     for cost, activations in ACTIVATIONS:
         options = [
             (cost + more, activations | weights)
             for more, weights in weights_and_states(args, zero, num_processes)
             if best is None or cost + more < best[0]
         ]
+        while options and host_gib(predicted(options[-1][1]), num_processes) > host:
+            options.pop()
         if options and fits(options[-1][1]):  # the smallest first: where it does not fit, no other does
             best = next(option for option in options if option is options[-1] or fits(option[1]))
     if best is None:
-        assert prediction is not None
-        return prediction  # of the smallest settings
+        return min(known.values(), key=lambda prediction: prediction.peak)
     return replace(args, memory=replace(args.memory, **best[1]))
 
 
@@ -149,4 +169,8 @@ def check_fits(
         chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free)
         advice = f"These flags would fit: {flags(chosen)}" if isinstance(chosen, Args) else "No settings would fit"
         raise UserError(f"{needed[0].upper()}{needed[1:]}. {advice}.")
-    return [f"{needed}; that is close."] if gib_to_have(prediction.peak) > free else []
+    notes = [f"{needed}; that is close."] if gib_to_have(prediction.peak) > free else []
+    host, free_host = host_gib(prediction, num_processes), free_host_memory()
+    if host > free_host:
+        notes.append(f"about {host:.1f} GiB of host memory are needed for what is offloaded; {free_host:.1f} are free.")
+    return notes
