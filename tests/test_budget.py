@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import arguments, run
+from tests.conftest import arguments, run, succeed
 from utils import activations, budget, prediction, quantized_adam
 from utils.args import parse_args
 from utils.errors import UserError
@@ -66,17 +66,21 @@ def test_the_fastest_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeyp
     needs = [need for _, need, _ in tried]
     for gib in (min(needs), (min(needs) + max(needs)) / 2, sorted(needs)[len(needs) // 2], max(needs)):
         _, _, expected = min((some for some in tried if some[1] <= 1.001 * gib), key=lambda some: some[0])
-        found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * gib)
+        found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * gib, {})
         assert isinstance(found, type(args)) and found.memory == expected
-    smallest = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * min(needs))
+    smallest = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * min(needs), {})
     monkeypatch.setattr(budget, "free_host_memory", lambda: 0)  # then nothing can be offloaded
-    found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * max(needs))
+    found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * max(needs), {})
     assert found.memory == tried[0][2] and smallest.memory.offload_activations
     on_gpu = [some for some in tried if not (some[2].offload_activations or some[2].offload_optimizer)]
     needed = 1.001 * min(need for _, need, _ in on_gpu)
-    found = budget.fastest_that_fits(args, form, {}, None, 1, needed)
+    found = budget.fastest_that_fits(args, form, {}, None, 1, needed, {})
     assert found.memory == min((some for some in on_gpu if some[1] <= needed), key=lambda some: some[0])[2]
-    none = budget.fastest_that_fits(args, form, {}, None, 1, 0.999 * min(needs))
+    if args.model.training_type == "sft":
+        dictated = {"quantize_optimizer": "4bit", "offload_optimizer": False}
+        found = budget.fastest_that_fits(args, form, {}, None, 1, 1.001 * max(needs), dictated)
+        assert found.memory.quantize_optimizer == "4bit" and not found.memory.gradient_checkpointing
+    none = budget.fastest_that_fits(args, form, {}, None, 1, 0.999 * min(needs), {})
     assert isinstance(none, prediction.Prediction) and none.peak / prediction.GIB == pytest.approx(min(needs))
 
 
@@ -87,7 +91,7 @@ def test_the_text_encoder_gives_way_where_it_alone_is_too_large(tiny, tmp_path, 
     monkeypatch.setattr(budget, "peaks_beside", beside)
     args, form = setting(tiny("5b"), tmp_path, "--offload_text_encoder")
     for gib, offloaded in ((9.9, True), (10.1, False)):
-        found = budget.fastest_that_fits(args, form, {}, None, 1, gib)
+        found = budget.fastest_that_fits(args, form, {}, None, 1, gib, {})
         assert isinstance(found, type(args)) and found.memory.offload_text_encoder == offloaded
         assert f"--offload_text_encoder {str(offloaded).lower()}" in budget.flags(found)
 
@@ -112,6 +116,14 @@ def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, 
     assert not [note for note in preflight_with(1.01 * needed).notes if "GiB" in note]
     monkeypatch.setattr(budget, "free_host_memory", lambda: 0.0)
     assert [note for note in preflight_with(1.01 * needed).notes if "GiB of host memory are needed" in note]
+
+
+def test_a_budget_goes_on_with_the_optimizer_of_the_checkpoint(tiny, data, tmp_path):
+    argv = arguments(tiny("2b"), data, tmp_path / "run", "--training_type", "sft", "--mixed_precision", "bf16")
+    succeed("train_ddp_t2v.sh", *argv, "--quantize_optimizer", "8bit", "--train_steps", "1", processes=1)
+    more = ["--train_steps", "2", "--resume_from_checkpoint", "latest", "--vram_budget_gib", "2"]
+    printed = succeed("train_ddp_t2v.sh", *argv, *more, "--dry_run", processes=1)
+    assert "--quantize_base none --quantize_optimizer 8bit" in printed and "checkpoint-1, at step 1" in printed
 
 
 def test_a_budget_is_kept_or_refused_by_the_script(tiny, data, tmp_path):

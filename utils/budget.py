@@ -78,9 +78,17 @@ def host_gib(prediction: Prediction, num_processes: int) -> float:
 
 
 def fit_to_budget(
-    args: Args, form: ModelForm, text_encoder: dict[str, Any], zero: dict[str, Any] | None, num_processes: int
+    args: Args,
+    form: ModelForm,
+    text_encoder: dict[str, Any],
+    zero: dict[str, Any] | None,
+    num_processes: int,
+    dictated: dict[str, Any],
 ) -> tuple[Args, str]:
     """The settings for `--vram_budget_gib`, and a note that says them as flags.
+
+    Args:
+        dictated: what is not to be chosen, since a checkpoint to go on from has it.
 
     Raises:
         UserError: nothing fits, or there is no GPU to ask.
@@ -91,7 +99,7 @@ def fit_to_budget(
         if budget is None:
             raise UserError("--vram_budget_gib auto needs a GPU; say how many GiB there will be.")
     assert isinstance(budget, float)
-    chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, budget)
+    chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, budget, dictated)
     if isinstance(chosen, Prediction):
         raise UserError(
             f"--vram_budget_gib {budget:g}: {gib_to_have(chosen.peak):.1f} GiB are needed with every saving on "
@@ -109,8 +117,12 @@ def fastest_that_fits(
     zero: dict[str, Any] | None,
     num_processes: int,
     budget_gib: float,
+    dictated: dict[str, Any],
 ) -> Args | Prediction:
     """The settings, or what the smallest of them would take."""
+    choices = list(weights_and_states(args, zero, num_processes))
+    # where none is left, reading the checkpoint tells what does not agree
+    choices = [choice for choice in choices if choice[1].items() >= dictated.items()] or choices
     for offload in (False, True):  # slower once, and no update is
         args = replace(args, memory=replace(args.memory, offload_text_encoder=offload))
         beside = peaks_beside(args, form, text_encoder, zero is not None)
@@ -133,9 +145,7 @@ def fastest_that_fits(
     host = free_host_memory()
     for cost, activations in ACTIVATIONS:
         options = [
-            (cost + more, activations | weights)
-            for more, weights in weights_and_states(args, zero, num_processes)
-            if best is None or cost + more < best[0]
+            (cost + more, activations | weights) for more, weights in choices if best is None or cost + more < best[0]
         ]
         while options and host_gib(predicted(options[-1][1]), num_processes) > host:
             options.pop()
@@ -166,7 +176,7 @@ def check_fits(
     prediction = put_together(args, updates, beside, zero, num_processes)
     needed = f"about {prediction.peak / GIB:.1f} GiB of GPU memory are needed, and {free:.1f} GiB are free"
     if prediction.peak / GIB > free:
-        chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free)
+        chosen = fastest_that_fits(args, form, text_encoder, zero, num_processes, free, {})
         advice = f"These flags would fit: {flags(chosen)}" if isinstance(chosen, Args) else "No settings would fit"
         raise UserError(f"{needed[0].upper()}{needed[1:]}. {advice}.")
     notes = [f"{needed}; that is close."] if gib_to_have(prediction.peak) > free else []

@@ -42,7 +42,7 @@ def main() -> None:
         template = Path(own.zero) if own.zero.endswith(".json") else ROOT / "configs" / f"{own.zero}.json"
         zero = resolve_template(template, args, form.width, own.num_processes)
     if args.memory.vram_budget_gib is not None:
-        args, note = fit_to_budget(args, form, text_encoder, zero, own.num_processes)
+        args, note = fit_to_budget(args, form, text_encoder, zero, own.num_processes, {})
         print(note)
     prediction = predict(args, form, text_encoder, zero, own.num_processes)
     print("\n".join(describe_prediction(prediction, args, form)))

@@ -29,7 +29,7 @@ from utils.errors import Findings, UserError
 from utils.metrics import TRACKERS
 from utils.model_form import ModelForm, read_form, text_encoder_config
 from utils.plan import RunPlan, check_disk_space, find_cache_dir, make_plan, nearest_existing
-from utils.resume import choose_checkpoint, read_progress
+from utils.resume import choose_checkpoint, dictated_memory, read_progress
 from utils.trainable import compile_fault, unfit_targets, weight_dtype
 from utils.zero_config import find_template, resolve_template
 
@@ -57,14 +57,16 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         found.faults += model_faults(args, form, template is not None, num_processes)
         found.faults += machine_faults(args, template is not None)
         found.notes += [note for size in args.data.train_resolution for note in form.frames_notes(size.frames)]
+        resume_from = found.of(choose_checkpoint, args)
         if not found.faults:
             text_encoder = text_encoder_config(model_dir)
             if args.memory.vram_budget_gib is not None:
-                args, note = found.of(fit_to_budget, args, form, text_encoder, zero, num_processes) or (args, "")
+                dictated = dictated_memory(resume_from)
+                fitted = found.of(fit_to_budget, args, form, text_encoder, zero, num_processes, dictated)
+                args, note = fitted or (args, "")
                 found.notes.append(note)
             else:
                 found.notes += found.of(check_fits, args, form, text_encoder, zero, num_processes) or []
-        resume_from = found.of(choose_checkpoint, args)
         progress = Progress(
             base=components.identity(model_dir / "transformer"),
             zero_stage=zero["zero_optimization"]["stage"] if zero else 0,

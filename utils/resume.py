@@ -57,6 +57,15 @@ def choose_checkpoint(args: Args) -> Path | None:
     return existing[-1] if wanted == "latest" else Path(wanted)
 
 
+def dictated_memory(folder: Path | None) -> dict[str, Any]:
+    """The memory options that a run from a checkpoint has to have; none where it cannot be read, as is told later."""
+    try:
+        saved = json.loads((folder / ARGS_FILE).read_text())["memory"] if folder is not None else {}
+        return {name: saved[name] for group, name in MUST_AGREE if group == "memory" and name in saved}
+    except (ValueError, KeyError, TypeError, OSError):
+        return {}
+
+
 def read_progress(args: Args, folder: Path, now: Progress) -> Progress:
     """How far the run of a checkpoint had come.
 
