@@ -63,6 +63,24 @@ def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, f
     assert sum(terms.values()) - static == pytest.approx(real_peak(model, args, form), rel=0.03)
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_run_after_its_prediction_trains_all_weights(tiny, tmp_path, bits):
+    argv = arguments(tiny("5b"), tmp_path, tmp_path, *SFT, "--quantize_optimizer", bits, "--weight_decay", 0)
+    form = read_form(tiny("5b"))
+    args = resolve(parse_args(argv), form)
+    fake_parts.run_updates(args, form, args.data.train_resolution[0], False, 1)
+    transformer = load_transformer(tiny("5b") / "transformer", torch.float32)
+    make_trainable(transformer, args)
+    before = {name: weight.detach().clone() for name, weight in transformer.named_parameters()}
+    optimizer = make_optimizer(trained_parameters(transformer), args, is_zero=False)
+    batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
+    batch = {name: None if value is None else torch.randn_like(value) for name, value in batch.items()}
+    fake_parts.loss_of(transformer, args, form, batch, False).backward()
+    optimizer.step()
+    trained = dict(transformer.named_parameters())
+    assert all((trained[name] != before[name])[trained[name].grad != 0].all() for name in before)
+
+
 def test_a_published_model_is_predicted_without_its_weights():
     command = [sys.executable, "-m", "utils.memory", "--model_path", "THUDM/CogVideoX-2b", "--mixed_precision", "fp16"]
     printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout

@@ -246,7 +246,8 @@ def test_rounding_at_random_is_exact_on_average():
     assert torch.equal(quantized_adam.round_at_random(extremes, torch.float16, torch.Generator()).float(), extremes)
     values = torch.rand(2**20) - 0.5
     values[:: quantized_adam.BLOCK] = 1  # one scale for all
-    coded = quantized_adam.decode(*quantized_adam.encode(values, 4, True, torch.Generator().manual_seed(0)), 4, True)
+    code = quantized_adam.make_code(4, True, torch.device("cpu"))
+    coded = quantized_adam.decode(*quantized_adam.encode(values, code, torch.Generator().manual_seed(0)), code)
     assert len(coded.unique()) <= 16
     assert float((coded - values).abs().max()) < 0.225  # the widest step
     assert float((coded - values).mean()) == pytest.approx(0, abs=2e-4)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,34 +24,38 @@ BLOCK, CHUNK = 256, 2**23
 SMALLEST = 4096
 
 
-@cache
-def code_values(bits: int, signed: bool) -> torch.Tensor:
-    """What the codes of so many bits stand for, ascending, float32 from -1 or 0 to 1.
+@dataclass(frozen=True)
+class Code:
+    """Codes of so many bits, and what they stand for: `values`, ascending, float32 from -1 or 0 to 1."""
 
-    Each decade below 1 has half as many values as the one above, in the middles of equal parts of it.
-    """
+    bits: int
+    signed: bool
+    values: torch.Tensor
+
+
+def make_code(bits: int, signed: bool, device: torch.device) -> Code:
+    """Each decade below 1 has half as many values as the one above, in the middles of equal parts of it."""
     values = [torch.ones(1)]
     for decade in range(bits - 1):
         count = 2 ** (decade if signed else decade + 1)
         edges = torch.linspace(0.1, 1, count + 1)
         values.append(10.0 ** (decade - bits + 2) * (edges[1:] + edges[:-1]) / 2)
     positive = torch.cat(values)
-    return torch.cat([-positive[1:], torch.zeros(1), positive] if signed else [torch.zeros(1), positive]).sort().values
+    both = [-positive[1:], torch.zeros(1), positive] if signed else [torch.zeros(1), positive]
+    return Code(bits, signed, torch.cat(both).sort().values.to(device))
 
 
-def encode(
-    values: torch.Tensor, bits: int, signed: bool, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(values: torch.Tensor, code: Code, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 (N,) -> codes uint8 (N * bits / 8,) and scales float32 (N / BLOCK, 1).
 
     8 bits take the nearest value, but of squares not zero for what is not; 4 bits one of both neighbours, at random.
     """
     blocks = values.view(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    blocks, table = blocks / scale, code_values(bits, signed).to(values.device)
-    if bits == 8:
+    blocks, table = blocks / scale, code.values
+    if code.bits == 8:
         codes = torch.bucketize(blocks, (table[1:] + table[:-1]) / 2, out_int32=True)
-        if not signed:  # under a root, as a divisor
+        if not code.signed:  # under a root, as a divisor
             codes.clamp_min_(1)
         return codes.to(torch.uint8).flatten(), scale
     upper = torch.bucketize(blocks, table, out_int32=True).clamp_(1, len(table) - 1)
@@ -62,12 +65,11 @@ def encode(
     return codes[:, 0] | codes[:, 1] << 4, scale
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+def decode(codes: torch.Tensor, scale: torch.Tensor, code: Code) -> torch.Tensor:
     """The float32 values (N,) that codes stand for."""
-    if bits == 4:
+    if code.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=1)
-    table = code_values(bits, signed).to(codes.device)
-    return (table[codes.int()].view(-1, BLOCK) * scale).flatten()
+    return (code.values[codes.int()].view(-1, BLOCK) * scale).flatten()
 
 
 # Half precision -> the bits of float32 that it lacks, and what makes its smallest normal number that of float32.
@@ -109,6 +111,9 @@ class QuantizedAdam(torch.optim.Optimizer):
         super().__init__(weights, settings | {"decoupled_weight_decay": decoupled_weight_decay})
         self.mean_bits, self.seed, self.release = mean_bits, seed, release
         self._index: dict[torch.Tensor, int] = {weight: index for index, weight in enumerate(weights)}
+        # of mean and squares, once the weights are where they will be; not for longer than the optimizer, which may be
+        # one of fake tensors
+        self._codes: tuple[Code, Code] | None = None
         self._norms: list[torch.Tensor] = []
         self._factor: torch.Tensor | float = 1.0
         if release:
@@ -151,8 +156,11 @@ class QuantizedAdam(torch.optim.Optimizer):
         generator = torch.Generator(weight.device).manual_seed(
             seed_for(ROUNDING, self.seed, step * len(self._index) + self._index[weight])
         )
-        mean_slot = Slot(state, "mean", self.mean_bits, signed=True, generator=generator)
-        square_slot = Slot(state, "square", 8, signed=False, generator=generator)
+        if self._codes is None:
+            self._codes = make_code(self.mean_bits, True, weight.device), make_code(8, False, weight.device)
+        mean_slot, square_slot = (
+            Slot(state, name, code, generator) for name, code in zip(("mean", "square"), self._codes, strict=True)
+        )
         if step == 1:
             for slot in (mean_slot, square_slot):
                 slot.fill_with_zeros(weight)
@@ -197,8 +205,7 @@ class Slot:
 
     state: dict[str, Any]
     name: str
-    bits: int
-    signed: bool
+    code: Code
     generator: torch.Generator
 
     def fill_with_zeros(self, weight: torch.Tensor) -> None:
@@ -206,7 +213,7 @@ class Slot:
         if count < SMALLEST or count % BLOCK:
             self.state[self.name] = torch.zeros(count, device=device)
             return
-        self.state[self.name] = torch.empty(count * self.bits // 8, dtype=torch.uint8, device=device)
+        self.state[self.name] = torch.empty(count * self.code.bits // 8, dtype=torch.uint8, device=device)
         self.state[f"{self.name}_scale"] = torch.empty(count // BLOCK, 1, device=device)
         for start in range(0, count, CHUNK):
             part = slice(start, min(start + CHUNK, count))
@@ -217,18 +224,18 @@ class Slot:
         scale = self.state.get(f"{self.name}_scale")
         if scale is None:
             return self.state[self.name][part].clone()
-        return decode(self.state[self.name][self._codes(part)], scale[self._scales(part)], self.bits, self.signed)
+        return decode(self.state[self.name][self._codes(part)], scale[self._scales(part)], self.code)
 
     def write(self, part: slice, values: torch.Tensor) -> None:
         scale = self.state.get(f"{self.name}_scale")
         if scale is None:
             self.state[self.name][part] = values
             return
-        codes, scale[self._scales(part)] = encode(values, self.bits, self.signed, self.generator)
+        codes, scale[self._scales(part)] = encode(values, self.code, self.generator)
         self.state[self.name][self._codes(part)] = codes
 
     def _codes(self, part: slice) -> slice:
-        return slice(part.start * self.bits // 8, part.stop * self.bits // 8)
+        return slice(part.start * self.code.bits // 8, part.stop * self.code.bits // 8)
 
     def _scales(self, part: slice) -> slice:
         return slice(part.start // BLOCK, part.stop // BLOCK)
