@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import arguments, patch_programs, read_metrics, succeed
-from utils import activations, fake_parts, host, quantized, quantized_adam
+from utils import activations, fake_parts, host, host_adam, quantized, quantized_adam
 from utils.args import parse_args
 from utils.checkpoint import PROGRESS_FILE
 from utils.components import load_transformer
@@ -78,6 +78,41 @@ def test_what_blocks_keep_and_where_changes_no_bit(tiny, tmp_path, monkeypatch, 
             again, found, calls = gradients(*tried)
             assert torch.equal(again, predicted) and all(map(torch.equal, found, expected)), options
         assert calls == (1 if "--keep_attention" in options else 2) * len(plain[0].transformer_blocks)
+
+
+class Late(host.SideStream):
+    """Copies as late as a GPU may: not before they are waited for. Until then a target holds no numbers."""
+
+    def __init__(self):
+        self.under_way = []
+
+    def copy(self, source, target):
+        self.under_way.append((source, target.fill_(torch.nan)))
+        return self.under_way[-1]
+
+    def wait(self, copied):
+        while any(copied is one for one in self.under_way):
+            source, target = self.under_way.pop(0)
+            target.copy_(source)
+
+    def synchronize(self):
+        while self.under_way:
+            self.wait(self.under_way[-1])
+
+
+def test_what_is_copied_beside_the_computation_is_waited_for(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "SMALLEST", 1)
+    monkeypatch.setattr(activations, "SideStream", Late)
+    monkeypatch.setattr(host_adam, "SideStream", Late)
+    options = ["--training_type", "sft"]
+    predicted, expected, _ = gradients(*prepared(tiny("5b-i2v"), tmp_path, *options))
+    parked = prepared(tiny("5b-i2v"), tmp_path, *options, "--keep_attention", "--offload_activations")
+    optimizer = host_adam.HostAdam(trained_parameters(parked[0]), lr=1e-3, decoupled_weight_decay=True)
+    for passes in (1, 2):  # several add up
+        again, gone, _ = gradients(*parked)
+        assert torch.equal(again, predicted) and gone == [None] * len(expected)
+        for master, gradient in zip(optimizer.masters, expected, strict=True):
+            assert torch.equal(master.grad, passes * gradient)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.01), ("fp8", 0.05), ("int4", 0.15)])
