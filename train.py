@@ -277,5 +277,7 @@ if __name__ == "__main__":
         end_with_parent(os.getppid(), signal.SIGTERM)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of what DeepSpeed calls
     warnings.filterwarnings("ignore", "Seems like `optimizer.step")  # of accelerate, under a loss scale
+    # nothing else leaves buffers alone at the start too, where fp8 could not be sent
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     with ends_the_process(), told_to_the_user():
         main()
