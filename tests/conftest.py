@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """form -> folder of a tiny checkpoint, made once."""

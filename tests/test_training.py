@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, read_metrics, run, succeed
+from tests.golden import compare_with_golden
 from tests.tiny_models import FORMS
 from utils.checkpoint import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 from utils.lora import WEIGHTS_FILE
@@ -49,14 +50,14 @@ def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
     assert read_metrics(ours) == read_metrics(theirs)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_trains_with_validation_and_generates(tiny, data, validation, tmp_path, form):
+def test_every_form_trains_with_validation_and_generates(tiny, data, validation, tmp_path, pytestconfig, form):
     """Through the script of its task, two processes on two clips of validation, and then through the demo."""
     task = "i2v" if "i2v" in form else "t2v"
     out = tmp_path / "out"
     steps = ["--train_steps", 4, "--checkpointing_steps", 2, "--checkpointing_limit", 1]
     checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 3, "--num_inference_steps", 2]
-    checks += ["--mixed_precision", "bf16" if form.startswith("5b") else "no"]
     if form == "5b-i2v":  # images of their own; the other i2v form takes the clips' first frames
         for folder, count in ((data, 8), (validation, 2)):
             shutil.copy(FIRST_FRAME, folder / "image.png")
@@ -69,6 +70,7 @@ def test_every_form_trains_with_validation_and_generates(tiny, data, validation,
     assert any(weight.abs().max() > 0 for name, weight in adapters(out / "checkpoint-4").items() if "lora_B" in name)
     videos = sorted(str(path.relative_to(out / "validation")) for path in out.glob("validation/*/*.mp4"))
     assert videos == [f"step-{step}/{number:03d}.mp4" for step in (0, 3, 4) for number in (0, 1)]
+    compare_with_golden(f"lora-ddp-{form}", out, pytestconfig)
     log = read_metrics(out)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in log if "held_out_loss" in line] == [0, 3, 4]

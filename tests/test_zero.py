@@ -19,6 +19,8 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from tests.conftest import FIRST_FRAME, arguments, command, environment, patch_programs, read_metrics, run, succeed
+from tests.golden import compare_with_golden
+from tests.tiny_models import FORMS
 from utils import export
 from utils.checkpoint import PROGRESS_FILE
 from utils.components import find_transformer
@@ -92,6 +94,16 @@ def for_a_tiny_model(template: str, folder: Path) -> Path:
     config["zero_optimization"] |= sizes
     (folder / f"{template}.json").write_text(json.dumps(config))
     return folder / f"{template}.json"
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_of_zero2_are_golden(tiny, data, tmp_path, pytestconfig, form):
+    options = ["--training_type", "sft", "--train_steps", 4, "--epsilon", 1e-5]
+    options = arguments(tiny(form), data, tmp_path / "out", *options, task=task_of(form))
+    template = for_a_tiny_model("zero2", tmp_path)
+    succeed(f"train_zero_{task_of(form)}.sh", *options, processes=2, ZERO=template)
+    compare_with_golden(f"sft-zero2-{form}", tmp_path / "out", pytestconfig)
 
 
 @pytest.mark.parametrize(
