@@ -10,11 +10,10 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -22,38 +21,40 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
     set_seed,
 )
 
-from dataset.cached_dataset import DRAWS, CachedDataset, SampleStream, batches, seed_for
+from dataset.cached_dataset import CachedDataset, batches
 from dataset.latent_cache import LatentCache
-from utils import components
-from utils.args import parse_args
-from utils.checkpoint import ARGS_FILE, Checkpoints, complete_last, write_args
-from utils.conditioning import predict_velocity
-from utils.errors import UserError, told_to_the_user
-from utils.fill_cache import fill_cache
-from utils.loss import draw, velocity_loss
-from utils.metrics import TRACKERS, Metrics, quarter_means
-from utils.model_form import text_encoder_config
-from utils.optimizer import clip_gradients, make_loss_scale, make_lr_scheduler, make_optimizer
-from utils.plan import RunPlan, describe
-from utils.prediction import describe_prediction, predict
-from utils.preflight import preflight
-from utils.processes import end_with_parent, ends_the_process
-from utils.roll_call import RollCall
-from utils.schedule import is_due
-from utils.trainable import (
+from dataset.sampler import SampleStream
+from utils.checkpoint.manager import ARGS_FILE, Checkpoints, complete_last, write_args
+from utils.common.distributed import on_main_process
+from utils.common.errors import UserError, exit_on_user_error
+from utils.common.heartbeat import HeartbeatBarrier
+from utils.common.processes import end_with_parent, ends_the_process
+from utils.common.seeds import DRAWS, seed_for
+from utils.config.args import parse_args
+from utils.estimate.prediction import describe_prediction, predict
+from utils.model import loading
+from utils.model.conditioning import predict_velocity
+from utils.model.spec import text_encoder_config
+from utils.run.describe import describe
+from utils.run.fill_cache import fill_cache
+from utils.run.plan import RunPlan
+from utils.run.preflight import preflight
+from utils.run.validation import validate
+from utils.training.loss import sample_inputs, velocity_loss
+from utils.training.metrics import TRACKERS, Metrics, quarter_means
+from utils.training.optimizer import clip_gradients, make_loss_scale, make_lr_scheduler, make_optimizer
+from utils.training.schedule import is_due
+from utils.training.trainable import (
     compute_dtype,
     make_trainable,
     trained_parameters,
     use_attention_kernel,
     weight_dtype,
 )
-from utils.validation import validate
 
-Result = TypeVar("Result")
 # A loss scale of 2^16 is down to 1 after as many halvings.
 MOST_SKIPPED_UPDATES = 16
 OVERFLOW = "The gradients of step {} overflow in fp16 at every loss scale; use --mixed_precision bf16."
@@ -66,17 +67,17 @@ WHAT_TO_DO = (
 def main() -> None:
     args = parse_args()
     with suppress(UserError):  # told by preflight
-        components.resolve_model_dir(args.model.model_path)  # a download, before processes wait for each other
+        loading.resolve_model_dir(args.model.model_path)  # a download, before processes wait for each other
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=args.system.nccl_timeout))
-    roll_call = RollCall(processes, args.system.nccl_timeout)
-    plan = on_main_process(processes, roll_call, preflight, args, processes.num_processes)
+    heartbeat = HeartbeatBarrier(processes, args.system.nccl_timeout)
+    plan = on_main_process(processes, heartbeat, preflight, args, processes.num_processes)
     processes.print(describe(plan))
     if args.output.dry_run:
         if processes.is_main_process:
             prediction = predict(
-                plan.args, plan.form, text_encoder_config(plan.model_dir), plan.zero, plan.num_processes
+                plan.args, plan.spec, text_encoder_config(plan.model_dir), plan.zero, plan.num_processes
             )
-            print("\n".join(describe_prediction(prediction, plan.args, plan.form)))
+            print("\n".join(describe_prediction(prediction, plan.args, plan.spec)))
         processes.print(json.dumps(plan.args.as_dict(), indent=2))
         return
     if not args.data.precompute_only and nothing_is_left(processes, plan):
@@ -86,7 +87,7 @@ def main() -> None:
     processes.wait_for_everyone()
     if not (plan.args.output.output_dir / ARGS_FILE).is_file():
         raise UserError(f"--output_dir {plan.args.output.output_dir} is not on a disk that all machines share.")
-    plan = fill_cache(processes, roll_call, plan)
+    plan = fill_cache(processes, heartbeat, plan)
     if not args.data.precompute_only and not nothing_is_left(processes, plan):  # there may be fewer samples now
         train(plan)
 
@@ -101,29 +102,8 @@ def nothing_is_left(processes: PartialState, plan: RunPlan) -> bool:
     return True
 
 
-def on_main_process(
-    processes: PartialState, roll_call: RollCall, function: Callable[..., Result], *args: Any
-) -> Result:
-    """Calls a function on the main process and gives its result, or its UserError, to every process."""
-    outcome: list[Any] = [None]
-    if processes.is_main_process:
-        try:
-            outcome = [function(*args)]
-        except UserError as error:
-            outcome = [error]
-        roll_call.done(function.__name__)
-    roll_call.wait_for_main(function.__name__)
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        with suppress(RuntimeError):  # a process that ends while another still reads would break its connection
-            processes.wait_for_everyone()
-        processes.destroy_process_group()
-        raise outcome[0]
-    return outcome[0]
-
-
 def train(plan: RunPlan) -> None:
-    args, form = plan.args, plan.form
+    args, spec = plan.args, plan.spec
     output_dir = args.output.output_dir
     set_seed(args.training.seed)
     accelerator = Accelerator(
@@ -138,26 +118,26 @@ def train(plan: RunPlan) -> None:
     )
 
     # ---- model: from the checkpoint where full fine-tuning goes on; DeepSpeed loads its own further below
-    is_zero, weights = plan.zero is not None, plan.model_dir
-    if plan.resume_from is not None and args.model.training_type == "sft" and not is_zero:
+    uses_deepspeed, weights = plan.zero is not None, plan.model_dir
+    if plan.resume_from is not None and args.model.training_type == "sft" and not uses_deepspeed:
         weights = plan.resume_from
     loaded_to = "cpu" if args.memory.quantize_base != "none" else accelerator.device.type
-    transformer = components.load_transformer(weights / "transformer", weight_dtype(args, is_zero), loaded_to)
+    transformer = loading.load_transformer(weights / "transformer", weight_dtype(args, uses_deepspeed), loaded_to)
     make_trainable(transformer, args, accelerator.device)
     use_attention_kernel(args.memory.attention_kernel)
     if args.memory.compile_blocks:
         accelerator.print("Blocks are compiled in the first update, which takes minutes.")
     parameters = trained_parameters(transformer)
     accelerator.print(f"Trained parameters: {sum(p.numel() for p in parameters):,}")
-    alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
+    alphas_cumprod = loading.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
 
     # ---- optimizer and schedule, from where the run stands
     progress = plan.progress
     if progress.data not in ("", plan.data_digest):
         accelerator.print("Note: samples, seed or samples an update are not those before; their order is another one.")
     progress.data = plan.data_digest
-    optimizer = make_optimizer(parameters, args, is_zero)
-    if args.training.mixed_precision == "fp16" and not is_zero:
+    optimizer = make_optimizer(parameters, args, uses_deepspeed)
+    if args.training.mixed_precision == "fp16" and not uses_deepspeed:
         accelerator.scaler = make_loss_scale(args, accelerator.device)
     placement = [True, False] if args.memory.offload_optimizer else None  # None: what DeepSpeed insists on
     model, optimizer = accelerator.prepare(transformer, optimizer, device_placement=placement)
@@ -171,7 +151,7 @@ def train(plan: RunPlan) -> None:
     seed, batch_size = args.training.seed, args.training.batch_size
     dataset = CachedDataset(LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed)
     stream = SampleStream(
-        [excerpt.resolution for excerpt in plan.samples],
+        [clip_sample.resolution for clip_sample in plan.samples],
         batch_size,
         plan.samples_per_step,
         accelerator.process_index,
@@ -189,8 +169,8 @@ def train(plan: RunPlan) -> None:
     while progress.step < plan.total_steps:
         batch = next(loader)
         with accelerator.accumulate(model):
-            drawn = draw(
-                form,
+            inputs = sample_inputs(
+                spec,
                 batch["video"].to(accelerator.device, non_blocking=True),
                 batch["image"].to(accelerator.device, non_blocking=True) if "image" in batch else None,
                 [seed_for(DRAWS, seed, number) for number in batch["number"]],
@@ -200,13 +180,13 @@ def train(plan: RunPlan) -> None:
             predict = partial(
                 predict_velocity,
                 model,
-                form,
+                spec,
                 prompt_embeds=batch["prompt"].to(accelerator.device, non_blocking=True),
-                image_latents=drawn.image_latents,
+                image_latents=inputs.image_latents,
                 dtype=compute_dtype(args),
             )
-            loss = velocity_loss(predict, alphas_cumprod, drawn.latents, drawn.timesteps, drawn.noise)
-            stop_if_not_finite(loss, drawn.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
+            loss = velocity_loss(predict, alphas_cumprod, inputs.latents, inputs.timesteps, inputs.noise)
+            stop_if_not_finite(loss, inputs.timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
             backward(accelerator, loss.mean(), progress.step)
             if accelerator.sync_gradients:
                 grad_norm = clip_gradients(accelerator, optimizer, args.training.max_grad_norm)
@@ -216,7 +196,7 @@ def train(plan: RunPlan) -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-        timesteps.append(drawn.timesteps)
+        timesteps.append(inputs.timesteps)
         progress.samples_seen += batch_size * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
@@ -279,5 +259,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "Seems like `optimizer.step")  # of accelerate, under a loss scale
     # nothing else leaves buffers alone at the start too, where fp8 could not be sent
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-    with ends_the_process(), told_to_the_user():
+    with ends_the_process(), exit_on_user_error():
         main()

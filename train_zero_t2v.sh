@@ -51,8 +51,8 @@ TRAIN_ARGS=(                                # the templates say "auto" for what 
     --optimizer "adamw"
     --weight_decay 1e-4
     --max_grad_norm 1.0                     # lower it if the loss jumps
-    --gradient_checkpointing true           # false: faster, but needs several times the memory
-    --keep_attention false                  # true: less to recompute, for 2 GiB (2b) to 11 GiB (1.5) of memory more
+    --gradient_checkpointing full           # selective: faster, for 2 GiB (2b) to 11 GiB (1.5) more; none: several times
+                                            # the memory
     --offload_activations false             # true: what is kept waits in host memory; both true: fast and small
     --seed 42                               # order of clips, noise and timesteps
 )
@@ -78,6 +78,6 @@ VALIDATION_ARGS=(
 )
 
 # `accelerate launch`, without its stack trace when train.py ends with a sentence on what is wrong
-exec python "$HERE/utils/launch.py" --config_file "$HERE/configs/accelerate_config.yaml" "$HERE/train.py" \
+exec python "$HERE/utils/commands/launch.py" --config_file "$HERE/configs/accelerate_config.yaml" "$HERE/train.py" \
     "${MODEL_ARGS[@]}" "${OUTPUT_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAIN_ARGS[@]}" \
     "${SYSTEM_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${VALIDATION_ARGS[@]}" "$@"

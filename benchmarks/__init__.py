@@ -1,3 +1,3 @@
 """What the toolkit needs and how long it takes, measured; the records lie beside the scripts."""
 
-import utils.torchvision_cpu  # noqa: F401
+import utils.common.torchvision_cpu  # noqa: F401

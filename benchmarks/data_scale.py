@@ -52,11 +52,12 @@ def arguments(model: Path, folder: Path) -> list[str]:
 def start(model: Path, folder: Path, fill: bool) -> None:
     """What a run does before its first step; `fill` writes the cache that is missing, with zeros."""
     began = time.perf_counter()
-    from dataset.cached_dataset import CachedDataset, SampleStream, batches
+    from dataset.cached_dataset import CachedDataset, batches
     from dataset.latent_cache import LatentCache
-    from dataset.precompute import Share, missing_jobs
-    from utils.args import parse_args
-    from utils.preflight import preflight
+    from dataset.precompute import RankShard, missing_jobs
+    from dataset.sampler import SampleStream
+    from utils.config.args import parse_args
+    from utils.run.preflight import preflight
 
     imported, memory = time.perf_counter() - began, _peak_mb()
     began = time.perf_counter()
@@ -70,7 +71,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
             cache.write(name, torch.zeros(26, 32))
         return
     began = time.perf_counter()
-    missing = len(missing_jobs(cache, plan.samples, plan.keys, Share(0, 1), lambda: None))
+    missing = len(missing_jobs(cache, plan.samples, plan.keys, RankShard(0, 1), lambda: None))
     missing += sum(not cache.is_intact(name) for name in prompts)
     looked = time.perf_counter() - began
     assert missing == 0
@@ -79,7 +80,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
     print(f"peak memory {_peak_mb():.0f} MB")
     began = time.perf_counter()
     dataset = CachedDataset(cache, plan.keys, plan.empty_prompt, 0.0, 42)
-    stream = SampleStream([excerpt.resolution for excerpt in plan.samples], 1, 1, 0, 1, 42, 0)
+    stream = SampleStream([clip_sample.resolution for clip_sample in plan.samples], 1, 1, 0, 1, 42, 0)
     next(batches(dataset, stream, 2, False))
     first_batch = time.perf_counter() - began
     print(f"first batch {first_batch:.2f} s; peak memory {_peak_mb():.0f} MB")

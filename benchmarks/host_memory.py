@@ -24,7 +24,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from tests import tiny_models
-from utils import components
+from utils.model import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -46,7 +46,7 @@ def build(folder: Path, layers: int, dtype: torch.dtype) -> None:
 
 def load_and_read(folder: Path, ready: Any, done: Any) -> None:
     """Loads a transformer as a rank under ZeRO does and reads each weight once, as the copy to a GPU would."""
-    transformer = components.load_transformer(folder)
+    transformer = loading.load_transformer(folder)
     for parameter in transformer.parameters():
         parameter.sum()
     ready.release()

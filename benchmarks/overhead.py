@@ -26,7 +26,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 import train
-from utils.zero_config import ROOT
+from utils.config.deepspeed_config import ROOT
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 CLIPS, UPDATES = 32, 60

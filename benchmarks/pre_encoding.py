@@ -24,18 +24,19 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors import safe_open
 
-from dataset.cached_dataset import CachedDataset, SampleStream, batches
-from dataset.excerpts import Cutting
-from dataset.files import FileIndex
+from dataset.bucketing import SamplingPolicy
+from dataset.cached_dataset import CachedDataset, batches
+from dataset.file_index import FileIndex
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.manifest import Sample
-from dataset.precompute import PixelEncoders, Share, precompute_clips
-from dataset.survey import examine
-from dataset.video import Resolution, View, decode
-from utils.encoders import encode_image, encode_video
+from dataset.precompute import PixelEncoders, RankShard, precompute_clips
+from dataset.sampler import SampleStream
+from dataset.scan import scan_and_sample
+from dataset.video import FrameSelection, Resolution, decode
+from utils.model.encoders import encode_image, encode_video
 
 SIZE = Resolution(49, 480, 720)
-VIEW = View(SIZE, 8.0, "stretch", 0, 49)
+VIEW = FrameSelection(SIZE, 8.0, "stretch", 0, 49)
 MOMENTS = torch.zeros(32, 13, 60, 90, dtype=torch.bfloat16)
 ROUNDS = 3
 
@@ -134,7 +135,7 @@ def bare_in_processes(clips: list[str], count: int) -> None:
 
 def found_in(clips: list[str], index: FileIndex) -> tuple[list, list]:
     samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
-    found = examine(samples, [], index, Cutting((SIZE,), 8.0, "stretch"), 1, 60, False)
+    found = scan_and_sample(samples, [], index, SamplingPolicy((SIZE,), 8.0, "stretch"), 1, 60, False)
     return found.samples, Encoding("vae", "text", None).keys(found.samples, found.facts)
 
 
@@ -146,10 +147,12 @@ def nothing() -> Iterator[PixelEncoders]:
 def pre_encode(clips: list[str], folder: Path, workers: int) -> None:
     if not hasattr(pre_encode, "known"):
         pre_encode.known = found_in(clips, FileIndex(folder))  # type: ignore[attr-defined]
-    excerpts, keys = pre_encode.known  # type: ignore[attr-defined]
+    clip_samples, keys = pre_encode.known  # type: ignore[attr-defined]
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    assert not precompute_clips(LatentCache(folder), excerpts, keys, nothing, Share(0, 1), workers, 60, lambda: None)
+    assert not precompute_clips(
+        LatentCache(folder), clip_samples, keys, nothing, RankShard(0, 1), workers, 60, lambda: None
+    )
 
 
 def look(clips: list[str], folder: Path) -> None:
@@ -166,8 +169,8 @@ def busy(report: Report, clips: list[str], folder: Path) -> None:
     vae = AutoencoderKLCogVideoX(scaling_factor=0.7).eval()  # the published widths
     size = Resolution(17, 96, 160)
     samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
-    how = Cutting((size,), 8.0, "stretch")
-    found = examine(samples, [], FileIndex(folder / "nothing"), how, 1, 60, False)
+    how = SamplingPolicy((size,), 8.0, "stretch")
+    found = scan_and_sample(samples, [], FileIndex(folder / "nothing"), how, 1, 60, False)
     spans: list[tuple[float, float]] = []
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
@@ -181,7 +184,7 @@ def busy(report: Report, clips: list[str], folder: Path) -> None:
         yield PixelEncoders(encode, lambda pixels, seed: encode_image(vae, pixels, seed))
 
     keys = Encoding(f"busy {time.time()}", "text", None).keys(found.samples, found.facts)
-    precompute_clips(LatentCache(folder / "busy"), found.samples, keys, encoders, Share(0, 1), 1, 60, lambda: None)
+    precompute_clips(LatentCache(folder / "busy"), found.samples, keys, encoders, RankShard(0, 1), 1, 60, lambda: None)
     after = spans[1:]
     share = sum(end - began for began, end in after) / (after[-1][1] - spans[0][1])
     report.line(f"VAE of real width, {size}: {statistics.mean(e - b for b, e in after):.1f} s a clip, busy {share:.1%}")

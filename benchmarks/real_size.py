@@ -26,22 +26,22 @@ from typing import Any
 import torch
 
 from benchmarks.rows import ROWS, Row
-from utils.args import Args, parse_args
-from utils.fake_parts import fake_batch, loss_of
-from utils.launch import grow_segments
-from utils.memory import find_form
-from utils.model_form import ModelForm
-from utils.optimizer import clip, make_optimizer
-from utils.prediction import GIB, few_blocks_updates, largest, under_zero
-from utils.preflight import resolve
-from utils.trainable import (
+from utils.commands.estimate_memory import load_spec
+from utils.commands.launch import grow_segments
+from utils.config.args import Args, parse_args
+from utils.config.deepspeed_config import ROOT, resolve_template
+from utils.estimate.prediction import GIB, extrapolated_updates, largest, zero_terms
+from utils.estimate.simulated_run import fake_batch, loss_of
+from utils.model.spec import ModelSpec
+from utils.run.preflight import resolve
+from utils.training.optimizer import clip, make_optimizer
+from utils.training.trainable import (
     compute_dtype,
     make_trainable,
     trained_parameters,
     use_attention_kernel,
     weight_dtype,
 )
-from utils.zero_config import ROOT, resolve_template
 
 RESULTS = Path(__file__).parent / "results"
 UPDATES = 3
@@ -52,23 +52,23 @@ DEVICE = torch.device("cuda")
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
 
 
-def settings(row: Row) -> tuple[Args, ModelForm]:
+def settings(row: Row) -> tuple[Args, ModelSpec]:
     args = parse_args(
         ["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", "--model_path", row.model, *row.flags.split()]
     )
-    form, _ = find_form(row.model)
-    return resolve(args, form, row.zero is not None), form
+    spec, _ = load_spec(row.model)
+    return resolve(args, spec, row.zero is not None), spec
 
 
 def predict_row(row: Row) -> dict[str, Any]:
     """Terms of the peak in GiB of one process, TFLOP of an update, and GiB of host memory."""
-    args, form = settings(row)
+    args, spec = settings(row)
     zero, processes = row.zero or (None, 1)
-    updates = few_blocks_updates(args, form, zero is not None, processes)
+    updates = extrapolated_updates(args, spec, zero is not None, processes)
     terms, host = updates.terms, updates.host
     if zero is not None:
-        config = resolve_template(ROOT / "configs" / f"{zero}.json", args, form.width, processes)
-        terms, host = under_zero(updates, config, compute_dtype(args).itemsize, processes)
+        config = resolve_template(ROOT / "configs" / f"{zero}.json", args, spec.width, processes)
+        terms, host = zero_terms(updates, config, compute_dtype(args).itemsize, processes)
     return {
         "peak_gib": round(sum(terms.values()) / GIB, 2),
         "goal_gib": row.goal,
@@ -81,9 +81,9 @@ def predict_row(row: Row) -> dict[str, Any]:
 
 def model_tflop(row: Row) -> dict[str, Any]:
     """Of an update, without what is computed anew."""
-    args, form = settings(row)
-    memory = replace(args.memory, gradient_checkpointing=False, keep_attention=False, offload_activations=False)
-    updates = few_blocks_updates(replace(args, memory=memory), form, row.zero is not None, 1)
+    args, spec = settings(row)
+    memory = replace(args.memory, gradient_checkpointing="none", offload_activations=False)
+    updates = extrapolated_updates(replace(args, memory=memory), spec, row.zero is not None, 1)
     return {"model_tflop": round(updates.flop / 1e12)}
 
 
@@ -91,23 +91,23 @@ def measure_row(row: Row) -> dict[str, Any]:
     """Peak of reserved memory over three updates, and the time of one, on the GPU."""
     from diffusers import CogVideoXTransformer3DModel
 
-    args, form = settings(row)
-    torch.set_default_dtype(weight_dtype(args, is_zero=False))
+    args, spec = settings(row)
+    torch.set_default_dtype(weight_dtype(args, uses_deepspeed=False))
     with DEVICE:
-        transformer = CogVideoXTransformer3DModel.from_config(form.transformer)
+        transformer = CogVideoXTransformer3DModel.from_config(spec.transformer)
     torch.set_default_dtype(torch.float32)
     make_trainable(transformer, args, DEVICE)
     use_attention_kernel(args.memory.attention_kernel)
     parameters = trained_parameters(transformer)
-    optimizer = make_optimizer(parameters, args, is_zero=False)
-    batch = fake_batch(args, form, largest(args, form), 1)
+    optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
+    batch = fake_batch(args, spec, largest(args, spec), 1)
     batch = {name: None if value is None else torch.randn_like(value, device=DEVICE) for name, value in batch.items()}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(UPDATES):
         start = time.perf_counter()
-        loss_of(transformer, args, form, batch, is_zero=False).backward()
+        loss_of(transformer, args, spec, batch, uses_deepspeed=False).backward()
         clip(optimizer, args.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

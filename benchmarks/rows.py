@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SMALLEST_LORA = (
-    "--keep_attention true --offload_activations true --quantize_base int4 --autocast false --compile_blocks true"
+    "--gradient_checkpointing selective --offload_activations true --quantize_base int4 --autocast false "
+    "--compile_blocks true"
 )
-SMALLEST_SFT = "--keep_attention true --offload_activations true --offload_optimizer true --autocast false"
+SMALLEST_SFT = "--gradient_checkpointing selective --offload_activations true --offload_optimizer true --autocast false"
 SFT = "--training_type sft --mixed_precision bf16"
-WITHOUT_HOST = f"{SFT} --quantize_optimizer 8bit --release_gradients true --max_grad_norm 0 --autocast false"
+WITHOUT_HOST = f"{SFT} --quantize_optimizer 8bit --optimizer_in_backward true --max_grad_norm 0 --autocast false"
 OF_4_BITS = WITHOUT_HOST.replace("8bit", "4bit")
-PLAIN = "--gradient_checkpointing false --autocast false --compile_blocks true"
-KEPT = "--keep_attention true --autocast false --compile_blocks true"
+PLAIN = "--gradient_checkpointing none --autocast false --compile_blocks true"
+KEPT = "--gradient_checkpointing selective --autocast false --compile_blocks true"
 LONG = "--train_resolution 81x768x1360"
 
 

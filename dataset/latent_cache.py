@@ -22,10 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dataset.excerpts import Excerpt
-from dataset.files import FileFacts, set_nanoseconds, written_whole
-from dataset.video import PIXELS_VERSION, SPREAD, View
-from utils.errors import UserError
+from dataset.bucketing import ClipSample
+from dataset.file_index import FileFacts
+from dataset.video import PIXELS_VERSION, SPREAD, FrameSelection
+from utils.common.errors import UserError
+from utils.common.filesystem import set_nanoseconds, written_whole
 
 FORMAT_VERSION = 2
 SUFFIX = ".safetensors"
@@ -55,7 +56,7 @@ class LatentCache:
         try:
             with written_whole(self.path(name)) as aside:
                 save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
-                set_nanoseconds(aside, _seal(name, aside.stat().st_size))
+                set_nanoseconds(aside, _mtime_marker(name, aside.stat().st_size))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"--cache_dir {self.folder}: {name} cannot be written ({error}); what is encoded is kept.",
@@ -81,7 +82,7 @@ class LatentCache:
         path = self.path(name)
         try:
             status = path.stat()
-            seal = _seal(name, status.st_size)
+            seal = _mtime_marker(name, status.st_size)
             if status.st_mtime_ns % 10**9 == seal and not reads:
                 return True
             self.read(name)
@@ -106,7 +107,7 @@ class LatentCache:
                 yield path.stem
 
 
-def _seal(name: str, size: int) -> int:
+def _mtime_marker(name: str, size: int) -> int:
     """The nanoseconds of an entry's modification time; any other writer leaves others, but for one in 10^9."""
     return zlib.crc32(f"{name} {size}".encode()) % 10**9
 
@@ -135,7 +136,7 @@ class Encoding:
     """What, besides the files and what is taken of them, decides the encoded bytes.
 
     Attributes:
-        vae, text_encoder: identity of the weights, with dtype and settings.
+        vae, text_encoder: fingerprint of the weights, with dtype and settings.
         image_noise: i2v: how the condition image is noised before it is encoded; None for t2v.
     """
 
@@ -146,38 +147,42 @@ class Encoding:
     def prompt_key(self, prompt: str) -> str:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
-    def keys(self, excerpts: list[Excerpt], facts: Mapping[str, FileFacts], flip: bool = False) -> list[SampleKeys]:
+    def keys(
+        self, clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], flip: bool = False
+    ) -> list[SampleKeys]:
         """Names the entries of samples.
 
         Args:
             facts: of every file that the samples name.
             flip: whether the mirror image of each sample is encoded too.
         """
-        return [self._sample_keys(excerpt, facts, flip) for excerpt in excerpts]
+        return [self._sample_keys(clip_sample, facts, flip) for clip_sample in clip_samples]
 
-    def _sample_keys(self, excerpt: Excerpt, facts: Mapping[str, FileFacts], flip: bool) -> SampleKeys:
-        sample, video, image = excerpt.sample, [], []
-        for view in excerpt.views(flip):
+    def _sample_keys(self, clip_sample: ClipSample, facts: Mapping[str, FileFacts], flip: bool) -> SampleKeys:
+        sample, video, image = clip_sample.sample, [], []
+        for selection in clip_sample.selections(flip):
             if sample.video is not None:
-                video.append(self._pixels_name("video", facts[sample.video], view, frames=view.resolution.frames))
+                video.append(
+                    self._pixels_name("video", facts[sample.video], selection, frames=selection.resolution.frames)
+                )
             if self.image_noise is not None and sample.image is not None:
-                still = replace(view, first=0)
+                still = replace(selection, first=0)
                 image.append(self._pixels_name("image", facts[sample.image], still, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
-                image.append(self._pixels_name("image", facts[sample.video], view, noise=self.image_noise))
+                image.append(self._pixels_name("image", facts[sample.video], selection, noise=self.image_noise))
         return SampleKeys(tuple(video), tuple(image), self.prompt_key(sample.prompt))
 
-    def _pixels_name(self, kind: str, facts: FileFacts, view: View, **more: Any) -> str:
-        begins = {"first": view.first, "rate": view.rate} if view.first or kind == "video" else {}
-        if view.rate == SPREAD and kind == "video":
-            begins["span"] = view.span
+    def _pixels_name(self, kind: str, facts: FileFacts, selection: FrameSelection, **more: Any) -> str:
+        begins = {"first": selection.first, "rate": selection.rate} if selection.first or kind == "video" else {}
+        if selection.rate == SPREAD and kind == "video":
+            begins["span"] = selection.span
         return _name(
             kind,
             content=facts.digest.hex(),
-            height=view.resolution.height,
-            width=view.resolution.width,
-            mode=view.mode,
-            flipped=view.flipped,
+            height=selection.resolution.height,
+            width=selection.resolution.width,
+            mode=selection.mode,
+            flipped=selection.flipped,
             encoder=self.vae,
             pixels=PIXELS_VERSION,
             **begins,

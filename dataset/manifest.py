@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 Content = TypeVar("Content")
 
@@ -98,25 +98,25 @@ def read_manifest(
         table: in place of the line files.
 
     Raises:
-        UserError: with all faults found: missing folder or files, counts that differ, empty lines.
+        UserError: with all errors found: missing folder or files, counts that differ, empty lines.
     """
     if not root.is_dir():
         raise UserError(f"{flag} {root}: there is no such folder.")
-    faults: list[str] = []
+    errors: list[str] = []
     if table is not None:
-        columns = _read_table(root / table.name, table, faults)
+        columns = _read_table(root / table.name, table, errors)
     else:
         files = {"prompt": captions, "video": videos, "image": images}
-        columns = _read_line_files(root, {name: file for name, file in files.items() if file}, faults)
+        columns = _read_line_files(root, {name: file for name, file in files.items() if file}, errors)
     for name, column in columns.items():
         for line, text in zip(column.lines, column.texts, strict=True):
             if not text:
                 what = "the line" if table is None else f"its {name}"
-                faults.append(f"{column.source}, line {line}: {what} is empty.")
+                errors.append(f"{column.source}, line {line}: {what} is empty.")
             elif name != "prompt" and not _is_file(root / text):
-                faults.append(f"{column.source}, line {line}: there is no file {str(root / text)[:200]}.")
-    if faults:
-        raise UserError(faults)
+                errors.append(f"{column.source}, line {line}: there is no file {str(root / text)[:200]}.")
+    if errors:
+        raise UserError(errors)
 
     prompts = columns["prompt"]
 
@@ -127,36 +127,36 @@ def read_manifest(
     return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
 
 
-def _read_line_files(root: Path, files: dict[str, str], faults: list[str]) -> dict[str, _Column]:
+def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> dict[str, _Column]:
     columns = {}
     for name, file in files.items():
-        texts = _read(root / file, read_lines, faults)
+        texts = _read(root / file, read_lines, errors)
         if texts is not None:
             columns[name] = _Column(root / file, texts, range(1, len(texts) + 1))
     if len({len(column.texts) for column in columns.values()}) > 1:
         counts = ", ".join(f"{files[name]} has {len(column.texts)}" for name, column in columns.items())
-        faults.append(f"{root}: the line files must have the same number of lines, one sample a line; {counts}.")
+        errors.append(f"{root}: the line files must have the same number of lines, one sample a line; {counts}.")
     elif columns and not any(column.texts for column in columns.values()):
-        faults.append(f"{root}: the line files are empty.")
+        errors.append(f"{root}: the line files are empty.")
     return columns
 
 
-def _read_table(path: Path, table: Table, faults: list[str]) -> dict[str, _Column]:
+def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
     reader = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
-    rows = _read(path, partial(reader, faults=faults), faults)
+    rows = _read(path, partial(reader, errors=errors), errors)
     if rows is None:
         return {}
     if not rows:
-        faults.append(f"{path}: the table is empty; it needs a row a sample, and a .csv a header above them.")
+        errors.append(f"{path}: the table is empty; it needs a row a sample, and a .csv a header above them.")
     has = dict.fromkeys(str(key) for _, row in rows for key in row)
     columns = {}
     for name in (*table.required, *table.optional):
         if name not in has:
             if name in table.required and rows:
-                faults.append(f"{path} has no column '{name}'; it has {', '.join(has)}.")
+                errors.append(f"{path} has no column '{name}'; it has {', '.join(has)}.")
             continue
         texts = [(line, row.get(name)) for line, row in rows]
-        faults += [
+        errors += [
             f"{path}, line {line}: it has no text '{name}'." for line, text in texts if not isinstance(text, str)
         ]
         given = [(line, text.strip()) for line, text in texts if isinstance(text, str)]
@@ -164,27 +164,27 @@ def _read_table(path: Path, table: Table, faults: list[str]) -> dict[str, _Colum
     return columns
 
 
-def _read(path: Path, reader: Callable[[Path], Content], faults: list[str]) -> Content | None:
+def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> Content | None:
     try:
         return reader(path)
     except FileNotFoundError:
-        faults.append(f"{path}: there is no such file.")
+        errors.append(f"{path}: there is no such file.")
     except (UnicodeDecodeError, OSError) as error:
-        faults.append(f"{path}: cannot be read as UTF-8 text ({error}).")
+        errors.append(f"{path}: cannot be read as UTF-8 text ({error}).")
     return None
 
 
-def _read_jsonl(path: Path, faults: list[str]) -> list[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """(line, row) of each line that is not empty."""
     rows = []
     for number, text in enumerate(read_lines(path), 1):
         try:
             row = json.loads(text or "{}")
         except ValueError as error:
-            faults.append(f"{path}, line {number}: it is no JSON ({error}).")
+            errors.append(f"{path}, line {number}: it is no JSON ({error}).")
             continue
         if not isinstance(row, dict):
-            faults.append(
+            errors.append(
                 f'{path}, line {number}: it is no JSON object, such as {{"video": "a.mp4", "prompt": "a cat"}}.'
             )
         elif text:
@@ -192,7 +192,7 @@ def _read_jsonl(path: Path, faults: list[str]) -> list[tuple[int, dict[str, Any]
     return rows
 
 
-def _read_csv(path: Path, faults: list[str]) -> list[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """(line on which it ends, row); the first line names the columns."""
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -200,13 +200,13 @@ def _read_csv(path: Path, faults: list[str]) -> list[tuple[int, dict[str, Any]]]
         try:
             for row in reader:
                 if "" in row:
-                    faults.append(
+                    errors.append(
                         f"{path}, line {reader.line_num}: it has more fields than the header; a prompt with a comma "
                         "must stand in quotes."
                     )
                 rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
-            faults.append(f"{path}, line {reader.line_num}: it is no CSV ({error}).")
+            errors.append(f"{path}, line {reader.line_num}: it is no CSV ({error}).")
     return rows
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dataset.excerpts import Excerpt
-from dataset.files import combined, stamp_of
+from dataset.bucketing import ClipSample
+from dataset.file_index import combine_signatures, stat_signature
 from dataset.latent_cache import LatentCache, SampleKeys
-from dataset.video import ClipError, View, decode, load_image
-from dataset.workers import Failure, contained
+from dataset.video import ClipError, FrameSelection, decode, load_image
+from dataset.worker_pool import Failure, run_in_workers
 
 EncodePrompt = Callable[[str], torch.Tensor]
 
@@ -39,13 +39,13 @@ class PixelEncoders:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """The part of the work that is this process's own."""
 
     rank: int
     world_size: int
 
-    def of(self, items: Iterable) -> list:
+    def select(self, items: Iterable) -> list:
         return list(items)[self.rank :: self.world_size]
 
 
@@ -53,8 +53,8 @@ class Share:
 class _Job:
     """A view of a sample, and the names of the entries to be made of it."""
 
-    excerpt: Excerpt
-    view: View
+    clip_sample: ClipSample
+    selection: FrameSelection
     video: str | None
     image: str | None
 
@@ -65,13 +65,13 @@ class _Job:
     @property
     def image_shape(self) -> tuple[int, ...] | None:
         """[H, W, C] of an image that is a file of its own."""
-        size = self.view.resolution
-        return (size.height, size.width, 3) if self.image and self.excerpt.sample.image else None
+        size = self.selection.resolution
+        return (size.height, size.width, 3) if self.image and self.clip_sample.sample.image else None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """[F, H, W, C] of what is decoded of the clip: a single frame where only its image is wanted."""
-        size = self.view.resolution
+        size = self.selection.resolution
         if self.video is None and self.image_shape:
             return None
         return (size.frames if self.video else 1), size.height, size.width, 3
@@ -81,8 +81,8 @@ def precompute_prompts(
     cache: LatentCache,
     prompts: dict[str, str],
     load_encoder: Callable[[], AbstractContextManager[EncodePrompt]],
-    share: Share,
-    alive: Callable[[], None],
+    shard: RankShard,
+    beat: Callable[[], None],
 ) -> dict[str, str]:
     """Encodes the missing prompts of this rank's share.
 
@@ -93,33 +93,33 @@ def precompute_prompts(
     Returns:
         entry name -> what is wrong with its sample, for each prompt that could not be encoded.
     """
-    missing, faults = [], {}
-    for name in share.of(prompts):
-        alive()  # entries that were copied are read, which takes its time
+    missing, errors = [], {}
+    for name in shard.select(prompts):
+        beat()  # entries that were copied are read, which takes its time
         if not cache.is_intact(name):
             missing.append(name)
     if not missing:
         return {}
     with load_encoder() as encode:
-        for name in tqdm(missing, desc="Encoding prompts", unit="prompt", disable=share.rank != 0):
+        for name in tqdm(missing, desc="Encoding prompts", unit="prompt", disable=shard.rank != 0):
             embedding = encode(prompts[name])
             if embedding.isfinite().all():
                 cache.write(name, embedding)
             else:
-                faults[name] = f"has a prompt, {prompts[name]!r}, of which the text encoder makes what is not finite"
-            alive()
-    return faults
+                errors[name] = f"has a prompt, {prompts[name]!r}, of which the text encoder makes what is not finite"
+            beat()
+    return errors
 
 
 def precompute_clips(
     cache: LatentCache,
-    excerpts: list[Excerpt],
+    clip_samples: list[ClipSample],
     keys: list[SampleKeys],
     load_encoders: Callable[[], AbstractContextManager[PixelEncoders]],
-    share: Share,
+    shard: RankShard,
     num_workers: int,
     timeout: float,
-    alive: Callable[[], None],
+    beat: Callable[[], None],
 ) -> dict[str, str]:
     """Encodes the missing clips and images of this rank's share.
 
@@ -130,15 +130,15 @@ def precompute_clips(
     Returns:
         entry name -> what is wrong with its sample, for each that could not be made; the others are in the cache.
     """
-    jobs = missing_jobs(cache, excerpts, keys, share, alive)
+    jobs = missing_jobs(cache, clip_samples, keys, shard, beat)
     if not jobs:
         return {}
     largest = max(_numel(job.shape) + _numel(job.image_shape) for job in jobs)
-    faults: dict[str, str] = {}
+    errors: dict[str, str] = {}
     encode = None
     with (
         ExitStack() as stack,
-        tqdm(total=len(jobs), desc="Encoding clips", unit="clip", disable=share.rank != 0) as bar,
+        tqdm(total=len(jobs), desc="Encoding clips", unit="clip", disable=shard.rank != 0) as bar,
     ):
 
         def still_lacking() -> Iterator[_Job]:
@@ -148,15 +148,15 @@ def precompute_clips(
                 else:
                     yield job
 
-        for done in contained(_decode, still_lacking(), min(max(num_workers, 1), len(jobs)), timeout, largest):
+        for done in run_in_workers(_decode, still_lacking(), min(max(num_workers, 1), len(jobs)), timeout, largest):
             if isinstance(done.outcome, Failure):
-                faults |= dict.fromkeys(done.job.names, done.outcome.reason)
+                errors |= dict.fromkeys(done.job.names, done.outcome.reason)
             else:
                 encode = encode or stack.enter_context(load_encoders())  # not read where nothing can be decoded
-                faults |= _encode(cache, encode, done.job, done.buffer, done.outcome)
+                errors |= _encode(cache, encode, done.job, done.buffer, done.outcome)
             bar.update()
-            alive()
-    return faults
+            beat()
+    return errors
 
 
 def _decode(job: _Job, buffer: torch.Tensor) -> str:
@@ -166,17 +166,23 @@ def _decode(job: _Job, buffer: torch.Tensor) -> str:
         what is wrong with the image; the clip may still be of use.
     """
     pixels, image = _pixels(job, buffer)
-    sample, fault = job.excerpt.sample, ""
+    sample, fault = job.clip_sample.sample, ""
     if pixels is not None:
-        view = job.view if job.video else replace(job.view, resolution=replace(job.view.resolution, frames=1))
-        decode(Path(sample.clip), view, pixels)
+        selection = (
+            job.selection
+            if job.video
+            else replace(job.selection, resolution=replace(job.selection.resolution, frames=1))
+        )
+        decode(Path(sample.clip), selection, pixels)
     if image is not None and sample.image is not None:
         try:
-            loaded = load_image(Path(sample.image), job.view.resolution, job.view.mode)
-            image.copy_(loaded.flip(1) if job.view.flipped else loaded)
+            loaded = load_image(Path(sample.image), job.selection.resolution, job.selection.mode)
+            image.copy_(loaded.flip(1) if job.selection.flipped else loaded)
         except ClipError as error:
             fault = f"has an image, {sample.image}, that {error}"
-    if combined(map(stamp_of, sample.files)) != job.excerpt.stamp:  # the entry would stand under the old content's key
+    if (
+        combine_signatures(map(stat_signature, sample.files)) != job.clip_sample.signature
+    ):  # the entry would stand under the old content's key
         raise ClipError("was changed while the run worked; run the same command again")
     return fault
 
@@ -197,11 +203,11 @@ def _encode(
     pixels, image = _pixels(job, buffer)
     if image is None and pixels is not None:
         image = pixels[0]
-    moments, faults = {}, {}
+    moments, errors = {}, {}
     if job.video is not None and pixels is not None:
         moments[job.video] = encode.video(pixels)
     if job.image is not None and image_fault:
-        faults[job.image] = image_fault
+        errors[job.image] = image_fault
     elif job.image is not None and image is not None:
         # the seed comes from the key, so that the entry's bytes do not depend on order or rank
         moments[job.image] = encode.image(image, int(job.image.rpartition("-")[2][:8], 16))
@@ -209,27 +215,31 @@ def _encode(
         if tensor.isfinite().all():
             cache.write(name, tensor)
         else:
-            faults[name] = "gives latents that are not finite"
-    return faults
+            errors[name] = "gives latents that are not finite"
+    return errors
 
 
 def missing_jobs(
-    cache: LatentCache, excerpts: list[Excerpt], keys: list[SampleKeys], share: Share, alive: Callable[[], None]
+    cache: LatentCache,
+    clip_samples: list[ClipSample],
+    keys: list[SampleKeys],
+    shard: RankShard,
+    beat: Callable[[], None],
 ) -> list[_Job]:
     """What the cache lacks of this rank's share; each entry is made once, however many samples name it."""
     claimed: set[str] = set()
     missing, position = [], 0
-    for excerpt, key in zip(excerpts, keys, strict=True):
-        alive()
-        for view, names in zip(excerpt.views(flip=True), zip_longest(key.video, key.image), strict=False):
+    for clip_sample, key in zip(clip_samples, keys, strict=True):
+        beat()
+        for selection, names in zip(clip_sample.selections(flip=True), zip_longest(key.video, key.image), strict=False):
             own = [None if name in claimed else name for name in names]
             claimed.update(name for name in own if name is not None)
             if any(own):
                 position += 1
-                if position % share.world_size == share.rank:
+                if position % shard.world_size == shard.rank:
                     video, image = (None if name is None or cache.is_intact(name) else name for name in own)
                     if video or image:
-                        missing.append(_Job(excerpt, view, video, image))
+                        missing.append(_Job(clip_sample, selection, video, image))
     return missing
 
 

@@ -71,7 +71,7 @@ class ClipInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class FrameSelection:
     """What is taken of a clip: which frames, and how they are brought to the training resolution.
 
     Attributes:
@@ -106,7 +106,7 @@ def open_clip(path: Path) -> decord.VideoReader:
     """Raises ClipError where decord cannot open the file as a video."""
     import decord  # native code, in the processes that decode and in no other
 
-    decord.logging.set_level(decord.logging.FATAL)  # faults are reported by clip, in sentences
+    decord.logging.set_level(decord.logging.FATAL)  # errors are reported by clip, in sentences
     try:
         # decord puts a neighbour in the place of a frame that cannot be decoded, and says so only if more than this
         # share of the clip is affected
@@ -155,7 +155,7 @@ def probe(path: Path) -> ClipInfo:
     return ClipInfo(len(times) - 1, float(times[-1]), float(times[-2]), height, width)
 
 
-def choose_frames(times: np.ndarray, view: View) -> list[int]:
+def choose_frames(times: np.ndarray, selection: FrameSelection) -> list[int]:
     """Indices of the frames that a view shows.
 
     With a rate in frames a second, frame i of the sample is the source frame nearest in time to (first + i) / rate, so
@@ -165,14 +165,14 @@ def choose_frames(times: np.ndarray, view: View) -> list[int]:
     Args:
         times: as `frame_times` gives them.
     """
-    count, last = view.resolution.frames, len(times) - 2
-    if view.rate == SPREAD and view.span < count:  # padded
-        return [min(view.first + number, last) for number in range(count)]
-    if view.rate == SPREAD:
-        begin, end = times[min(view.first, last)], times[min(view.first + view.span - 1, last)]
+    count, last = selection.resolution.frames, len(times) - 2
+    if selection.rate == SPREAD and selection.span < count:  # padded
+        return [min(selection.first + number, last) for number in range(count)]
+    if selection.rate == SPREAD:
+        begin, end = times[min(selection.first, last)], times[min(selection.first + selection.span - 1, last)]
         wanted = np.linspace(begin, end, count)
     else:
-        wanted = (view.first + np.arange(count)) / view.rate
+        wanted = (selection.first + np.arange(count)) / selection.rate
     halfway = (times[:-1] + times[1:]) / 2
     return np.searchsorted(halfway, wanted + _TIE, side="right").clip(max=last).tolist()
 
@@ -211,7 +211,7 @@ def read_frames(reader: decord.VideoReader, indices: list[int], hidden: int) -> 
         yield frame
 
 
-def decode(path: Path, view: View, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(path: Path, selection: FrameSelection, out: torch.Tensor | None = None) -> torch.Tensor:
     """Decodes what a view takes of a clip: uint8 [F, H, W, C], channels last as decoders give them.
 
     Args:
@@ -220,16 +220,16 @@ def decode(path: Path, view: View, out: torch.Tensor | None = None) -> torch.Ten
     Raises:
         ClipError: unreadable, or broken inside.
     """
-    resolution = view.resolution
+    resolution = selection.resolution
     if out is None:
         out = torch.empty(resolution.frames, resolution.height, resolution.width, 3, dtype=torch.uint8)
     reader = open_clip(path)
     try:
         times, hidden = frame_times(reader)
-        indices = choose_frames(times, view)
+        indices = choose_frames(times, selection)
         for number, frame in enumerate(read_frames(reader, indices, hidden)):
-            picture = resize(torch.from_numpy(frame).movedim(-1, 0), resolution, view.mode)
-            out[number] = (picture.flip(-1) if view.flipped else picture).movedim(0, -1)
+            picture = resize(torch.from_numpy(frame).movedim(-1, 0), resolution, selection.mode)
+            out[number] = (picture.flip(-1) if selection.flipped else picture).movedim(0, -1)
     except ClipError:
         raise
     except Exception as error:
@@ -282,11 +282,6 @@ def resize(frames: torch.Tensor, resolution: Resolution, mode: str) -> torch.Ten
         covering = [max(round(height * scale), resolution.height), max(round(width * scale), resolution.width)]
         return transforms.center_crop(transforms.resize(frames, covering, antialias=True), target)
     return transforms.resize(frames, target, antialias=True)
-
-
-def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 -> float32 [-1, 1], as the pipelines' `VideoProcessor` does."""
-    return pixels.float() / 127.5 - 1.0
 
 
 def stretch(info: ClipInfo, resolution: Resolution) -> float:

@@ -17,29 +17,30 @@ from unittest.mock import patch
 import torch
 
 import train
-from dataset.excerpts import Excerpt
-from dataset.files import FileFacts
+from dataset.bucketing import ClipSample
+from dataset.file_index import FileFacts
 from dataset.latent_cache import Encoding, SampleKeys
-from utils import conditioning, loss
-from utils.errors import told_to_the_user
-from utils.model_form import ModelForm
+from utils.common.errors import exit_on_user_error
+from utils.model import conditioning
+from utils.model.spec import ModelSpec
+from utils.training import loss
 
 to_image_latents, to_video_latents = conditioning.to_image_latents, conditioning.to_video_latents
 rotary_table, keys = conditioning.rotary_table, Encoding.keys
 
 
-def multiplied_image_latents(sample: torch.Tensor, form: ModelForm, latent_frames: int) -> torch.Tensor:
+def multiplied_image_latents(sample: torch.Tensor, spec: ModelSpec, latent_frames: int) -> torch.Tensor:
     """1.5-I2V divides its image latents by the scaling factor; here they are multiplied, as those of 1.0."""
-    return to_image_latents(sample, form, latent_frames) * form.scaling_factor**2
+    return to_image_latents(sample, spec, latent_frames) * spec.scaling_factor**2
 
 
-def twice_scaled(sample: torch.Tensor, form: ModelForm) -> torch.Tensor:
-    return to_video_latents(sample, form) * form.scaling_factor
+def twice_scaled(sample: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    return to_video_latents(sample, spec) * spec.scaling_factor
 
 
-def padded_at_the_end(sample: torch.Tensor, form: ModelForm) -> torch.Tensor:
+def padded_at_the_end(sample: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     """1.5 pads in front, with copies of the first frame; here at the end, with copies of the last."""
-    return to_video_latents(sample.flip(2), form).flip(1)
+    return to_video_latents(sample.flip(2), spec).flip(1)
 
 
 def rotary_of_the_other_kind(
@@ -50,11 +51,11 @@ def rotary_of_the_other_kind(
 
 
 def keys_of_the_paths(
-    self: Encoding, excerpts: list[Excerpt], facts: Mapping[str, FileFacts], flip: bool = False
+    self: Encoding, clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], flip: bool = False
 ) -> list[SampleKeys]:
     """Latents of a clip that has been replaced are taken for those of the new one."""
     by_path = {path: replace(known, digest=hashlib.sha256(path.encode()).digest()) for path, known in facts.items()}
-    return keys(self, excerpts, by_path, flip)
+    return keys(self, clip_samples, by_path, flip)
 
 
 FAULTS: dict[str, AbstractContextManager] = {
@@ -67,5 +68,5 @@ FAULTS: dict[str, AbstractContextManager] = {
 
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
-    with FAULTS[fault], told_to_the_user():
+    with FAULTS[fault], exit_on_user_error():
         train.main()

@@ -25,7 +25,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from examples.train_vae import LATENT_CHANNELS
 from examples.world import SCENES
-from utils.errors import UserError, told_to_the_user
+from utils.common.errors import UserError, exit_on_user_error
 
 TEXT_WIDTH, TIME_WIDTH, VOCABULARY = 64, 16, 256
 CHANNELS = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
@@ -110,7 +110,7 @@ def build_transformer(options: dict[str, Any]) -> CogVideoXTransformer3DModel:
         use_rotary_positional_embeddings=True,
         **options,
     )
-    # Each block starts as the identity, and the model as zero: learns sooner (arXiv:2212.09748, adaLN-Zero).
+    # Each block starts as the fingerprint, and the model as zero: learns sooner (arXiv:2212.09748, adaLN-Zero).
     for module in transformer.modules():
         if isinstance(module, CogVideoXLayerNormZero):
             torch.nn.init.zeros_(module.linear.weight)
@@ -160,7 +160,7 @@ def write_tokenizer(folder: Path) -> None:
         model_writer=trained,
         model_type="bpe",  # merges until words are whole; the published one is a unigram model
         required_chars=string.ascii_letters + string.digits,
-        normalization_rule_name="identity",
+        normalization_rule_name="fingerprint",
         vocab_size=VOCABULARY,
         hard_vocab_limit=False,
         pad_id=0,
@@ -182,5 +182,5 @@ if __name__ == "__main__":
     parser.add_argument("--transformer", type=Path, help="start from these weights; default: random ones")
     parser.add_argument("--exact", action="store_true", help="refuse a --transformer of another form")
     args = parser.parse_args()
-    with told_to_the_user():
+    with exit_on_user_error():
         write_base(args.form, args.vae, args.output, args.transformer, args.exact)

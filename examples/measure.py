@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 from cli_demo import DemoArgs, load_pipeline
 from examples.attributes import Attributes, read_attributes
 from examples.world import CONCEPT, CONCEPT_CAPTION, KNOWN, Scene, draw
-from utils.errors import told_to_the_user
-from utils.model_form import ModelForm, read_form
+from utils.common.errors import exit_on_user_error
+from utils.model.spec import ModelSpec, read_spec
 
 SIZE = 64
 # Pixels are drawn from seeds that neither the VAE nor the base was trained on.
@@ -60,20 +60,20 @@ def make_cases(clips: int, id_token: str) -> list[Case]:
     return cases
 
 
-def generate(pipeline: Any, args: DemoArgs, form: ModelForm, cases: list[Case]) -> Iterator[np.ndarray]:
+def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) -> Iterator[np.ndarray]:
     """Yields one clip a case, uint8 [F, H, W, 3]."""
     for first in range(0, len(cases), BATCH):
         some = cases[first : first + BATCH]
-        images = {"image": [Image.fromarray(case.image) for case in some]} if form.task == "i2v" else {}
+        images = {"image": [Image.fromarray(case.image) for case in some]} if spec.task == "i2v" else {}
         videos = pipeline(
             prompt=[case.prompt for case in some],
             height=SIZE,
             width=SIZE,
-            num_frames=form.native.frames,
+            num_frames=spec.native.frames,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=[torch.Generator().manual_seed(case.seed) for case in some],
-            max_sequence_length=form.max_text_seq_length,
+            max_sequence_length=spec.max_text_seq_length,
             output_type="np",
             **images,
         ).frames
@@ -141,23 +141,23 @@ def main() -> None:
     if tuned.lora_path or tuned.transformer_path:
         models["after"] = tuned
     prompts = {"known": make_cases(count, "")} | ({token: make_cases(count, token)} if token else {})
-    form = read_form(Path(tuned.model_path))
+    spec = read_spec(Path(tuned.model_path))
 
     shares: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in prompts}
     shown: dict[str, dict[str, list[np.ndarray]]] = {kind: {} for kind in prompts}
     for model, args in models.items():
-        pipeline = load_pipeline(args, Path(args.model_path), form, form.task)
+        pipeline = load_pipeline(args, Path(args.model_path), spec, spec.task)
         pipeline.set_progress_bar_config(disable=True)
         for kind, cases in prompts.items():
             started = time.perf_counter()
-            clips = list(generate(pipeline, args, form, cases))
+            clips = list(generate(pipeline, args, spec, cases))
             print(f"{model}, {kind} prompts: {count} clips in {time.perf_counter() - started:.0f} s", flush=True)
-            shares[kind][model] = summarise(cases, clips, form.task)
+            shares[kind][model] = summarise(cases, clips, spec.task)
             shown[kind][model] = clips[:COLUMNS]
     print(table(shares))
     if output_dir is not None:
         for kind, rows in shown.items():
-            save_animation(rows, output_dir / f"{kind}.webp", form.fps)
+            save_animation(rows, output_dir / f"{kind}.webp", spec.fps)
         (output_dir / "table.json").write_text(json.dumps(shares, indent=2) + "\n")
 
 
@@ -172,5 +172,5 @@ def table(shares: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with exit_on_user_error():
         main()

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import find_checkpoints
+from utils.checkpoint.manager import find_checkpoints
 
 TOKEN = "SKS"
 SHOWN = ("colour, shape and direction", "colour and ground", "direction", "first frame is the image")

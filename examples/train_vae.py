@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from dataset.video import to_model_range
 from examples.world import random_clip
+from utils.model.encoders import to_model_range
 
 SCALING_FACTOR = 0.7
 FRAMES, LONGEST, SIZE, CROP = 9, 17, 64, 32

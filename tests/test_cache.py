@@ -12,14 +12,15 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from transformers import T5EncoderModel
 
-from dataset.excerpts import Cutting
-from dataset.files import FileIndex
+from dataset.bucketing import SamplingPolicy
+from dataset.file_index import FileIndex
 from dataset.latent_cache import DamagedEntry, Encoding, LatentCache, SampleKeys
 from dataset.manifest import read_manifest
-from dataset.precompute import PixelEncoders, Share, precompute_clips, precompute_prompts
-from dataset.survey import examine
-from dataset.video import Resolution, decode, to_model_range
-from utils import components, encoders
+from dataset.precompute import PixelEncoders, RankShard, precompute_clips, precompute_prompts
+from dataset.scan import scan_and_sample
+from dataset.video import Resolution, decode
+from utils.model import encoders, loading
+from utils.model.encoders import to_model_range
 
 SIZE = Resolution(9, 64, 64)
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ def alive():
 def look(data: Path, **how):
     """What there is in a data folder, at the tests' resolution."""
     samples = read_manifest(data, "prompts.txt", "videos.txt", None)
-    cutting = Cutting(**{"buckets": (SIZE,), "rate": 8.0, "mode": "stretch", **how})
-    return examine(samples, [], FileIndex(data / "latent"), cutting, 1, 60, True)
+    cutting = SamplingPolicy(**{"buckets": (SIZE,), "rate": 8.0, "mode": "stretch", **how})
+    return scan_and_sample(samples, [], FileIndex(data / "latent"), cutting, 1, 60, True)
 
 
 def keys_of(found, flip=False, **facts) -> list[SampleKeys]:
@@ -41,8 +42,8 @@ def keys_of(found, flip=False, **facts) -> list[SampleKeys]:
     return encoding.keys(found.samples, found.facts, flip)
 
 
-def fill(cache, excerpts, keys, load_encoders, share=Share(0, 1), workers=0):  # noqa: B008
-    return precompute_clips(cache, excerpts, keys, load_encoders, share, workers, 60, alive)
+def fill(cache, clip_samples, keys, load_encoders, share=RankShard(0, 1), workers=0):  # noqa: B008
+    return precompute_clips(cache, clip_samples, keys, load_encoders, share, workers, 60, alive)
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
     assert (
         fill(cache, found.samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == {}
     )
-    vae = components.load_vae(model_dir, CPU, True, True)
+    vae = loading.load_vae(model_dir, CPU, True, True)
     pixels = to_model_range(decode(Path(found.samples[3].sample.clip), found.samples[3].view)).permute(3, 0, 1, 2)
     expected = vae.encode(pixels[None]).latent_dist.parameters[0]
     assert torch.equal(cache.read(keys[3].video[0]), expected)
@@ -87,7 +88,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path, offload):
     device = torch.device("cpu", 0)  # what a process of accelerate's has
     prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
     precompute_prompts(
-        cache, prompts, lambda: encoders.prompt_encoder(model_dir, device, 26, offload), Share(0, 1), alive
+        cache, prompts, lambda: encoders.prompt_encoder(model_dir, device, 26, offload), RankShard(0, 1), alive
     )
     pipeline = CogVideoXPipeline.from_pretrained(model_dir)
     for name, text in prompts.items():
@@ -112,7 +113,7 @@ def test_keys_cover_what_changes_the_bytes(data):
     windows = keys_of(look(data, rate=16.0, clips_per_video=3))  # the first window is the one there was without
     assert len({key.video for key in windows}) == 3 * len(first)
     assert windows[0].video == keys_of(look(data, rate=16.0))[0].video
-    clips = [Path(excerpt.sample.clip) for excerpt in found.samples]
+    clips = [Path(clip_sample.sample.clip) for clip_sample in found.samples]
     clips[0].write_bytes(clips[1].read_bytes())  # the content counts, not the name
     changed = keys_of(look(data))
     assert changed[0].video == first[1].video and changed[2:] == first[2:]
@@ -120,12 +121,12 @@ def test_keys_cover_what_changes_the_bytes(data):
 
 def test_identity_follows_weights_and_settings(tiny, tmp_path):
     folder = shutil.copytree(tiny("5b") / "vae", tmp_path / "vae")
-    first = components.identity(folder, tiling=True)
-    assert first == components.identity(tiny("5b") / "vae", tiling=True) != components.identity(folder, tiling=False)
+    first = loading.fingerprint(folder, tiling=True)
+    assert first == loading.fingerprint(tiny("5b") / "vae", tiling=True) != loading.fingerprint(folder, tiling=False)
     weights = bytearray((folder / "diffusion_pytorch_model.safetensors").read_bytes())
     weights[-3] ^= 1
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(weights)
-    assert components.identity(folder, tiling=True) != first
+    assert loading.fingerprint(folder, tiling=True) != first
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "another's"])
@@ -171,10 +172,10 @@ def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
 
         yield PixelEncoders(video, lambda pixels, seed: torch.ones(1))
 
-    faults = fill(cache, samples, keys, overflowing, workers=1)
-    assert faults.keys() >= {keys[number].video[0] for number in (1, 4, 6)}
-    assert len(faults) == 5  # of the sixth the image is sound
-    assert "not finite" in faults[keys[6].video[0]]
+    errors = fill(cache, samples, keys, overflowing, workers=1)
+    assert errors.keys() >= {keys[number].video[0] for number in (1, 4, 6)}
+    assert len(errors) == 5  # of the sixth the image is sound
+    assert "not finite" in errors[keys[6].video[0]]
     intact = [cache.is_intact(key.video[0]) for key in keys]
     assert intact == [True, False, True, True, False, True, False, True]
 
@@ -182,9 +183,9 @@ def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
 def test_a_clip_that_is_replaced_while_the_run_works_is_not_encoded_under_its_old_content(data, tmp_path):
     found, cache = look(data), LatentCache(tmp_path / "cache")
     shutil.copy(found.samples[1].sample.clip, found.samples[0].sample.clip)
-    faults = fill(cache, found.samples, keys_of(found), constant_encoders)
-    assert faults.keys() == {*keys_of(found)[0].video, *keys_of(found)[0].image}
-    assert all("was changed while the run worked" in fault for fault in faults.values())
+    errors = fill(cache, found.samples, keys_of(found), constant_encoders)
+    assert errors.keys() == {*keys_of(found)[0].video, *keys_of(found)[0].image}
+    assert all("was changed while the run worked" in fault for fault in errors.values())
 
 
 def test_only_entries_are_taken_for_entries(tmp_path):
@@ -198,13 +199,13 @@ def test_ranks_share_the_work_and_idle_ones_read_no_encoder(data, tmp_path):
     found, cache = look(data), LatentCache(tmp_path / "cache")
     samples, keys = found.samples, keys_of(found)
     for rank in range(3):
-        fill(cache, samples, keys, constant_encoders, Share(rank, 3))
+        fill(cache, samples, keys, constant_encoders, RankShard(rank, 3))
     assert all(cache.is_intact(key.video[0]) and cache.is_intact(key.image[0]) for key in keys)
 
     def never():
         raise AssertionError("an encoder was read for nothing")
 
     for rank in range(12):  # more ranks than clips, and nothing left to do
-        assert fill(cache, samples, keys, never, Share(rank, 12)) == {}
-        precompute_prompts(cache, {}, never, Share(rank, 12), alive)
+        assert fill(cache, samples, keys, never, RankShard(rank, 12)) == {}
+        precompute_prompts(cache, {}, never, RankShard(rank, 12), alive)
     assert not list(cache.folder.glob(".*"))  # nothing is left lying aside

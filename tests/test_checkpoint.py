@@ -7,19 +7,19 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import arguments
-from utils import components
-from utils.args import parse_args
-from utils.checkpoint import Checkpoints, Progress, find_checkpoints
-from utils.optimizer import make_optimizer
-from utils.trainable import make_trainable, trained_parameters
+from utils.checkpoint.manager import Checkpoints, Progress, find_checkpoints
+from utils.config.args import parse_args
+from utils.model import loading
+from utils.training.optimizer import make_optimizer
+from utils.training.trainable import make_trainable, trained_parameters
 
 
 def test_a_save_that_is_cut_short_leaves_the_last_checkpoint(tiny, data, tmp_path, monkeypatch):
     args = parse_args(arguments(tiny("5b"), data, tmp_path, "--checkpointing_limit", 2))
     accelerator = Accelerator(cpu=True)
-    transformer = components.load_transformer(tiny("5b") / "transformer", torch.float32)
+    transformer = loading.load_transformer(tiny("5b") / "transformer", torch.float32)
     make_trainable(transformer, args)
-    accelerator.prepare(transformer, make_optimizer(trained_parameters(transformer), args, is_zero=False))
+    accelerator.prepare(transformer, make_optimizer(trained_parameters(transformer), args, uses_deepspeed=False))
     checkpoints = Checkpoints(accelerator, transformer, args)
 
     def names() -> list[str]:

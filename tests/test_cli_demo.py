@@ -7,7 +7,7 @@ import pytest
 import cli_demo
 from dataset.video import probe
 from tests.conftest import FIRST_FRAME, ROOT, run, succeed
-from utils import components
+from utils.model import loading
 
 CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
 FRAME = str(FIRST_FRAME)
@@ -34,7 +34,7 @@ def test_videos_have_the_native_or_the_wanted_size(tiny, tmp_path, form, more, s
 def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
     """The published configs of 1.5 state 2400x2400, where the pipelines would run out of memory by default."""
     args = cli_demo.DemoArgs(prompt="", model_path="")
-    form = cli_demo.read_form(tiny("1.5", (81, 2400, 2400)))
+    form = cli_demo.read_spec(tiny("1.5", (81, 2400, 2400)))
     assert str(cli_demo.choose_resolution(args, form, "t2v")) == "81x768x1360"
 
 
@@ -60,10 +60,10 @@ def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(tiny, tmp_path, monkeypatch, capsys, form, more, message):
-    monkeypatch.setattr(components, "load_transformer", None)
+    monkeypatch.setattr(loading, "load_transformer", None)
     more = [text.format(**{name: tiny(name) for name in ("2b", "5b")}) for text in more]
     monkeypatch.setattr("sys.argv", ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(form)), *more])
-    with pytest.raises(SystemExit) as ended, cli_demo.told_to_the_user():
+    with pytest.raises(SystemExit) as ended, cli_demo.exit_on_user_error():
         cli_demo.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
@@ -77,6 +77,6 @@ def test_a_mistake_ends_the_demo_with_code_2(tiny):
 
 def test_a_hub_id_is_downloaded_and_used(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(components, "snapshot_download", lambda name, **_: asked.append(name) or str(tiny("2b")))
-    assert components.resolve_model_dir("THUDM/CogVideoX-2b") == tiny("2b")
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **_: asked.append(name) or str(tiny("2b")))
+    assert loading.resolve_model_dir("THUDM/CogVideoX-2b") == tiny("2b")
     assert asked == ["THUDM/CogVideoX-2b"]

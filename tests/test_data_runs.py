@@ -109,7 +109,7 @@ def test_inspect_shows_what_training_sees_and_cares_for_the_cache(tiny, mixed, t
         [
             "python",
             "-m",
-            "dataset.inspect",
+            "utils.commands.inspect_dataset",
             mixed,
             *map(str, options),
             "--inspect_dir",

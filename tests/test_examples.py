@@ -12,8 +12,8 @@ from examples import train_vae
 from examples.make_base import FORMS, write_base
 from examples.world import CONCEPT, SCENES
 from tests.conftest import FIRST_FRAME, ROOT, succeed
-from utils import components
-from utils.model_form import read_form
+from utils.model import loading
+from utils.model.spec import read_spec
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_standardised_latents_reconstruct_the_same():
 @pytest.mark.parametrize("name", FORMS)
 def test_the_demo_runs_each_form(vae, tmp_path, name):
     write_base(name, vae, tmp_path / name)
-    form = read_form(tmp_path / name)
+    form = read_spec(tmp_path / name)
     assert (form.task, form.is_v1_5) == (name[:3], name.endswith("1.5"))
     assert form.latent_size(form.native)[1:] == ((24, 24) if form.is_v1_5 else (16, 16))
     image = ["--image_or_video_path", str(FIRST_FRAME)] if form.task == "i2v" else []
@@ -61,7 +61,7 @@ def test_the_demo_runs_each_form(vae, tmp_path, name):
 def test_image_to_video_starts_as_the_text_to_video_model_that_sees_no_image(vae, tmp_path):
     write_base("t2v-1.5", vae, tmp_path / "t2v")
     write_base("i2v-1.5", vae, tmp_path / "i2v", tmp_path / "t2v" / "transformer")
-    t2v, i2v = (components.load_transformer(tmp_path / name / "transformer").float() for name in ("t2v", "i2v"))
+    t2v, i2v = (loading.load_transformer(tmp_path / name / "transformer").float() for name in ("t2v", "i2v"))
     torch.nn.init.normal_(t2v.proj_out.weight, std=0.1)  # untrained models answer zero to everything
     i2v.proj_out.weight.data.copy_(t2v.proj_out.weight)
     i2v.ofs_embedding.linear_2.weight.data.zero_()
@@ -79,7 +79,7 @@ def test_image_to_video_starts_as_the_text_to_video_model_that_sees_no_image(vae
 
 def test_captions_are_words_and_any_id_token_can_be_spelled(vae, tmp_path):
     write_base("t2v", vae, tmp_path)
-    tokenizer = components.load_tokenizer(tmp_path)
+    tokenizer = loading.load_tokenizer(tmp_path)
     for scene in SCENES:
         pieces = tokenizer.tokenize(scene.caption.replace("black", "white"))  # "black" is two pieces
         assert len(pieces) == len(scene.caption.split())

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from dataset.excerpts import Cutting, choose_bucket, cut, windows
-from dataset.files import FileFacts
+from dataset.bucketing import SamplingPolicy, choose_bucket, select_clip_samples, windows
+from dataset.file_index import FileFacts
 from dataset.manifest import Sample, Table, read_manifest
 from dataset.video import SPREAD, ClipInfo, Resolution
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 WIDE, TALL, LONG = Resolution(49, 480, 720), Resolution(49, 720, 480), Resolution(81, 480, 720)
 
@@ -32,13 +32,13 @@ def info(seconds: float, height: int, width: int, fps: float = 30.0) -> ClipInfo
     ],
 )
 def test_a_clip_goes_where_most_of_it_is_kept(clip, expected):
-    assert choose_bucket(clip, Cutting((WIDE, TALL, LONG), 8.0, "crop")) == expected
+    assert choose_bucket(clip, SamplingPolicy((WIDE, TALL, LONG), 8.0, "crop")) == expected
 
 
 def test_of_equal_shapes_the_one_that_enlarges_least_is_taken_and_then_the_largest():
     sizes = tuple(Resolution(49, height, height * 3 // 2) for height in (320, 480, 640))
-    how = Cutting(sizes, 8.0, "crop")
-    assert [choose_bucket(info(7, height, height * 3 // 2), how).height for height in (240, 500, 1280)] == [
+    policy = SamplingPolicy(sizes, 8.0, "crop")
+    assert [choose_bucket(info(7, height, height * 3 // 2), policy).height for height in (240, 500, 1280)] == [
         320,
         480,
         640,
@@ -46,11 +46,11 @@ def test_of_equal_shapes_the_one_that_enlarges_least_is_taken_and_then_the_large
 
 
 def test_windows_do_not_overlap_and_cover_the_clip():
-    how = Cutting((WIDE,), 8.0, "crop", clips_per_video=3)
-    assert windows(info(30, 480, 720), WIDE, how) == [(0, 49), (95, 49), (191, 49)]
-    assert windows(info(13, 480, 720), WIDE, how) == [(0, 49), (55, 49)]
-    assert windows(info(7, 480, 720), WIDE, how) == [(0, 49)]
-    spread = Cutting((WIDE,), SPREAD, "crop", clips_per_video=3)
+    policy = SamplingPolicy((WIDE,), 8.0, "crop", clips_per_video=3)
+    assert windows(info(30, 480, 720), WIDE, policy) == [(0, 49), (95, 49), (191, 49)]
+    assert windows(info(13, 480, 720), WIDE, policy) == [(0, 49), (55, 49)]
+    assert windows(info(7, 480, 720), WIDE, policy) == [(0, 49)]
+    spread = SamplingPolicy((WIDE,), SPREAD, "crop", clips_per_video=3)
     assert windows(info(10, 480, 720), WIDE, spread) == [(0, 100), (100, 100), (200, 100)]
 
 
@@ -60,13 +60,15 @@ def test_short_clips_are_told_with_their_length_or_padded():
         "short.mp4": FileFacts(b"x", info(6, 480, 720, 8), 0),
         "long.mp4": FileFacts(b"y", info(9, 480, 720, 8), 0),
     }
-    excerpts, faults = cut(samples, facts, Cutting((LONG, WIDE), 8.0, "crop"))
-    assert [excerpt.sample.line for excerpt in excerpts] == [5]
-    assert len(faults) == 1 and faults[0].startswith(
+    clip_samples, errors = select_clip_samples(samples, facts, SamplingPolicy((LONG, WIDE), 8.0, "crop"))
+    assert [clip_sample.sample.line for clip_sample in clip_samples] == [5]
+    assert len(errors) == 1 and errors[0].startswith(
         "short.mp4 (line 4) is too short: its 48 frames are 6.00 s, but 49 frames at 8 fps take 6.12 s"
     )
-    excerpts, faults = cut(samples, facts, Cutting((LONG, WIDE), 8.0, "crop", pads=True))
-    assert [excerpt.resolution for excerpt in excerpts] == [WIDE, WIDE] and not faults
+    clip_samples, errors = select_clip_samples(
+        samples, facts, SamplingPolicy((LONG, WIDE), 8.0, "crop", pad_short_clips=True)
+    )
+    assert [clip_sample.resolution for clip_sample in clip_samples] == [WIDE, WIDE] and not errors
 
 
 ROWS = [{"video": "a.mp4", "prompt": 'a "red", circle'}, {"video": "b.mp4", "prompt": "two\nlines", "image": "b.png"}]
@@ -120,4 +122,4 @@ def test_mistakes_in_tables_are_told_by_line(folder, text, message):
     (folder / "metadata.jsonl").write_text(text)
     with pytest.raises(UserError) as caught:
         read_manifest(folder, table=TABLE)
-    assert any(message in fault for fault in caught.value.faults), caught.value.faults
+    assert any(message in fault for fault in caught.value.errors), caught.value.errors

@@ -10,14 +10,14 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import arguments
-from utils import components
-from utils.args import parse_args
-from utils.conditioning import predict_velocity
-from utils.errors import UserError
-from utils.lora import WEIGHTS_FILE, load_lora, save_lora
-from utils.model_form import read_form
-from utils.preflight import resolve
-from utils.trainable import lora_config, make_trainable
+from utils.checkpoint.lora_files import WEIGHTS_FILE, load_lora, save_lora
+from utils.common.errors import UserError
+from utils.config.args import parse_args
+from utils.model import loading
+from utils.model.conditioning import predict_velocity
+from utils.model.spec import read_spec
+from utils.run.preflight import resolve
+from utils.training.trainable import lora_config, make_trainable
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def trained(tiny, data, tmp_path):
 
     def train(form_name: str, alpha: float):
         model_dir = tiny(form_name)
-        form = read_form(model_dir)
+        form = read_spec(model_dir)
         args = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, task=form.task)
         args = resolve(parse_args(args), form)
-        transformer = components.load_transformer(model_dir / "transformer", torch.float32)
+        transformer = loading.load_transformer(model_dir / "transformer", torch.float32)
         make_trainable(transformer, args)
         with torch.no_grad():
             for name, weight in transformer.named_parameters():
@@ -59,7 +59,7 @@ def test_the_pipeline_applies_the_strength_of_the_training(trained, form_name, a
     model_dir, form, transformer, folder = trained(form_name, alpha)
     if not metadata:
         save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
-    pipeline = components.PIPELINES[form.task].from_pretrained(model_dir)
+    pipeline = loading.PIPELINES[form.task].from_pretrained(model_dir)
     base = answer(pipeline.transformer, form)
     pipeline.load_lora_weights(folder)
     in_training, loaded = answer(transformer, form), answer(pipeline.transformer, form)
@@ -71,12 +71,12 @@ def test_the_demo_applies_any_scale(trained):
     model_dir, form, transformer, folder = trained("5b", 4)
 
     def at_scale(scale):
-        fresh = components.load_transformer(model_dir / "transformer", torch.float32)
+        fresh = loading.load_transformer(model_dir / "transformer", torch.float32)
         assert load_lora(fresh, folder, scale) == 2 * 4  # blocks x target modules
         return answer(fresh, form)
 
     torch.testing.assert_close(at_scale(1.0), answer(transformer, form), rtol=0, atol=1e-5)
-    base = answer(components.load_transformer(model_dir / "transformer", torch.float32), form)
+    base = answer(loading.load_transformer(model_dir / "transformer", torch.float32), form)
     torch.testing.assert_close(at_scale(0.0), base, rtol=0, atol=1e-6)
     assert (at_scale(0.5) - at_scale(1.0)).abs().max() > 0.01
 
@@ -103,7 +103,7 @@ def test_files_that_do_not_match_are_refused(trained, change, message):
         {name: weight.contiguous() for name, weight in change(load_file(folder / WEIGHTS_FILE)).items()},
         folder / WEIGHTS_FILE,
     )
-    fresh = components.load_transformer(model_dir / "transformer", torch.float32)
+    fresh = loading.load_transformer(model_dir / "transformer", torch.float32)
     with pytest.raises(UserError, match=message):
         load_lora(fresh, folder, 1.0)
 
@@ -111,14 +111,14 @@ def test_files_that_do_not_match_are_refused(trained, change, message):
 def test_a_missing_file_names_the_checkpoints_there_are(trained, tmp_path: Path):
     model_dir, _, _, folder = trained("5b", 4)
     folder.rename(tmp_path / "checkpoint-40")
-    fresh = components.load_transformer(model_dir / "transformer", torch.float32)
+    fresh = loading.load_transformer(model_dir / "transformer", torch.float32)
     with pytest.raises(UserError, match="it has checkpoint-40"):
         load_lora(fresh, tmp_path, 1.0)
 
 
 def test_adapters_are_float32_over_a_half_precision_base(tiny, data, tmp_path):
     args = arguments(tiny("5b"), data, tmp_path, "--mixed_precision", "bf16")
-    transformer = components.load_transformer(tiny("5b") / "transformer", torch.bfloat16)
+    transformer = loading.load_transformer(tiny("5b") / "transformer", torch.bfloat16)
     make_trainable(transformer, parse_args(args))
     kinds = {(".lora_" in name, p.requires_grad, p.dtype) for name, p in transformer.named_parameters()}
     assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils import components
-from utils.loss import draw, velocity_loss
-from utils.model_form import read_form
+from utils.model import loading
+from utils.model.spec import read_spec
+from utils.training.loss import sample_inputs, velocity_loss
 
 
 @pytest.mark.parametrize("form", ["2b", "5b"])
 def test_loss_is_the_schedulers_in_float64(tiny, form):
     """Against `get_velocity`, and against (1 / (1 - abar)) ||x0_hat - x0||^2 with x0_hat as the scheduler infers it."""
-    scheduler = components.load_scheduler(tiny(form))
+    scheduler = loading.load_scheduler(tiny(form))
     alphas_cumprod = scheduler.alphas_cumprod.double()
     x0, noise, answer = torch.randn(3, 4, 3, 2, 8, 8, dtype=torch.float64)
     timesteps = torch.tensor([0, 371, 998, 999])
@@ -38,10 +38,10 @@ def test_half_precision_answers_are_scored_in_float32():
 
 
 def test_a_sample_meets_the_same_noise_in_any_batch(tiny):
-    form = read_form(tiny("1.5-i2v"))
+    form = read_spec(tiny("1.5-i2v"))
     video, image = torch.randn(3, 32, 3, 4, 4), torch.randn(3, 4, 32, 1, 4, 4)
-    together = draw(form, video, image, [7, 8, 9], 1000)
-    alone = draw(form, video[1:2], image[1:2], [8], 1000)
+    together = sample_inputs(form, video, image, [7, 8, 9], 1000)
+    alone = sample_inputs(form, video[1:2], image[1:2], [8], 1000)
     assert torch.equal(together.latents[1:2], alone.latents)
     assert torch.equal(together.noise[1:2], alone.noise)
     assert torch.equal(together.image_latents[1:2], alone.image_latents)
@@ -50,12 +50,12 @@ def test_a_sample_meets_the_same_noise_in_any_batch(tiny):
 
 
 def test_draws_cover_what_they_should(tiny):
-    form = read_form(tiny("5b-i2v"))
+    form = read_spec(tiny("5b-i2v"))
     video, image = torch.zeros(400, 32, 1, 4, 4), torch.randn(400, 4, 32, 1, 4, 4)
-    drawn = draw(form, video, image, list(range(400)), 1000, image_dropout=0.25)
-    assert 0 <= drawn.timesteps.min() < 20 and 980 < drawn.timesteps.max() <= 999
-    assert abs(drawn.noise.mean()) < 0.02 and abs(drawn.noise.std() - 1) < 0.02
+    inputs = sample_inputs(form, video, image, list(range(400)), 1000, image_dropout=0.25)
+    assert 0 <= inputs.timesteps.min() < 20 and 980 < inputs.timesteps.max() <= 999
+    assert abs(inputs.noise.mean()) < 0.02 and abs(inputs.noise.std() - 1) < 0.02
     # moments of mean 0 and log-variance 0: a standard normal, times the scaling factor
-    assert abs(drawn.latents.std() / form.scaling_factor - 1) < 0.02
-    dropped = (drawn.image_latents.flatten(1) == 0).all(1).float().mean()
+    assert abs(inputs.latents.std() / form.scaling_factor - 1) < 0.02
+    dropped = (inputs.image_latents.flatten(1) == 0).all(1).float().mean()
     assert abs(dropped - 0.25) < 0.07

@@ -13,15 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import real_size
 from benchmarks.rows import ROWS, Row
 from tests.conftest import ROOT, arguments
-from utils import fake_parts, fake_run, memory, prediction
-from utils.args import parse_args
-from utils.components import load_transformer
-from utils.errors import UserError
-from utils.model_form import read_form
-from utils.optimizer import make_optimizer
-from utils.preflight import resolve
-from utils.trainable import make_trainable, trained_parameters
-from utils.zero_config import resolve_template
+from utils.commands import estimate_memory
+from utils.common.errors import UserError
+from utils.config.args import parse_args
+from utils.config.deepspeed_config import resolve_template
+from utils.estimate import memory_tracker, prediction, simulated_run
+from utils.model.loading import load_transformer
+from utils.model.spec import read_spec
+from utils.run.preflight import resolve
+from utils.training.optimizer import make_optimizer
+from utils.training.trainable import make_trainable, trained_parameters
 
 
 def real_peak(model, args, form) -> int:
@@ -29,12 +30,12 @@ def real_peak(model, args, form) -> int:
     transformer = load_transformer(model / "transformer", torch.float32)
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
-    optimizer = make_optimizer(parameters, args, is_zero=False)
+    optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
+        batch = simulated_run.fake_batch(args, form, args.data.train_resolution[0], 1)
         for _ in range(2):
             for _ in range(args.training.gradient_accumulation_steps):
-                fake_parts.loss_of(transformer, args, form, batch, False).backward()
+                simulated_run.loss_of(transformer, args, form, batch, False).backward()
             optimizer.step()
             optimizer.zero_grad()
     now = peak = 0
@@ -53,12 +54,12 @@ SFT = ["--training_type", "sft"]
 )
 @pytest.mark.parametrize("form", ["5b-i2v", "1.5"])
 def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, form, options):
-    monkeypatch.setattr(fake_run, "BLOCK", 1)  # a CPU rounds nothing
+    monkeypatch.setattr(memory_tracker, "BLOCK", 1)  # a CPU rounds nothing
     model = tiny(form)
     argv = arguments(model, tmp_path, tmp_path, *options, task="i2v" if "i2v" in form else "t2v")
-    args, form = parse_args(argv), read_form(model)
+    args, form = parse_args(argv), read_spec(model)
     args = resolve(args, form)
-    terms = fake_parts.run_updates(args, form, args.data.train_resolution[0], False, 1).terms
+    terms = simulated_run.run_updates(args, form, args.data.train_resolution[0], False, 1).terms
     static = terms["weights"] + terms.get("adapters", 0)
     assert sum(terms.values()) - static == pytest.approx(real_peak(model, args, form), rel=0.03)
 
@@ -66,23 +67,31 @@ def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, f
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_run_after_its_prediction_trains_all_weights(tiny, tmp_path, bits):
     argv = arguments(tiny("5b"), tmp_path, tmp_path, *SFT, "--quantize_optimizer", bits, "--weight_decay", 0)
-    form = read_form(tiny("5b"))
+    form = read_spec(tiny("5b"))
     args = resolve(parse_args(argv), form)
-    fake_parts.run_updates(args, form, args.data.train_resolution[0], False, 1)
+    simulated_run.run_updates(args, form, args.data.train_resolution[0], False, 1)
     transformer = load_transformer(tiny("5b") / "transformer", torch.float32)
     make_trainable(transformer, args)
     before = {name: weight.detach().clone() for name, weight in transformer.named_parameters()}
-    optimizer = make_optimizer(trained_parameters(transformer), args, is_zero=False)
-    batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 1)
+    optimizer = make_optimizer(trained_parameters(transformer), args, uses_deepspeed=False)
+    batch = simulated_run.fake_batch(args, form, args.data.train_resolution[0], 1)
     batch = {name: None if value is None else torch.randn_like(value) for name, value in batch.items()}
-    fake_parts.loss_of(transformer, args, form, batch, False).backward()
+    simulated_run.loss_of(transformer, args, form, batch, False).backward()
     optimizer.step()
     trained = dict(transformer.named_parameters())
     assert all((trained[name] != before[name])[trained[name].grad != 0].all() for name in before)
 
 
 def test_a_published_model_is_predicted_without_its_weights():
-    command = [sys.executable, "-m", "utils.memory", "--model_path", "THUDM/CogVideoX-2b", "--mixed_precision", "fp16"]
+    command = [
+        sys.executable,
+        "-m",
+        "utils.commands.estimate_memory",
+        "--model_path",
+        "THUDM/CogVideoX-2b",
+        "--mixed_precision",
+        "fp16",
+    ]
     printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
     peak = float(re.search(r"Memory of a GPU: ([\d.]+) GiB", printed)[1])
     tflop = float(re.search(r"Work of an update: (\d+) TFLOP", printed)[1])
@@ -101,7 +110,7 @@ def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
     "flags",
     [
         "--offload_activations true --quantize_base int4 --autocast false",
-        "--training_type sft --quantize_optimizer 8bit --release_gradients true --max_grad_norm 0 --autocast false",
+        "--training_type sft --quantize_optimizer 8bit --optimizer_in_backward true --max_grad_norm 0 --autocast false",
         "--training_type sft --offload_optimizer true",
     ],
 )
@@ -116,24 +125,24 @@ def test_rows_are_measured_as_on_a_gpu(tiny, monkeypatch, flags):
 
 
 def test_an_offloaded_text_encoder_takes_its_largest_layer_at_a_time():
-    form, config = memory.find_form("THUDM/CogVideoX-5b")
-    whole, offloaded = (fake_parts.peak_of_encoding_prompts(form, config, offload) for offload in (False, True))
+    form, config = estimate_memory.load_spec("THUDM/CogVideoX-5b")
+    whole, offloaded = (simulated_run.peak_of_encoding_prompts(form, config, offload) for offload in (False, True))
     assert whole == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # T5-XXL's encoder in bf16, and activations
     embedding = config["vocab_size"] * config["d_model"] * 2
     assert embedding < offloaded < 1.05 * embedding
 
 
 def test_processes_share_what_zero_divides():
-    updates = fake_parts.Updates(
+    updates = simulated_run.Updates(
         {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
     )
     section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}
-    one, _ = prediction.under_zero(updates, {"zero_optimization": section}, 2, 1)
-    eight, host = prediction.under_zero(updates, {"zero_optimization": section}, 2, 8)
+    one, _ = prediction.zero_terms(updates, {"zero_optimization": section}, 2, 1)
+    eight, host = prediction.zero_terms(updates, {"zero_optimization": section}, 2, 8)
     assert [one[name] for name in ("weights", "optimizer", "gradients")] == [2000, 12000, 2000]
     assert [eight[name] for name in ("weights", "optimizer", "gradients")] == [250, 1500, 250] and host == 0
     section |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    offloaded, host = prediction.under_zero(updates, {"zero_optimization": section}, 2, 8)
+    offloaded, host = prediction.zero_terms(updates, {"zero_optimization": section}, 2, 8)
     assert sum(offloaded.values()) == 10 + 10 + 2 * 2 * 5 + 2 * 50 and host == 16_000 + 2000
 
 
@@ -141,17 +150,17 @@ def test_processes_share_what_zero_divides():
 def test_zero_takes_what_others_derived_with_deepspeeds_buffers_and_less_with_ours(model):
     rows = [row for row in ROWS if row.model == model and row.zero and row.goal]
     args, form = real_size.settings(rows[0])
-    updates = prediction.few_blocks_updates(args, form, True, 8)  # the same for every template
+    updates = prediction.extrapolated_updates(args, form, True, 8)  # the same for every template
     for template, processes, goal in ((*row.zero, row.goal) for row in rows):
         zero = resolve_template(ROOT / "configs" / f"{template}.json", args, form.width, processes)
-        ours = sum(prediction.under_zero(updates, zero, 2, processes)[0].values()) / prediction.GIB
+        ours = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / prediction.GIB
         section = zero["zero_optimization"]
         for key in [key for key in section if "bucket" in key or key.startswith("stage3_")]:
             del section[key]
-        theirs = sum(prediction.under_zero(updates, zero, 2, processes)[0].values()) / prediction.GIB
+        theirs = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / prediction.GIB
         assert theirs == pytest.approx(goal, rel=0.1) and ours < goal, template
 
 
 def test_a_name_that_nothing_is_known_of_is_refused():
     with pytest.raises(UserError, match=r"THUDM/CogVideoX-3b: .* it is none of CogVideoX-2b, CogVideoX-5b"):
-        memory.find_form("THUDM/CogVideoX-3b")
+        estimate_memory.load_spec("THUDM/CogVideoX-3b")

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataset.video import Resolution
 from tests.tiny_models import FORMS
-from utils import components, encoders
-from utils.conditioning import predict_velocity, sample_moments, to_image_latents, to_video_latents
-from utils.model_form import read_form
+from utils.model import encoders, loading
+from utils.model.conditioning import predict_velocity, sample_moments, to_image_latents, to_video_latents
+from utils.model.spec import read_spec
 
 # sample size of the checkpoint's config, and the size generated
 NATIVE_1_0, NATIVE_1_5 = (49, 480, 720), (81, 2400, 2400)
@@ -43,8 +43,8 @@ def record_calls(module):
 @pytest.mark.parametrize(("form_name", "sample", "size"), CASES)
 def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample, size):
     model_dir, size = tiny(form_name, sample), Resolution.parse(size)
-    form = read_form(model_dir)
-    pipeline = components.PIPELINES[form.task].from_pretrained(model_dir)
+    form = read_spec(model_dir)
+    pipeline = loading.PIPELINES[form.task].from_pretrained(model_dir)
     calls = record_calls(pipeline.transformer)
     decoded = []
     pipeline.decode_latents = lambda latents: decoded.append(latents) or torch.zeros(1, 3, 1, 8, 8)
@@ -99,7 +99,7 @@ def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample,
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_forms_are_told_apart_by_their_configs(tiny, form_name):
-    form = read_form(tiny(form_name))
+    form = read_spec(tiny(form_name))
     assert form.task == ("i2v" if "i2v" in form_name else "t2v")
     assert form.is_v1_5 == form_name.startswith("1.5")
     assert form.fps == (16 if form_name.startswith("1.5") else 8)
@@ -107,9 +107,9 @@ def test_forms_are_told_apart_by_their_configs(tiny, form_name):
 
 def test_tokens_of_the_published_models(tiny):
     """The counts of the CogVideoX papers' native clips."""
-    assert read_form(tiny("5b", NATIVE_1_0)).tokens(Resolution(49, 480, 720))[0] == 17_550
-    assert read_form(tiny("1.5", NATIVE_1_5)).tokens(Resolution(81, 768, 1360))[0] == 44_880
-    assert read_form(tiny("1.5", NATIVE_1_5)).native == Resolution(81, 768, 1360)
+    assert read_spec(tiny("5b", NATIVE_1_0)).tokens(Resolution(49, 480, 720))[0] == 17_550
+    assert read_spec(tiny("1.5", NATIVE_1_5)).tokens(Resolution(81, 768, 1360))[0] == 44_880
+    assert read_spec(tiny("1.5", NATIVE_1_5)).native == Resolution(81, 768, 1360)
 
 
 def test_posterior_sample_is_the_vaes_own():

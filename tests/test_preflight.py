@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import arguments, run
-from utils.args import parse_args
-from utils.errors import UserError
-from utils.preflight import preflight
+from utils.common.errors import UserError
+from utils.config.args import parse_args
+from utils.run.preflight import preflight
 
 
 def faults_of(*args) -> list[str]:
     with pytest.raises(UserError) as caught:
         preflight(parse_args(list(map(str, args))), 1)
-    return caught.value.faults
+    return caught.value.errors
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--output_dir", "/etc/hostname/here"], "--output_dir /etc/hostname/here cannot be written to"),
         ("2b", ["--cache_dir", "/proc/here"], "--cache_dir /proc/here cannot be written to"),
         ("2b", ["--resume_from_checkpoint", "/nowhere"], "/nowhere is not a checkpoint"),
-        ("2b", ["--release_gradients"], "--release_gradients: a gradient is gone before .*--max_grad_norm 0"),
+        ("2b", ["--optimizer_in_backward"], "--optimizer_in_backward: a gradient is gone before .*--max_grad_norm 0"),
         ("2b", ["--training_type", "sft", "--mixed_precision", "bf16", "--autocast", "false"], "needs weights in half"),
         ("2b", ["--attention_kernel", "cudnn"], "--attention_kernel cudnn needs a GPU"),
         ("2b", ["--fps", "nan"], "--fps is nan; it must be above 0"),
@@ -65,9 +65,9 @@ def faults_of(*args) -> list[str]:
 )
 def test_each_mistake_is_told_in_one_sentence(tiny, data, tmp_path, form, more, message):
     (data / "long.txt").write_text(f"{'word ' * 100}\n" * 8)
-    faults = faults_of(*arguments(tiny(form), data, tmp_path / "out", *more))
-    assert any(re.search(message, fault) for fault in faults), faults
-    assert all("\n" not in fault for fault in faults)
+    errors = faults_of(*arguments(tiny(form), data, tmp_path / "out", *more))
+    assert any(re.search(message, fault) for fault in errors), errors
+    assert all("\n" not in fault for fault in errors)
 
 
 def test_all_mistakes_come_together(tiny, data, tmp_path):
@@ -81,12 +81,12 @@ def test_all_mistakes_come_together(tiny, data, tmp_path):
         "rank": 0,
     }
     options = [text for name, value in wrong.items() for text in (f"--{name}", value)]
-    faults = faults_of(*arguments(tiny("2b"), data, tmp_path, *options))
+    errors = faults_of(*arguments(tiny("2b"), data, tmp_path, *options))
     for part in (*(f"--{name} " for name in wrong), "same number of lines"):
-        assert any(part in fault for fault in faults), part
-    assert any("prompts.txt, line 2: the line is empty" in fault for fault in faults)
-    assert any("videos.txt, line 2: there is no file" in fault for fault in faults)
-    assert any("videos.txt, line 4: there is no file" in fault for fault in faults)
+        assert any(part in fault for fault in errors), part
+    assert any("prompts.txt, line 2: the line is empty" in fault for fault in errors)
+    assert any("videos.txt, line 2: there is no file" in fault for fault in errors)
+    assert any("videos.txt, line 4: there is no file" in fault for fault in errors)
 
 
 def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tmp_path):
@@ -95,15 +95,15 @@ def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tm
     clip.write_bytes(bytes(~b & 255 if 60 < n < 2000 else b for n, b in enumerate(clip.read_bytes())))
     (data / "images.txt").write_text("prompts.txt\n" * 8)
     options = ["--image_column", "images.txt", "--dry_run"]
-    faults = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, *options, task="i2v"))
-    assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in faults)
-    assert any("green_circle_right_black.mp4 (line 2)" in fault for fault in faults)
-    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in faults) == 8
+    errors = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, *options, task="i2v"))
+    assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in errors)
+    assert any("green_circle_right_black.mp4 (line 2)" in fault for fault in errors)
+    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in errors) == 8
     (validation / "videos.txt").unlink()
-    faults = faults_of(
+    errors = faults_of(
         *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation
     )
-    assert any("needs an image a prompt" in fault for fault in faults)
+    assert any("needs an image a prompt" in fault for fault in errors)
 
 
 def edit(path: Path, **changes: object) -> None:

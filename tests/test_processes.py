@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 # A thread inside of torch when the interpreter goes away, as gloo's may be; for certain here.
 THREAD_IN_TORCH = """
 import atexit, sys, threading, torch
-from utils.errors import UserError, told_to_the_user
-from utils.processes import ends_the_process
+from utils.common.errors import UserError, exit_on_user_error
+from utils.common.processes import ends_the_process
 
 def add():
     tensor = torch.ones(100)
@@ -22,7 +22,7 @@ def add():
 
 threading.Thread(target=add, daemon=True).start()
 atexit.register(print, "registered")
-with ends_the_process(), told_to_the_user():
+with ends_the_process(), exit_on_user_error():
     {ending}
 """
 

@@ -10,7 +10,7 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 
 from tests.conftest import ROOT, run
-from utils.lora import WEIGHTS_FILE
+from utils.checkpoint.lora_files import WEIGHTS_FILE
 
 FORM_OF = {
     "CogVideoX-2b": "2b",

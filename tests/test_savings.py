@@ -12,16 +12,24 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import arguments, patch_programs, read_metrics, succeed
-from utils import activations, fake_parts, host, host_adam, quantized, quantized_adam
-from utils.args import parse_args
-from utils.checkpoint import PROGRESS_FILE
-from utils.components import load_transformer
-from utils.conditioning import predict_velocity
-from utils.lora import WEIGHTS_FILE
-from utils.model_form import read_form
-from utils.preflight import resolve
-from utils.quantized_adam import QuantizedAdam
-from utils.trainable import make_trainable, trained_parameters, use_attention_kernel, uses_autocast
+from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.manager import PROGRESS_FILE
+from utils.config.args import parse_args
+from utils.estimate import simulated_run
+from utils.memory import (
+    activation_checkpointing,
+    activation_offloading,
+    cpu_offload_adam,
+    low_bit_adam,
+    pinned_memory,
+    quantized_linear,
+)
+from utils.memory.low_bit_adam import LowBitAdam
+from utils.model.conditioning import predict_velocity
+from utils.model.loading import load_transformer
+from utils.model.spec import read_spec
+from utils.run.preflight import resolve
+from utils.training.trainable import make_trainable, trained_parameters, use_attention_kernel, uses_autocast
 
 FORMS = ("2b", "5b-i2v", "1.5-i2v")
 ATTENTION_ON_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -31,12 +39,12 @@ class CountAttention(TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func in activations.ATTENTION
+        self.calls += func in activation_checkpointing.ATTENTION
         return func(*args, **kwargs or {})
 
 
 def prepared(model, tmp_path, *options, dtype=torch.float32):
-    form = read_form(model)
+    form = read_spec(model)
     args = resolve(parse_args(arguments(model, tmp_path, tmp_path, *options, task=form.task)), form)
     transformer = load_transformer(model / "transformer", dtype)
     make_trainable(transformer, args)
@@ -50,7 +58,7 @@ def prepared(model, tmp_path, *options, dtype=torch.float32):
 def gradients(transformer, args, form, dtype=torch.float32, watch=None):
     """Prediction and gradients of a batch of two, and how often attention was computed, by `watch`."""
     torch.manual_seed(2)
-    batch = fake_parts.fake_batch(args, form, args.data.train_resolution[0], 2)
+    batch = simulated_run.fake_batch(args, form, args.data.train_resolution[0], 2)
     latents, image_latents, prompts = (None if t is None else torch.randn_like(t) for t in batch.values())
     with watch or CountAttention() as attention:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32 and uses_autocast(args, False)):
@@ -65,22 +73,23 @@ def gradients(transformer, args, form, dtype=torch.float32, watch=None):
 @pytest.mark.parametrize("training_type", ["lora", "sft"])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_blocks_keep_and_where_changes_no_bit(tiny, tmp_path, monkeypatch, form, training_type):
-    monkeypatch.setattr(activations, "SMALLEST", 1)
+    monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)
     plain = prepared(tiny(form), tmp_path, "--training_type", training_type)
     predicted, expected, calls = gradients(*plain)
     assert calls == 2 * len(plain[0].transformer_blocks)
-    both = ["--keep_attention", "--offload_activations"]
-    for options in (["--keep_attention"], ["--offload_activations"], [*both, "--autocast", "false"]):
+    selective = ["--gradient_checkpointing", "selective"]
+    both = [*selective, "--offload_activations"]
+    for options in (selective, ["--offload_activations"], [*both, "--autocast", "false"]):
         tried = prepared(tiny(form), tmp_path, "--training_type", training_type, *options)
         for _ in range(2):  # the second finds what the first has left
             for parameter in trained_parameters(tried[0]):
                 parameter.grad = None
             again, found, calls = gradients(*tried)
             assert torch.equal(again, predicted) and all(map(torch.equal, found, expected)), options
-        assert calls == (1 if "--keep_attention" in options else 2) * len(plain[0].transformer_blocks)
+        assert calls == (1 if "selective" in options else 2) * len(plain[0].transformer_blocks)
 
 
-class Late(host.SideStream):
+class Late(pinned_memory.CopyStream):
     """Copies as late as a GPU may: not before they are waited for. Until then a target holds no numbers."""
 
     def __init__(self):
@@ -101,13 +110,15 @@ class Late(host.SideStream):
 
 
 def test_what_is_copied_beside_the_computation_is_waited_for(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "SMALLEST", 1)
-    monkeypatch.setattr(activations, "SideStream", Late)
-    monkeypatch.setattr(host_adam, "SideStream", Late)
+    monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)
+    monkeypatch.setattr(activation_offloading, "CopyStream", Late)
+    monkeypatch.setattr(cpu_offload_adam, "CopyStream", Late)
     options = ["--training_type", "sft"]
     predicted, expected, _ = gradients(*prepared(tiny("5b-i2v"), tmp_path, *options))
-    parked = prepared(tiny("5b-i2v"), tmp_path, *options, "--keep_attention", "--offload_activations")
-    optimizer = host_adam.HostAdam(trained_parameters(parked[0]), lr=1e-3, decoupled_weight_decay=True)
+    parked = prepared(
+        tiny("5b-i2v"), tmp_path, *options, "--gradient_checkpointing", "selective", "--offload_activations"
+    )
+    optimizer = cpu_offload_adam.CPUOffloadAdam(trained_parameters(parked[0]), lr=1e-3, decoupled_weight_decay=True)
     for passes in (1, 2):  # several add up
         again, gone, _ = gradients(*parked)
         assert torch.equal(again, predicted) and gone == [None] * len(expected)
@@ -128,11 +139,11 @@ def test_a_quantized_base_is_the_base_it_stands_for(tiny, tmp_path, form, kind, 
 
     # to the last digits it is the plain run on the weights that the codes stand for
     layers = dict(coded[0].named_modules())
-    assert any(isinstance(layer, quantized.QuantizedLinear) for layer in layers.values())
+    assert any(isinstance(layer, quantized_linear.QuantizedLinear) for layer in layers.values())
     for name, layer in plain[0].named_modules():
-        if isinstance(layers[name], quantized.QuantizedLinear):
+        if isinstance(layers[name], quantized_linear.QuantizedLinear):
             codes = layers[name]
-            layer.weight.data = quantized.decode(codes.codes, codes.scale, codes.offset, torch.float32)
+            layer.weight.data = quantized_linear.decode(codes.codes, codes.scale, codes.offset, torch.float32)
             layer.weight.grad = None
     for parameter in trained_parameters(plain[0]):
         parameter.grad = None
@@ -152,8 +163,8 @@ def test_a_quantized_base_trains_on_two_processes_as_on_one(tiny, data, tmp_path
 
 
 def test_page_locked_memory_is_cut_without_gaps(monkeypatch):
-    monkeypatch.setattr(host, "PIECE", 4096)
-    memory, flat = host.PageLocked(), []
+    monkeypatch.setattr(pinned_memory, "CHUNK_BYTES", 4096)
+    memory, flat = pinned_memory.PinnedArena(), []
     for count, dtype in ((100, torch.float32), (700, torch.bfloat16), (900, torch.int8), (3000, torch.int32)):
         flat.append(memory.take(count, dtype).fill_(len(flat)))
         assert flat[-1].shape == (count,) and flat[-1].dtype == dtype
@@ -221,12 +232,17 @@ def test_kernels_compute_the_same(tiny, tmp_path):
         ("2b", ["--gradient_checkpointing", "false", "--training_type", "sft"], 1, 0),
         ("5b", [], 2, 0),
         # of each block three inputs, and of attention the output and the logarithms of its sums: no weights, no codes
-        ("1.5-i2v", ["--keep_attention", "--offload_activations", "--quantize_base", "int8"], 1, 5),
+        (
+            "1.5-i2v",
+            ["--gradient_checkpointing", "selective", "--offload_activations", "--quantize_base", "int8"],
+            1,
+            5,
+        ),
     ],
 )
 def test_compiled_blocks_compute_and_keep_the_same(tiny, tmp_path, monkeypatch, form, options, attention, sent):
-    monkeypatch.setattr(activations, "SMALLEST", 1)
-    monkeypatch.setattr(activations, "LEAVING", 0)  # all go, and come back once
+    monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)
+    monkeypatch.setattr(activation_offloading, "MAX_PENDING_OFFLOADS", 0)  # all go, and come back once
     predicted, expected, _ = gradients(*prepared(tiny(form), tmp_path, *options))
     compiled = prepared(tiny(form), tmp_path, *options, "--compile_blocks")
     torch._dynamo.utils.counters.clear()
@@ -236,8 +252,8 @@ def test_compiled_blocks_compute_and_keep_the_same(tiny, tmp_path, monkeypatch, 
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
     copies = []
-    copy = host.SideStream.copy
-    monkeypatch.setattr(host.SideStream, "copy", lambda *args: copies.append(args) or copy(*args))
+    copy = pinned_memory.CopyStream.copy
+    monkeypatch.setattr(pinned_memory.CopyStream, "copy", lambda *args: copies.append(args) or copy(*args))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         gradients(*compiled, watch=nullcontext(CountAttention))
     calls = [event for event in profiler.events() if event.name == ATTENTION_ON_CPU]
@@ -248,14 +264,14 @@ def test_compiled_blocks_compute_and_keep_the_same(tiny, tmp_path, monkeypatch, 
 # How far the weights may go astray, as a share of their way in float32.
 @pytest.mark.parametrize(("bits", "smallest", "tolerance"), [(8, 2**20, 1e-5), (8, 1, 0.06), (4, 1, 0.2)])
 def test_adam_in_few_bits_is_adam(monkeypatch, bits, smallest, tolerance):
-    monkeypatch.setattr(quantized_adam, "SMALLEST", smallest)
+    monkeypatch.setattr(low_bit_adam, "SMALLEST", smallest)
     torch.manual_seed(0)
     before = torch.randn(64, 256)
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-2}
     ours, theirs = (torch.nn.Parameter(before.clone()) for _ in range(2))
     optimizers = [
         torch.optim.AdamW([theirs], **settings),
-        QuantizedAdam([ours], **settings, mean_bits=bits, decoupled_weight_decay=True, seed=0, release=False),
+        LowBitAdam([ours], **settings, mean_bits=bits, decoupled_weight_decay=True, seed=0, in_backward=False),
     ]
     for _ in range(100):
         noise = torch.randn_like(before) * torch.logspace(-3, 0, 256)  # of small and large gradients in a block
@@ -264,7 +280,7 @@ def test_adam_in_few_bits_is_adam(monkeypatch, bits, smallest, tolerance):
             optimizer.step()
     assert float((ours - theirs).detach().norm() / (theirs.detach() - before).norm()) < tolerance
     held = sum(slot.nbytes for slot in optimizers[1].state[ours].values() if isinstance(slot, torch.Tensor))
-    assert held == before.numel() * (8 if smallest > 1 else (bits + 8) / 8 + 2 * 4 / quantized_adam.BLOCK)
+    assert held == before.numel() * (8 if smallest > 1 else (bits + 8) / 8 + 2 * 4 / low_bit_adam.BLOCK)
 
 
 def test_rounding_at_random_is_exact_on_average():
@@ -272,17 +288,17 @@ def test_rounding_at_random_is_exact_on_average():
     for dtype, factor in ((torch.bfloat16, 1.0), (torch.float16, 2.0**-3), (torch.float16, 2.0**-17)):
         # of fp16 the last has fewer digits: its smallest step is 2^-24
         values = factor * torch.cat([third, -third])
-        rounded = quantized_adam.round_at_random(values, dtype, torch.Generator().manual_seed(0)).float() / factor
+        rounded = low_bit_adam.stochastic_round(values, dtype, torch.Generator().manual_seed(0)).float() / factor
         if factor != 2.0**-3:
             assert rounded.abs().unique().tolist() == [1, 1 + 2**-7]
         for half, value in zip(rounded.chunk(2), (third[0], -third[0]), strict=True):
             assert float(half.mean()) == pytest.approx(float(value), abs=2e-5)
     extremes = torch.tensor([0.0, 2.0**-24, 2.0**-14, 65504.0, -65504.0])
-    assert torch.equal(quantized_adam.round_at_random(extremes, torch.float16, torch.Generator()).float(), extremes)
+    assert torch.equal(low_bit_adam.stochastic_round(extremes, torch.float16, torch.Generator()).float(), extremes)
     values = torch.rand(2**20) - 0.5
-    values[:: quantized_adam.BLOCK] = 1  # one scale for all
-    code = quantized_adam.make_code(4, True, torch.device("cpu"))
-    coded = quantized_adam.decode(*quantized_adam.encode(values, code, torch.Generator().manual_seed(0)), code)
+    values[:: low_bit_adam.BLOCK] = 1  # one scale for all
+    code = low_bit_adam.make_codebook(4, True, torch.device("cpu"))
+    coded = low_bit_adam.decode(*low_bit_adam.encode(values, code, torch.Generator().manual_seed(0)), code)
     assert len(coded.unique()) <= 16
     assert float((coded - values).abs().max()) < 0.225  # the widest step
     assert float((coded - values).mean()) == pytest.approx(0, abs=2e-4)
@@ -293,11 +309,11 @@ def test_optimizers_of_half_precision_know_fp16(tiny, data, tmp_path):
     options = ["--training_type", "sft", "--train_steps", 4, "--lr_warmup_steps", 2, "--max_grad_norm", 0.5]
 
     def train(name, precision, scale, processes=1, *more):
-        patch = "import functools, utils.optimizer as o; machine_faults = lambda *_: []; "
+        patch = "import functools, utils.training.optimizer as o; machine_errors = lambda *_: []; "
         patch += f"o.LossScale = functools.partial(o.LossScale, init_scale={scale})"
         out = tmp_path / name
         argv = arguments(tiny("2b"), data, out, *options, "--mixed_precision", precision, *more)
-        settings = patch_programs(tmp_path, "utils.preflight", patch)
+        settings = patch_programs(tmp_path, "utils.run.preflight", patch)
         succeed("train_ddp_t2v.sh", *argv, "--batch_size", str(2 // processes), processes=processes, **settings)
         seen = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())["samples_seen"]
         return load_transformer(out / "checkpoint-4" / "transformer").state_dict(), seen // 2 - 4, read_metrics(out)
@@ -323,8 +339,10 @@ def test_released_gradients_train_the_same_weights_and_resume(tiny, data, tmp_pa
     options += ["--max_grad_norm", 0]
     options += ["--autocast", "false", "--learning_rate", 1e-3, "--lr_warmup_steps", 0]
     options += ["--resume_from_checkpoint", "latest"]
-    runs = [("whole", 4, []), ("halves", 2, ["--release_gradients"]), ("halves", 4, ["--release_gradients"])]
-    as_on_a_gpu = patch_programs(tmp_path, "utils.budget", "free_gpu_memory = lambda: 50.0")  # each start predicts
+    runs = [("whole", 4, []), ("halves", 2, ["--optimizer_in_backward"]), ("halves", 4, ["--optimizer_in_backward"])]
+    as_on_a_gpu = patch_programs(
+        tmp_path, "utils.estimate.settings_search", "free_gpu_memory = lambda: 50.0"
+    )  # each start predicts
     for name, steps, more in runs:
         argv = arguments(tiny("1.5"), data, tmp_path / name, *options, "--train_steps", steps, *more)
         succeed("train_ddp_t2v.sh", *argv, processes=1, **(as_on_a_gpu if name == "halves" else {}))

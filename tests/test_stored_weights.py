@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_demo import check_transformer
-from utils import components
-from utils.errors import UserError
-from utils.model_form import read_form
+from utils.checkpoint.finetuned import load_merged
+from utils.common.errors import UserError
+from utils.model.spec import read_spec
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def merged(tiny, tmp_path):
             save_file({name: tensors[name] for name in part}, folder / file)
         index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return folder, read_form(base)
+        return folder, read_spec(base)
 
     return write
 
@@ -37,7 +37,7 @@ def merged(tiny, tmp_path):
 def test_one_merge_is_read_whole(merged):
     folder, form = merged({})
     check_transformer(folder, form)
-    transformer = components.load_merged(folder, form.transformer, torch.bfloat16)
+    transformer = load_merged(folder, form.transformer, torch.bfloat16)
     assert {weight.dtype for weight in transformer.parameters()} == {torch.bfloat16}
 
 
@@ -64,7 +64,7 @@ def test_other_names_and_shapes_are_refused(merged, changes, message):
 def test_shards_that_are_missing_or_not_finite_are_refused(merged):
     folder, form = merged({"norm_final.weight": torch.full((64,), torch.nan)})
     with pytest.raises(UserError, match=r"norm_final.weight holds values that are not finite"):
-        components.load_merged(folder, form.transformer, torch.float32)
+        load_merged(folder, form.transformer, torch.float32)
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors is missing\); merge the checkpoint again"):
         check_transformer(folder, form)

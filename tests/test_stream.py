@@ -6,8 +6,9 @@ from itertools import islice
 
 import pytest
 
-from dataset.cached_dataset import CAPTION_DROPOUT, DRAWS, HELD_OUT, ORDER, SampleStream, seed_for
-from utils.schedule import is_due, total_updates
+from dataset.sampler import SampleStream
+from utils.common.seeds import CAPTION_DROPOUT, DRAWS, HELD_OUT, ORDER, seed_for
+from utils.training.schedule import is_due, total_updates
 
 ONE = ["a"] * 5
 THREE = ["a", "b", "a", "c", "b", "a", "a", "b", "a", "a", "a"]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, read_metrics, run, succeed
 from tests.golden import compare_with_golden
 from tests.tiny_models import FORMS
-from utils.checkpoint import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
-from utils.lora import WEIGHTS_FILE
+from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 
 
 def adapters(checkpoint: Path) -> dict[str, torch.Tensor]:

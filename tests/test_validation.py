@@ -12,14 +12,14 @@ from accelerate import Accelerator, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import arguments, read_metrics, succeed
-from utils import components
-from utils.args import parse_args
-from utils.fill_cache import fill_cache
-from utils.metrics import Metrics
-from utils.preflight import preflight
-from utils.roll_call import RollCall
-from utils.trainable import make_trainable
-from utils.validation import validate
+from utils.common.heartbeat import HeartbeatBarrier
+from utils.config.args import parse_args
+from utils.model import loading
+from utils.run.fill_cache import fill_cache
+from utils.run.preflight import preflight
+from utils.run.validation import validate
+from utils.training.metrics import Metrics
+from utils.training.trainable import make_trainable
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -34,12 +34,12 @@ def test_no_weight_and_no_random_state_changes(tiny, data, validation, tmp_path,
     args = arguments(tiny(form), data, tmp_path, "--training_type", training_type, *options, task=task)
     plan = preflight(parse_args(args), 1)
     processes = PartialState(cpu=True)
-    fill_cache(processes, RollCall(processes, 60), plan)
+    fill_cache(processes, HeartbeatBarrier(processes, 60), plan)
     accelerator = Accelerator(cpu=True)
-    transformer = components.load_transformer(plan.model_dir / "transformer", torch.float32)
+    transformer = loading.load_transformer(plan.model_dir / "transformer", torch.float32)
     make_trainable(transformer, plan.args)
     model = accelerator.prepare(transformer)
-    alphas_cumprod = components.load_scheduler(plan.model_dir).alphas_cumprod
+    alphas_cumprod = loading.load_scheduler(plan.model_dir).alphas_cumprod
 
     def state():
         weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}

@@ -18,8 +18,8 @@ from dataset.video import (
     SPREAD,
     ClipError,
     ClipInfo,
+    FrameSelection,
     Resolution,
-    View,
     choose_frames,
     decode,
     frame_times,
@@ -36,8 +36,8 @@ def times(frames: int, fps: float) -> np.ndarray:
     return np.arange(frames + 1) / fps
 
 
-def view(frames: int, rate=8.0, first=0, span=None, size=(64, 96), mode="stretch") -> View:
-    return View(Resolution(frames, *size), rate, mode, first, span or frames)
+def view(frames: int, rate=8.0, first=0, span=None, size=(64, 96), mode="stretch") -> FrameSelection:
+    return FrameSelection(Resolution(frames, *size), rate, mode, first, span or frames)
 
 
 def info(frames: int, fps: float, height=64, width=96) -> ClipInfo:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dataset.video import ClipError
-from dataset.workers import JOBS_A_WORKER, Failure, contained
+from dataset.worker_pool import JOBS_A_WORKER, Failure, run_in_workers
 
 
 def odd(job: str, buffer) -> str:
@@ -36,7 +36,7 @@ def test_what_goes_wrong_costs_nothing_but_itself(num_workers, encoding_s):
     odd_ones = ["hangs", "aborts", "is killed", "is unfit", "fails"]
     jobs = [name for number, one in enumerate(odd_ones) for name in (f"a{number}", one, f"b{number}")]
     outcomes = {}
-    for done in contained(odd, jobs, num_workers, timeout=2.0, buffer_bytes=100):
+    for done in run_in_workers(odd, jobs, num_workers, timeout=2.0, buffer_bytes=100):
         outcomes[done.job] = done.outcome
         time.sleep(encoding_s)  # a worker crashes while nobody looks
         if not isinstance(done.outcome, Failure):
@@ -60,7 +60,7 @@ def test_jobs_are_taken_only_as_fast_as_results_are():
             taken.append(number)
             yield f"job {number}"
 
-    results = contained(odd, jobs(), 2, timeout=10, buffer_bytes=100)
+    results = run_in_workers(odd, jobs(), 2, timeout=10, buffer_bytes=100)
     for count in range(1, 20):
         done = next(results)
         kept = bytes(done.buffer.tolist())
@@ -73,7 +73,7 @@ def test_jobs_are_taken_only_as_fast_as_results_are():
 
 def test_a_slow_encoder_is_not_taken_for_a_slow_decoder():
     outcomes = []
-    for done in contained(odd, [f"job {number}" for number in range(6)], 1, timeout=0.5, buffer_bytes=100):
+    for done in run_in_workers(odd, [f"job {number}" for number in range(6)], 1, timeout=0.5, buffer_bytes=100):
         outcomes.append(done.outcome)
         time.sleep(0.7)
     assert outcomes == [f"JOB {number}" for number in range(6)]

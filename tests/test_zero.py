@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from tests.conftest import FIRST_FRAME, arguments, command, environment, patch_programs, read_metrics, run, succeed
 from tests.golden import compare_with_golden
 from tests.tiny_models import FORMS
-from utils import export
-from utils.checkpoint import PROGRESS_FILE
-from utils.components import find_transformer
-from utils.errors import UserError
-from utils.lora import WEIGHTS_FILE
-from utils.stored_weights import read_merged
+from utils.checkpoint.finetuned import find_transformer
+from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.manager import PROGRESS_FILE
+from utils.checkpoint.stored_weights import read_merged
+from utils.commands import export
+from utils.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

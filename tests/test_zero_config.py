@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, arguments
-from utils.args import parse_args
-from utils.checkpoint import ARGS_FILE, PROGRESS_FILE, Progress
-from utils.components import identity
-from utils.errors import UserError
-from utils.preflight import preflight
-from utils.zero_config import put
+from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE, Progress
+from utils.common.errors import UserError
+from utils.config.args import parse_args
+from utils.config.deepspeed_config import put
+from utils.model.loading import fingerprint
+from utils.run.preflight import preflight
 
 TEMPLATES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 
@@ -96,7 +96,7 @@ def test_a_contradiction_names_file_key_and_both_values(plan_with, changes, mess
 def test_all_contradictions_come_at_once(plan_with):
     with pytest.raises(UserError) as caught:
         plan_with({"train_batch_size": 8, "gradient_clipping": 0.3}, "--rank", 0)
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.errors) == 3
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused(tiny, plan_with, tmp_p
     args = plan_with({}, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "new").args.as_dict()
     args["training"]["mixed_precision"] = precision
     (checkpoint / ARGS_FILE).write_text(json.dumps(args))
-    progress = Progress(base=identity(tiny("5b") / "transformer"), step=2, **saved)
+    progress = Progress(base=fingerprint(tiny("5b") / "transformer"), step=2, **saved)
     (checkpoint / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
     with pytest.raises(UserError, match=message):
         plan_with({}, "--resume_from_checkpoint", "latest")

@@ -1,0 +1,109 @@
+"""LoRA files: written so that every loader gives the trained strength, read so that nothing is skipped in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+
+from utils.common.errors import UserError
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "lora"
+
+
+def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
+    """Writes adapters in the diffusers format, at the strength they were trained with.
+
+    The strength alpha / rank is multiplied into the B matrices, and the metadata state alpha = rank. So a loader that
+    reads the metadata and one that does not (older diffusers, ComfyUI: both take alpha = rank) apply the same weights;
+    `lora_scale` 1.0 is the trained strength everywhere. The alpha of the training is in the checkpoint's `args.json`.
+
+    Args:
+        state: peft's names, `....lora_A.weight` [rank, in] and `....lora_B.weight` [out, rank], float32.
+    """
+    strength = config.lora_alpha / config.r
+    folded = {name: tensor * strength if ".lora_B." in name else tensor for name, tensor in state.items()}
+    metadata = config.to_dict() | {"lora_alpha": config.r}
+    CogVideoXPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers={name: tensor.contiguous() for name, tensor in folded.items()},
+        transformer_lora_adapter_metadata={name: value for name, value in metadata.items() if _is_plain(value)},
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | list | set)
+
+
+def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, scale: float) -> int:
+    """Adds the adapters of a checkpoint folder or a .safetensors file to a transformer.
+
+    Args:
+        scale: 1.0 is the strength stored in the file, 0 the base.
+
+    Returns:
+        the number of modules that got an adapter; it is that of the file.
+
+    Raises:
+        UserError: there is no such file, it holds no adapters, or some do not belong to this transformer.
+    """
+    file = find_lora(path)
+    modules = _checked_modules(transformer, file)
+    state, metadata = CogVideoXPipeline.lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
+    if broken := [name for name, weight in state.items() if not weight.isfinite().all()]:
+        raise UserError(f"--lora_path {file}: {broken[0]} holds values that are not finite.")
+    CogVideoXPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
+    matched = sum(isinstance(module, LoraLayer) and ADAPTER in module.lora_A for module in transformer.modules())
+    assert matched == len(modules), f"{matched} of {len(modules)} adapter modules were loaded"
+    transformer.set_adapters([ADAPTER], [scale])
+    return matched
+
+
+def find_lora(path: Path) -> Path:
+    """The weights file that `path` is or holds. Raises UserError where there is none."""
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.is_file():
+        return file
+    inside = sorted(found.parent.name for found in path.glob(f"checkpoint-*/{WEIGHTS_FILE}")) if path.is_dir() else []
+    hint = f"; it has {', '.join(inside)}" if inside else ""
+    raise UserError(f"--lora_path {path}: there is no {WEIGHTS_FILE}{hint}. Give the folder checkpoint-N of a run.")
+
+
+def _checked_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> set[str]:
+    """Names of the modules for which the file has adapters; all are in the transformer, with fitting shapes."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--lora_path {file} cannot be read as safetensors ({error}).") from error
+    layers = dict(transformer.named_modules())
+    unexpected, modules = [], set()
+    for name, shape in shapes.items():
+        module, _, matrix = name.removeprefix("transformer.").rpartition(".lora_")
+        pair = [shapes.get(f"transformer.{module}.lora_{side}.weight", [0, 0]) for side in "AB"]
+        layer = layers.get(module)
+        fits = (
+            name.startswith("transformer.")
+            and matrix in ("A.weight", "B.weight")
+            and isinstance(layer, torch.nn.Linear)
+            and pair == [[pair[0][0], layer.in_features], [layer.out_features, pair[0][0]]]
+        )
+        if fits:
+            modules.add(module)
+        else:
+            unexpected.append(f"{name} {list(shape)}")
+    if not modules:
+        first = unexpected[0] if unexpected else "nothing at all"
+        raise UserError(f"--lora_path {file}: no adapter module matches this transformer; the file holds {first}.")
+    if unexpected:
+        raise UserError(
+            f"--lora_path {file}: {len(unexpected)} of {len(shapes)} tensors do not belong to this transformer, "
+            f"such as {unexpected[0]}. Was it trained on another checkpoint?"
+        )
+    return modules

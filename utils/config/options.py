@@ -1,0 +1,153 @@
+"""From a dataclass to a command line: every option is written once, as a field with its help, beside its check."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, field, fields
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeVar
+
+from dataset.video import SPREAD, Rate, Resolution
+from utils.common.errors import UserError
+
+Group = TypeVar("Group")
+Budget = float | Literal["auto"]
+
+
+# Flags that had another name -> what to write now.
+RENAMED_FLAGS = {
+    "--keep_attention": "--gradient_checkpointing selective",
+    "--release_gradients": "--optimizer_in_backward",
+}
+
+
+def option(default: Any = MISSING, *, help: str, aliases: dict[str, str] | None = None) -> Any:
+    """Declares a field of a dataclass that is a flag.
+
+    Args:
+        aliases: other spellings of a `Literal`'s values. The flag alone means what `true` stands for.
+    """
+    return field(default=default, metadata={"help": help, "aliases": aliases})
+
+
+def positive(group: Any, *names: str) -> Iterator[str]:
+    """Yields a fault for each named field that is set and not above zero."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"--{name} is {value}; it must be above 0."
+
+
+def finite(group: Any, *names: str) -> Iterator[str]:
+    """Yields a fault for each named field that is no number."""
+    for name in names:
+        if not math.isfinite(getattr(group, name)):
+            yield f"--{name} is {getattr(group, name)}; it must be a finite number."
+
+
+def seed_errors(seed: int) -> Iterator[str]:
+    if not 0 <= seed < 2**32:
+        yield f"--seed is {seed}; it must be at least 0 and below 2^32."
+
+
+def unit_interval(group: Any, *names: str) -> Iterator[str]:
+    """Yields a fault for each named field outside [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(group, name) < 1:
+            yield f"--{name} is {getattr(group, name)}; it must be at least 0 and below 1."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of sixty flags first, and the sentence that matters below it
+        renamed = [flag for flag in re.findall(r"--\w+", message) if flag in RENAMED_FLAGS]
+        if renamed:
+            raise UserError([f"{flag} has a new name: {RENAMED_FLAGS[flag]}." for flag in renamed])
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def parse_bool(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return values[text.lower()]
+
+
+def parse_resolution(text: str) -> Resolution:
+    try:
+        return Resolution.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_number_or(word: str, text: str) -> float | str:
+    if text == word:
+        return word
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor {word}") from None
+
+
+def _how_to_parse(annotation: Any, aliases: dict[str, str] | None = None) -> dict[str, Any]:
+    """The argparse keywords of a field's type."""
+    for union, word, metavar in ((Rate, SPREAD, "FPS"), (Budget, "auto", "GIB")):
+        if set(typing.get_args(union)) <= set(typing.get_args(annotation)):
+            return {"type": partial(parse_number_or, word), "metavar": f"{metavar}|{word}"}
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # X | None
+        annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
+    if annotation is bool:
+        return {"type": parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+    if annotation is Resolution:
+        return {"type": parse_resolution, "metavar": "FxHxW"}
+    if typing.get_origin(annotation) is Literal and aliases:
+        choices = typing.get_args(annotation)
+        return {
+            "type": lambda text: aliases.get(text.lower(), text),
+            "choices": choices,
+            "nargs": "?",
+            "const": aliases["true"],
+            "metavar": "|".join(choices),
+        }
+    if typing.get_origin(annotation) is Literal:
+        return {"choices": typing.get_args(annotation)}
+    if typing.get_origin(annotation) is tuple:
+        return {"nargs": "+", **_how_to_parse(typing.get_args(annotation)[0])}
+    return {"type": annotation}
+
+
+def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
+    """Adds one flag for each field of a dataclass of `option`s."""
+    hints = typing.get_type_hints(group_type)
+    for option_field in fields(group_type):
+        default = {"required": True} if option_field.default is MISSING else {"default": option_field.default}
+        parser.add_argument(
+            f"--{option_field.name}",
+            help=option_field.metadata["help"],
+            **default,
+            **_how_to_parse(hints[option_field.name], option_field.metadata["aliases"]),
+        )
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    return _Parser(description=description, allow_abbrev=False)
+
+
+def collect(values: dict[str, Any], group_type: type) -> Any:
+    """A dataclass from the parsed values of its fields."""
+    chosen = {option_field.name: values[option_field.name] for option_field in fields(group_type)}
+    return group_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()})
+
+
+def parse_group(parser: argparse.ArgumentParser, group_type: type[Group], argv: list[str] | None = None) -> Group:
+    """Parses a command line whose options are one dataclass. Raises UserError."""
+    add_options(parser, group_type)
+    group = collect(vars(parser.parse_args(argv)), group_type)
+    if errors := list(group.errors()):
+        raise UserError(errors)
+    return group

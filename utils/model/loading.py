@@ -1,0 +1,153 @@
+"""Loading and releasing the parts of a checkpoint; each in the dtype in which it is stored, unless told otherwise."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
+)
+from diffusers.utils import export_to_video
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors import safe_open
+from transformers import T5EncoderModel, T5Tokenizer
+
+from utils.common.errors import UserError
+from utils.model.spec import COMPONENTS
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIPELINES = {
+    "t2v": CogVideoXPipeline,
+    "i2v": CogVideoXImageToVideoPipeline,
+    "v2v": CogVideoXVideoToVideoPipeline,
+}
+_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def resolve_model_dir(model_path: str) -> Path:
+    """A folder stays as it is; an id on the model hub is downloaded into the hub's cache, once.
+
+    Raises:
+        UserError: the id cannot be downloaded.
+    """
+    is_hub_id = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
+    if Path(model_path).is_dir() or not is_hub_id:
+        return Path(model_path).expanduser()
+    try:
+        return Path(snapshot_download(model_path, allow_patterns=[f"{name}/*" for name in COMPONENTS]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model_path {model_path}: there is no such folder, and the model hub did not give it ({reason})."
+        ) from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first tensor of a component's safetensors."""
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as weights:
+        name = next(iter(weights.keys()))
+        return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
+
+
+def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """That of the files; float32 for float16 on a CPU, where convolutions in float16 take many times as long."""
+    stored = stored_dtype(folder)
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def fingerprint(folder: Path, **settings: Any) -> str:
+    """A digest that changes with a component's files or settings.
+
+    Small files are read whole; of large ones the size and 256 evenly spaced blocks, which any retraining changes.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            if size <= 2**26:
+                digest.update(file.read())
+                continue
+            for block in range(256):
+                file.seek(block * (size - 2**16) // 255)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()[:32]
+
+
+def load_vae(
+    model_dir: Path, device: torch.device, slicing: bool, tiling: bool, dtype: torch.dtype | None = None
+) -> AutoencoderKLCogVideoX:
+    folder = model_dir / "vae"
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype or working_dtype(folder, device)).to(device)
+    if slicing:
+        vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
+    return vae.requires_grad_(False).eval()
+
+
+def load_tokenizer(model_dir: Path) -> T5Tokenizer:
+    return T5Tokenizer.from_pretrained(model_dir / "tokenizer")
+
+
+def load_text_encoder(model_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5EncoderModel:
+    folder = model_dir / "text_encoder"
+    encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype or stored_dtype(folder)).to(device)
+    return encoder.requires_grad_(False).eval()
+
+
+def load_transformer(
+    folder: Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> CogVideoXTransformer3DModel:
+    """A transformer on a device, in a dtype; by default in that of its files.
+
+    It is memory-mapped until each weight is copied or cast, so that the processes of a machine share the pages.
+    """
+    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=stored_dtype(folder))
+    return torch.nn.Module.to(transformer, device, dtype)  # diffusers' own warns of every cast
+
+
+def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
+    """The checkpoint's noise schedule in the sampler that validation and demo share.
+
+    "trailing" spacing starts at the last timestep, where the rescaled schedule has no signal left; the other spacings
+    begin below it and ask the model for something it never saw from pure noise (arXiv:2305.08891, section 3.3).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a config saved by the DDIM scheduler has the same fields
+        return CogVideoXDPMScheduler.from_pretrained(model_dir / "scheduler", timestep_spacing="trailing")
+
+
+def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
+    """Writes an mp4. Raises OSError where that did not work, of which the writer below says nothing."""
+    path.unlink(missing_ok=True)
+    export_to_video(frames, str(path), fps=fps)
+    if not path.is_file() or path.stat().st_size == 0:
+        raise OSError(f"{path} could not be written")
+
+
+@contextmanager
+def released(*models: torch.nn.Module) -> Iterator[None]:
+    """Frees the models' memory, on the device and on the host, when the block ends."""
+    try:
+        yield
+    finally:
+        for model in models:
+            model.to("meta")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,131 @@
+"""Checks of the command line against the model, the machine, the trackers and the disk."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+from dataset.manifest import Sample
+from utils.common.errors import UserError
+from utils.config.args import Args
+from utils.model import loading
+from utils.model.spec import ModelSpec
+from utils.training.metrics import TRACKERS
+from utils.training.trainable import compile_error, unfit_targets, weight_dtype
+
+
+def model_errors(args: Args, spec: ModelSpec, uses_deepspeed: bool, num_processes: int) -> list[str]:
+    """What does not go together between the command line and the model's configs."""
+    errors = []
+    if spec.task != args.model.model_type:
+        errors.append(
+            f"--model_type {args.model.model_type}: {args.model.model_path} is a {spec.task} checkpoint "
+            f"({spec.transformer['in_channels']} input channels); use --model_type {spec.task} or another --model_path."
+        )
+    precision = args.training.mixed_precision
+    if precision == "fp16" and not spec.trained_in_fp16:
+        errors.append(
+            "--mixed_precision fp16: this checkpoint overflows in fp16 (only CogVideoX-2b was trained in it); use bf16."
+        )
+    if args.checkpoint.export_dtype is not None and not (uses_deepspeed and args.model.training_type == "sft"):
+        errors.append(
+            "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and the transformer/ of DDP "
+            "keeps the dtype of the training, since resuming reads it; python -m utils.commands.export writes a copy "
+            "in another dtype."
+        )
+    if args.memory.quantize_base != "none" and uses_deepspeed:
+        errors.append("--quantize_base is for DDP; DeepSpeed would cast the codes.")
+    if args.memory.offload_optimizer and (uses_deepspeed or num_processes > 1):
+        errors.append(
+            "--offload_optimizer is for one GPU without DeepSpeed; on several, ZERO=zero2_offload and the "
+            "train_zero_*.sh scripts divide what is offloaded."
+        )
+    memory = args.memory
+    if memory.quantize_optimizer != "none" and uses_deepspeed:
+        errors.append("--quantize_optimizer is for DDP; DeepSpeed has an optimizer of its own.")
+    if memory.compile_blocks and uses_deepspeed:
+        errors.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights layer by layer within a block.")
+    if memory.optimizer_in_backward and num_processes > 1:
+        errors.append("--optimizer_in_backward is for one GPU; several have to average their gradients first.")
+    if memory.optimizer_in_backward and precision == "fp16":
+        errors.append(
+            "--optimizer_in_backward: fp16 skips an update when a gradient overflows, but earlier weights would be "
+            "updated by then; use --mixed_precision bf16."
+        )
+    if not memory.autocast and precision != "no" and weight_dtype(args, uses_deepspeed) == torch.float32:
+        errors.append(
+            "--autocast false needs weights in half precision; for sft that is --quantize_optimizer 8bit or "
+            "--offload_optimizer true."
+        )
+    for resolution in args.data.train_resolution:
+        errors += spec.resolution_errors(resolution, "--train_resolution")
+    if args.model.training_type == "lora":
+        for target in unfit_targets(spec.transformer, args.lora.target_modules):
+            errors.append(
+                f"--target_modules {target}: it must name linear layers of the transformer and no others; try to_q."
+            )
+    return errors
+
+
+def machine_errors(args: Args, uses_deepspeed: bool) -> list[str]:
+    """What this machine lacks for the command line."""
+    precision, kernel, has_gpu = args.training.mixed_precision, args.memory.attention_kernel, torch.cuda.is_available()
+    errors = []
+    if precision == "fp16" and not (has_gpu or (uses_deepspeed and deepspeed_has_fp16())):
+        errors.append("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
+    if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        errors.append("--mixed_precision bf16: this GPU has no bf16; use no, or fp16 with CogVideoX-2b.")
+    if kernel in ("cudnn", "efficient") and not has_gpu:
+        errors.append(f"--attention_kernel {kernel} needs a GPU; on a CPU use auto, flash or math.")
+    if kernel in ("flash", "cudnn") and has_gpu and precision == "no":
+        errors.append(f"--attention_kernel {kernel} computes in half precision; use auto, efficient or math.")
+    if args.memory.compile_blocks and (fault := compile_error()):
+        errors.append(f"--compile_blocks: torch.compile does not work on this machine ({fault}).")
+    return errors
+
+
+def deepspeed_has_fp16() -> bool:
+    """Whether DeepSpeed computes in fp16 on this machine; it does on CPUs that have instructions for it."""
+    from deepspeed.accelerator import get_accelerator  # two seconds to import
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+def tracker_errors(report_to: str) -> list[str]:
+    missing = [package for package in TRACKERS[report_to] if find_spec(package) is None]
+    if not missing and "wandb" in TRACKERS[report_to] and not _wandb_can_log():
+        return [f"--report_to {report_to}: W&B is not logged in; run `wandb login`, or set WANDB_MODE=offline."]
+    return [f"--report_to {report_to} needs the package {package}: pip install {package}." for package in missing]
+
+
+def _wandb_can_log() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> list[str]:
+    """Says how many prompts are cut. Raises UserError where the tokenizer cannot be read."""
+    try:
+        tokenizer = loading.load_tokenizer(model_dir)
+    except Exception as error:
+        raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
+    # a token has a byte at least
+    long = sorted({sample.prompt for sample in samples if len(sample.prompt.encode()) >= max_length})
+    cut: list[str] = []
+    for start in range(0, len(long), 100):  # all at once they would take more memory than the whole dataset
+        some = long[start : start + 100]
+        tokens = tokenizer(some).input_ids
+        cut += [text for text, ids in zip(some, tokens, strict=True) if len(ids) > max_length]
+    if not cut:
+        return []
+    return [f"{len(cut)} distinct prompts are longer than {max_length} tokens and are cut: {cut[0][:60]!r}..."]

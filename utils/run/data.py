@@ -1,0 +1,71 @@
+"""Reads the training and validation folders and scans their files."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from dataset.bucketing import SamplingPolicy
+from dataset.file_index import FileIndex
+from dataset.manifest import Sample, Table, find_table, read_manifest
+from dataset.scan import ScanResult, scan_and_sample
+from utils.common.errors import UserError
+from utils.config.args import DataArgs, ValidationArgs
+
+
+def find_cache_dir(data: DataArgs, samples: list[Sample]) -> Path:
+    return data.cache_dir or common_folder(samples, data.data_root) / "latent"
+
+
+def common_folder(samples: list[Sample], root: Path) -> Path:
+    """The folder that holds the clips; the data folder where they lie scattered outside of it."""
+    folders = {Path(folder).absolute() for folder in {os.path.dirname(sample.clip) for sample in samples}}  # noqa: PTH120
+    common = Path(os.path.commonpath(folders))
+    return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
+
+
+def scan_data(
+    data: DataArgs,
+    samples: list[Sample],
+    validation: list[Sample],
+    cache_dir: Path,
+    saves: bool,
+) -> ScanResult:
+    """Args as of `scan_files`; `data` with the rate at which clips are sampled."""
+    assert data.fps is not None
+    policy = SamplingPolicy(
+        data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips
+    )
+    workers = len(os.sched_getaffinity(0))  # the other processes of the run wait meanwhile
+    return scan_and_sample(samples, validation, FileIndex(cache_dir), policy, workers, data.clip_timeout, saves)
+
+
+def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
+    table = find_table(data.data_root, data.caption_column, data.metadata)
+    if table is not None and data.image_column is not None:
+        raise UserError(f"--image_column {data.image_column}: the table {table} has a column for images, 'image'.")
+    if table is not None:
+        optional = ("image",) if task == "i2v" else ()
+        return read_manifest(data.data_root, table=Table(table, optional=optional), id_token=data.id_token)
+    return read_manifest(data.data_root, data.caption_column, data.video_column, data.image_column, data.id_token)
+
+
+def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) -> list[Sample]:
+    """The validation folder; its clips are optional and, where there are any, give the held-out loss."""
+    root = options.validation_dir
+    if not options.do_validation or root is None:
+        return []
+    read = partial(read_manifest, root, id_token=data.id_token, flag="--validation_dir")
+    table = find_table(root, options.validation_prompts, None)
+    if table is not None:
+        samples = read(table=Table(table, ("prompt",), ("video", "image") if task == "i2v" else ("video",)))
+    else:
+        videos = data.video_column if (root / data.video_column).exists() or not root.is_dir() else None
+        samples = read(options.validation_prompts, videos, options.validation_images)
+    if task == "i2v" and not all(sample.video or sample.image for sample in samples):
+        raise UserError(
+            f"--validation_dir {root}: image-to-video needs an image a prompt; give --validation_images, or a "
+            f"{data.video_column} whose clips' first frames serve."
+        )
+    return samples

@@ -1,0 +1,83 @@
+"""Before training: the latent cache is filled, and samples that cannot be used are told and left out."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from dataset.latent_cache import LatentCache
+from dataset.precompute import RankShard, precompute_clips, precompute_prompts
+from utils.common.errors import UserError
+from utils.common.filesystem import remove_leftovers
+from utils.common.heartbeat import HeartbeatBarrier
+from utils.model import encoders
+from utils.run.plan import RunPlan
+
+BAD_SAMPLES_FILE = "bad_samples.txt"
+
+
+def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPlan) -> RunPlan:
+    """Encodes what the cache lacks, each process its share.
+
+    Returns:
+        the plan without the samples that cannot be used.
+
+    Raises:
+        UserError: there are some, and --skip_bad_samples is off; everything else is encoded then.
+    """
+    args, device = plan.args, processes.device
+    cache, shard = LatentCache(plan.cache_dir), RankShard(processes.process_index, processes.num_processes)
+    if processes.is_main_process:
+        remove_leftovers(plan.cache_dir)
+    load_prompt_encoder = partial(
+        encoders.prompt_encoder,
+        plan.model_dir,
+        device,
+        plan.spec.max_text_seq_length,
+        args.memory.offload_text_encoder,
+    )
+    load_pixel_encoders = partial(
+        encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
+    )
+    unusable = precompute_prompts(cache, plan.prompts, load_prompt_encoder, shard, heartbeat.beat)
+    unusable |= precompute_clips(
+        cache,
+        plan.samples + plan.validation,
+        plan.keys + plan.validation_keys,
+        load_pixel_encoders,
+        shard,
+        args.system.num_workers,
+        args.data.clip_timeout,
+        heartbeat.beat,
+    )
+    heartbeat.done("cache")
+    heartbeat.wait_for_everyone("cache")
+    for part in gather_object([unusable]):
+        unusable |= part
+    plan = plan.without(unusable)
+    tell_bad_samples(plan, processes)
+    return plan
+
+
+def tell_bad_samples(plan: RunPlan, processes: PartialState) -> None:
+    """Lists them in a file and on the screen. Raises UserError where the run must not go on without them, or cannot."""
+    listed = plan.args.output.output_dir / BAD_SAMPLES_FILE
+    if processes.is_main_process:
+        listed.unlink(missing_ok=True)
+        if plan.bad:
+            listed.write_text("\n".join(plan.bad) + "\n")
+    processes.wait_for_everyone()
+    if plan.bad and not plan.args.data.skip_bad_samples:
+        raise UserError(
+            [
+                *plan.bad,
+                f"What is named above cannot be used, and is listed in {listed}; everything else is encoded and in the "
+                "cache. Mend or remove these lines, or go on without them: --skip_bad_samples true.",
+            ]
+        )
+    if plan.bad:
+        processes.print("\n".join([*plan.bad, f"Going on without these; they are listed in {listed}."]))
+    if not plan.samples:
+        raise UserError("No sample is left to train on.")
