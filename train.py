@@ -31,7 +31,7 @@ from utils.checkpoint.manager import ARGS_FILE, Checkpoints, complete_last, writ
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
 from utils.common.heartbeat import HeartbeatBarrier
-from utils.common.processes import end_with_parent, ends_the_process
+from utils.common.processes import end_with_parent, exit_without_teardown
 from utils.common.seeds import DRAWS, seed_for
 from utils.config.args import parse_args
 from utils.estimate.prediction import describe_prediction, predict
@@ -259,5 +259,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "Seems like `optimizer.step")  # of accelerate, under a loss scale
     # nothing else leaves buffers alone at the start too, where fp8 could not be sent
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-    with ends_the_process(), exit_on_user_error():
+    with exit_without_teardown(), exit_on_user_error():
         main()

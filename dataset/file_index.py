@@ -17,7 +17,7 @@ from operator import xor
 from pathlib import Path
 
 from dataset.video import ClipInfo
-from utils.common.filesystem import written_whole
+from utils.common.filesystem import atomic_write
 
 # Raise it whenever the same file could be seen differently than before.
 INDEX_VERSION = 1
@@ -91,7 +91,7 @@ class FileIndex:
             json.dumps([name, facts.signature, facts.digest.hex(), astuple(facts.info)])
             for name, facts in sorted(self._known.items())
         )
-        with suppress(OSError), written_whole(self.path) as aside:
+        with suppress(OSError), atomic_write(self.path) as aside:
             aside.write_text("\n".join([str(INDEX_VERSION), *rows]))
             self._changed = False
 

@@ -26,7 +26,7 @@ from dataset.bucketing import ClipSample
 from dataset.file_index import FileFacts
 from dataset.video import PIXELS_VERSION, SPREAD, FrameSelection
 from utils.common.errors import UserError
-from utils.common.filesystem import set_nanoseconds, written_whole
+from utils.common.filesystem import atomic_write, set_mtime_nanoseconds
 
 FORMAT_VERSION = 2
 SUFFIX = ".safetensors"
@@ -54,9 +54,9 @@ class LatentCache:
         """Stores a tensor under `name`, atomically; the last writer wins. Raises UserError where it cannot."""
         tensor = tensor.detach().cpu().contiguous()
         try:
-            with written_whole(self.path(name)) as aside:
+            with atomic_write(self.path(name)) as aside:
                 save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
-                set_nanoseconds(aside, _mtime_marker(name, aside.stat().st_size))
+                set_mtime_nanoseconds(aside, _mtime_marker(name, aside.stat().st_size))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"--cache_dir {self.folder}: {name} cannot be written ({error}); what is encoded is kept.",
@@ -93,7 +93,7 @@ class LatentCache:
                 self.remove(name)
             return False
         with suppress(OSError):  # a cache that can only be read
-            set_nanoseconds(path, seal)  # a copy, say; it need not be read again
+            set_mtime_nanoseconds(path, seal)  # a copy, say; it need not be read again
         return True
 
     def remove(self, name: str) -> None:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 THREAD_IN_TORCH = """
 import atexit, sys, threading, torch
 from utils.common.errors import UserError, exit_on_user_error
-from utils.common.processes import ends_the_process
+from utils.common.processes import exit_without_teardown
 
 def add():
     tensor = torch.ones(100)
@@ -22,7 +22,7 @@ def add():
 
 threading.Thread(target=add, daemon=True).start()
 atexit.register(print, "registered")
-with ends_the_process(), exit_on_user_error():
+with exit_without_teardown(), exit_on_user_error():
     {ending}
 """
 

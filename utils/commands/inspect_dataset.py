@@ -28,7 +28,7 @@ from dataset.scan import ScanResult, summary
 from dataset.video import SPREAD, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable, remove_leftovers
+from utils.common.filesystem import check_writable, remove_stale_temporaries
 from utils.config.args import DataArgs, ValidationArgs
 from utils.config.options import add_options, collect, make_parser, option
 from utils.model import loading
@@ -195,7 +195,7 @@ def care_for_cache(
     if options.prune_cache:
         for name in unused:
             cache.remove(name)
-        remove_leftovers(cache.folder)
+        remove_stale_temporaries(cache.folder)
         print(f"{len(unused)} entries that nothing here uses are removed")
     elif unused:
         print(f"{len(unused)} entries are for other flags, data or models; --prune_cache removes them")

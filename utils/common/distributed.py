@@ -1,4 +1,4 @@
-"""Runs a function on the main process on behalf of all processes."""
+"""Runs a function on the main process for all processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Result = TypeVar("Result")
 def on_main_process(
     processes: PartialState, heartbeat: HeartbeatBarrier, function: Callable[..., Result], *args: Any
 ) -> Result:
-    """Calls a function on the main process and gives its result, or its UserError, to every process."""
+    """Calls a function on the main process and returns its result on every process.
+
+    Raises:
+        UserError: on every process, if the function raised it.
+    """
     outcome: list[Any] = [None]
     if processes.is_main_process:
         try:
@@ -29,7 +33,7 @@ def on_main_process(
     heartbeat.wait_for_main(function.__name__)
     broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
-        with suppress(RuntimeError):  # a process that ends while another still reads would break its connection
+        with suppress(RuntimeError):  # a process that exits while another still reads would break its connection
             processes.wait_for_everyone()
         processes.destroy_process_group()
         raise outcome[0]

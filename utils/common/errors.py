@@ -1,4 +1,4 @@
-"""Mistakes of the user, told in sentences: no traceback, exit code 2, everything that is wrong in one go."""
+"""User errors: complete sentences, without a traceback, reported together, with exit code 2."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ EXIT_CODE = 2
 
 
 class UserError(ValueError):
-    """One or more sentences for the user; each names the flag or the file and line, what was found, what is right.
+    """One or more messages for the user. Each names the flag, or the file and line, with its value and the fix.
 
     Args:
-        errors: the sentence, or all of them.
-        on_every_rank: every process finds the same errors, so that one need speak. False for what only one
-            process can see, such as a loss that is not finite.
+        errors: one message or several.
+        on_every_rank: whether every rank raises the same error, so that one rank per machine prints it. False for
+            errors of a single rank, such as a loss that is not finite.
     """
 
     def __init__(self, errors: str | Iterable[str], on_every_rank: bool = True) -> None:
@@ -32,13 +32,13 @@ Result = TypeVar("Result")
 
 @dataclass
 class CheckReport:
-    """What a series of checks has found: errors, which end the run, and notes, which do not."""
+    """Collects the results of several checks: errors, which stop the run, and notes, which do not."""
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def run(self, check: Callable[..., Result], *args: Any) -> Result | None:
-        """The result of a check, or None with its errors added."""
+        """Returns the result of a check. If the check raises a UserError, adds its errors and returns None."""
         try:
             return check(*args)
         except UserError as error:
@@ -48,12 +48,12 @@ class CheckReport:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` into its sentences on stderr and exit code 2."""
+    """Prints the messages of a `UserError` to stderr and exits with code 2."""
     try:
         yield
     except UserError as error:
-        rank = int(os.environ.get("LOCAL_RANK", "0"))  # once a machine
+        rank = int(os.environ.get("LOCAL_RANK", "0"))  # one rank per machine prints a shared error
         if rank == 0 or not error.on_every_rank:
-            for fault in error.errors:
-                print(f"error: {fault}", file=sys.stderr, flush=True)
+            for message in error.errors:
+                print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)

@@ -1,4 +1,4 @@
-"""Atomic writes, cleanup after killed runs, and checks of paths."""
+"""Atomic writes, cleanup after killed runs, and path checks."""
 
 from __future__ import annotations
 
@@ -15,66 +15,71 @@ from pathlib import Path
 
 from utils.common.errors import UserError
 
-_WRITING = ".writing-"
-
-
-# Seconds after which what was being written on another machine is taken to be left by a killed run.
-_LEFT_BEHIND = 24 * 3600
-
-
-@cache
-def _here() -> str:
-    """Where a process number means something: this machine since its start, and this container."""
-    names = [socket.gethostname()]
-    with suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
-    return hashlib.blake2b(" ".join(names).encode(), digest_size=8).hexdigest()
+_TMP_PREFIX = ".writing-"
+# A temporary folder of another machine counts as stale after this time, because its process cannot be checked.
+_STALE_AFTER_S = 24 * 3600
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path to write to and renames that, so that `path` is complete or absent.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path and renames it to `path` on success, so that `path` is complete or absent.
 
-    Several processes may do so at once; the last one's stays. Each has a folder of its own for what it is writing.
+    Several processes may write the same path at once; the last one wins. Each process has its own temporary folder.
     """
-    aside = path.parent / f"{_WRITING}{_here()}@{os.getpid()}"
-    aside.mkdir(parents=True, exist_ok=True)
+    tmp_dir = path.parent / f"{_TMP_PREFIX}{_host_id()}@{os.getpid()}"
+    tmp_dir.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside / path.name
-        (aside / path.name).replace(path)
+        yield tmp_dir / path.name
+        (tmp_dir / path.name).replace(path)
     finally:
-        shutil.rmtree(aside)
+        shutil.rmtree(tmp_dir)
 
 
-def set_nanoseconds(path: Path, nanoseconds: int) -> None:
-    """Puts them in place of those of the modification time."""
+def remove_stale_temporaries(folder: Path) -> None:
+    """Removes temporary folders that killed runs left in `folder`, but none that a running process still writes to."""
+    for tmp_dir in folder.glob(f"{_TMP_PREFIX}*"):
+        host, _, pid = tmp_dir.name.removeprefix(_TMP_PREFIX).rpartition("@")
+        with suppress(OSError):  # removed in the meantime, or a read-only folder
+            dead = host == _host_id() and not Path(f"/proc/{pid}").exists()
+            if dead or time.time() - tmp_dir.stat().st_mtime > _STALE_AFTER_S:
+                shutil.rmtree(tmp_dir)
+
+
+def set_mtime_nanoseconds(path: Path, nanoseconds: int) -> None:
+    """Replaces the nanoseconds of a file's modification time and keeps its whole seconds."""
     second = path.stat().st_mtime_ns // 10**9 * 10**9
     os.utime(path, ns=(second + nanoseconds, second + nanoseconds))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs were writing to a folder, and nothing that a process is writing now."""
-    for aside in folder.glob(f"{_WRITING}*"):
-        here, _, process = aside.name.removeprefix(_WRITING).rpartition("@")
-        with suppress(OSError):  # gone meanwhile, or a folder that can only be read
-            dead = here == _here() and not Path(f"/proc/{process}").exists()
-            if dead or time.time() - aside.stat().st_mtime > _LEFT_BEHIND:
-                shutil.rmtree(aside)
-
-
 def nearest_existing(path: Path) -> Path:
-    """The path, or the closest folder above it that is there."""
+    """Returns `path` if it exists, otherwise its closest existing parent."""
     while not path.exists():
         path = path.parent
     return path
 
 
-def check_writable(wanted: Path, flag: str) -> None:
-    """Raises UserError where nothing can be written to a folder that need not exist yet. Leaves no trace."""
+def check_writable(folder: Path, flag: str) -> None:
+    """Checks that files can be created in a folder, which need not exist yet. Leaves no file behind.
+
+    Args:
+        flag: the option that names the folder, for the message.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
     try:
-        folder = nearest_existing(wanted)
-        if not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file")
-        tempfile.TemporaryFile(dir=folder).close()
+        existing = nearest_existing(folder)
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is a file")
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise UserError(f"{flag} {wanted} cannot be written to ({error}).") from error
+        raise UserError(f"{flag} {folder} cannot be written to ({error}).") from error
+
+
+@cache
+def _host_id() -> str:
+    """Identifies the scope of a process id: this machine since its last boot, and this container."""
+    names = [socket.gethostname()]
+    with suppress(OSError):
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.blake2b(" ".join(names).encode(), digest_size=8).hexdigest()

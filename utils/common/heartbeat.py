@@ -1,7 +1,7 @@
-"""Waiting for processes that work for hours on shares of their own.
+"""A barrier for ranks that work independently for a long time.
 
-A collective call ends a run when a process comes to it later than --nccl_timeout, however hard it works. Here each
-process gives signs of life, and one that waits gives up only when those of another have been missing for that long.
+A collective call fails when one rank arrives later than --nccl_timeout, even if that rank is still working. With this
+barrier each rank sends heartbeats, and a waiting rank gives up only if another rank has sent none for that long.
 """
 
 from __future__ import annotations
@@ -15,52 +15,60 @@ from torch.distributed import TCPStore
 
 from utils.common.errors import UserError
 
-# Seconds between two looks.
-_EVERY = 0.5
+_POLL_INTERVAL_S = 0.5
+_BEAT_INTERVAL_S = 1
 
 
 class HeartbeatBarrier:
-    """Signs of life in the store through which the processes have found each other."""
+    """Exchanges heartbeats through the TCP store of the process group. Does nothing with a single process.
+
+    Args:
+        timeout: seconds without a heartbeat after which a rank counts as lost.
+    """
 
     def __init__(self, processes: PartialState, timeout: float) -> None:
-        self.rank, self.everyone, self.timeout = processes.process_index, range(processes.num_processes), timeout
+        self.rank, self.ranks, self.timeout = processes.process_index, range(processes.num_processes), timeout
         self.store: TCPStore | None = None
-        self.last_sign = 0.0
-        if len(self.everyone) > 1:
+        self.last_beat = 0.0
+        if len(self.ranks) > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
 
     def beat(self) -> None:
-        """May be called as often as there is something to do."""
-        if self.store is not None and time.monotonic() - self.last_sign > 1:
+        """Sends a heartbeat, at most one per second; cheap enough to call for every item."""
+        if self.store is not None and time.monotonic() - self.last_beat > _BEAT_INTERVAL_S:
             self.store.add(f"alive/{self.rank}", 1)
-            self.last_sign = time.monotonic()
+            self.last_beat = time.monotonic()
 
     def done(self, stage: str) -> None:
+        """Marks a stage as finished on this rank."""
         if self.store is not None:
             self.store.set(f"done/{stage}/{self.rank}", "")
 
     def wait_for_main(self, stage: str) -> None:
-        """Until the main process is done with a stage, however long that takes; all processes end with it."""
+        """Waits without a timeout until the main process has finished a stage.
+
+        No timeout is needed: the launcher ends all processes if the main process ends.
+        """
         while self.store is not None and not self.store.check([f"done/{stage}/0"]):
-            time.sleep(_EVERY)
+            time.sleep(_POLL_INTERVAL_S)
 
     def wait_for_everyone(self, stage: str) -> None:
-        """Until all processes are done with a stage.
+        """Waits until all ranks have finished a stage.
 
         Raises:
-            UserError: one of them has given no sign of life for the timeout.
+            UserError: a rank has sent no heartbeat for the timeout.
         """
-        for rank in self.everyone if self.store is not None else []:
+        for rank in self.ranks if self.store is not None else []:
             assert self.store is not None
-            signs, since = -1, time.monotonic()
+            num_beats, last_change = -1, time.monotonic()
             while not self.store.check([f"done/{stage}/{rank}"]):
-                if (now := self.store.add(f"alive/{rank}", 0)) != signs:
-                    signs, since = now, time.monotonic()
-                if time.monotonic() - since > self.timeout:
+                if (current := self.store.add(f"alive/{rank}", 0)) != num_beats:
+                    num_beats, last_change = current, time.monotonic()
+                if time.monotonic() - last_change > self.timeout:
                     raise UserError(
-                        f"Process {rank} has given no sign of life for {self.timeout:g} s (--nccl_timeout) while "
-                        "others wait for it; what is encoded is kept.",
+                        f"Process {rank} has sent no heartbeat for {self.timeout:g} s (--nccl_timeout) while other "
+                        "processes wait for it. Entries already encoded are kept.",
                         on_every_rank=False,
                     )
-                time.sleep(_EVERY)
+                time.sleep(_POLL_INTERVAL_S)

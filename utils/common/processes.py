@@ -1,4 +1,4 @@
-"""What processes owe to one another."""
+"""Process lifetime helpers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from contextlib import contextmanager
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent(parent: int, how: signal.Signals) -> None:
-    """This process gets a signal when its parent ends, however that ends. Of no effect outside of Linux."""
+def end_with_parent(parent_pid: int, signal_number: signal.Signals) -> None:
+    """Sends a signal to this process when its parent ends for any reason. Has no effect outside of Linux."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
-        if os.getppid() != parent:  # it ended before that
-            os.kill(os.getpid(), how)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
+        if os.getppid() != parent_pid:  # the parent ended before the call
+            os.kill(os.getpid(), signal_number)
 
 
 @contextmanager
-def ends_the_process() -> Iterator[None]:
-    """Ends the process with the block: what is registered for the exit runs, but the interpreter is not torn down.
+def exit_without_teardown() -> Iterator[None]:
+    """Exits the process at the end of the block: runs the atexit handlers, but skips the interpreter's teardown.
 
-    A thread of gloo's that lets go of a tensor during the teardown aborts the process (pytorch issues 38228, 190489): a
-    run whose work is done and written would now and then be reported as failed. Exceptions pass through.
+    A gloo thread that releases a tensor during the teardown aborts the process (pytorch issues 38228 and 190489), so a
+    run that has finished its work would sometimes be reported as failed. Exceptions other than SystemExit propagate.
     """
     code = 0
     try:

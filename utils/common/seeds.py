@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-# What a random number is for: the same seed and position serve each purpose with numbers of its own.
+# Purposes of random numbers. Each purpose gets its own numbers from the same seed and position.
 ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT, FLIP, ROUNDING = range(6)
 
 
 def seed_for(purpose: int, seed: int, number: int) -> int:
-    """A well-mixed 63-bit seed for item `number` of what `seed` starts."""
+    """Returns a well-mixed 63-bit seed for item `number` of a sequence."""
     return int(np.random.SeedSequence([purpose, seed, number]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,9 +1,9 @@
-"""Makes torchvision's Python transforms importable on a CPU-only PyTorch.
+"""Makes torchvision's Python transforms importable with a CPU-only PyTorch.
 
-The public torchvision wheel is compiled for CUDA. Beside a CPU build of PyTorch its compiled part cannot be loaded,
-`import torchvision` fails with "operator torchvision::nms does not exist", and so does `import transformers`. The
-transforms used here need no compiled part: declaring the two operators whose absence breaks the import is enough.
-Where the compiled part loads, nothing is done.
+The public torchvision wheel is compiled for CUDA. With a CPU build of PyTorch its compiled extension cannot be loaded,
+and `import torchvision` fails with "operator torchvision::nms does not exist". `import transformers` fails with it. The
+transforms used here do not need the extension, so declaring the two missing operators is enough. Nothing is declared
+if the extension loads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def _declare_missing_operators() -> torch.library.Library | None:
-    """Returns the library that holds the declarations (they live as long as it does), or None where none are needed."""
+    """Returns the library that owns the declarations, or None if none are needed. They live as long as the library."""
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from dataset.latent_cache import LatentCache
 from dataset.precompute import RankShard, precompute_clips, precompute_prompts
 from utils.common.errors import UserError
-from utils.common.filesystem import remove_leftovers
+from utils.common.filesystem import remove_stale_temporaries
 from utils.common.heartbeat import HeartbeatBarrier
 from utils.model import encoders
 from utils.run.plan import RunPlan
@@ -30,7 +30,7 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
     args, device = plan.args, processes.device
     cache, shard = LatentCache(plan.cache_dir), RankShard(processes.process_index, processes.num_processes)
     if processes.is_main_process:
-        remove_leftovers(plan.cache_dir)
+        remove_stale_temporaries(plan.cache_dir)
     load_prompt_encoder = partial(
         encoders.prompt_encoder,
         plan.model_dir,
