@@ -32,8 +32,7 @@ GIB = 2**30
 
 def build(folder: Path, layers: int, dtype: torch.dtype) -> None:
     """A 2b checkpoint with a transformer of 1.7 billion parameters (at 30 layers) and tiny encoders."""
-    tiny_models.TEXT_WIDTH = 4096
-    tiny_models.build("2b", folder)
+    tiny_models.build("2b", folder, text_width=4096)
     torch.set_default_dtype(dtype)
     transformer = CogVideoXTransformer3DModel(num_attention_heads=30, num_layers=layers)
     torch.set_default_dtype(torch.float32)

@@ -1,3 +1,3 @@
-"""A tiny CogVideoX that really generates: its world, how it was trained, what it can do and how that is measured."""
+"""Tiny CogVideoX models that generate recognisable clips: their data, training and evaluation."""
 
-from utils.common import torchvision_cpu  # noqa: F401  (before anything imports torchvision)
+from utils.common import torchvision_cpu  # noqa: F401  (must precede any import of torchvision)

@@ -1,5 +1,5 @@
-# Sourced by the quick start and the tests. Uses the active virtual environment, or makes .venv, and installs the file
-# named by REQUIREMENTS into it: requirements.txt unless the caller sets another.
+# Sourced by the quick start and the tests. Activates an environment (the current one, or .venv, which is created if
+# needed) and installs the requirements. REQUIREMENTS names the file; default: requirements.txt.
 if [[ -z "${VIRTUAL_ENV:-}" && "${CONDA_DEFAULT_ENV:-base}" == base ]]; then
     if [[ ! -x "$ROOT/.venv/bin/python" ]]; then
         for PYTHON in python3 python3.11 python3.12 python3.13; do
@@ -10,7 +10,7 @@ if [[ -z "${VIRTUAL_ENV:-}" && "${CONDA_DEFAULT_ENV:-base}" == base ]]; then
     source "$ROOT/.venv/bin/activate"
 fi
 if ! python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: Python 3.11 or newer is needed, this is $(python --version); remove .venv if it was made with it." >&2
+    echo "error: Python 3.11 or newer is needed, this is $(python --version). If .venv was created with it, remove .venv." >&2
     exit 2
 fi
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}

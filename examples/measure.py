@@ -1,10 +1,10 @@
-"""What a tiny model really generates: clips made as `cli_demo.py` makes them, measured by `attributes.py`, in a table.
+"""Generates clips with a tiny model as `cli_demo.py` does, and prints a table of their attributes.
 
     python -m examples.measure examples/tiny/t2v
     python -m examples.measure examples/tiny/t2v --lora_path outputs/quickstart/lora --id_token SKS
 
-Given adapters or another transformer, it measures the base as well, for comparison; given an id token, also prompts
-with the token, which ask for what is held back from the base.
+With adapters or another transformer, it also measures the base for comparison. With an id token, it also measures
+prompts with the token, which ask for the concept that is held back from the base. `attributes.py` reads the clips.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from utils.common.errors import exit_on_user_error
 from utils.model.spec import ModelSpec, read_spec
 
 SIZE = 64
-# Pixels are drawn from seeds that neither the VAE nor the base was trained on.
+# Neither the VAE nor the base models were trained on these seeds.
 FIRST_SEED = 20_000_000
 BATCH = 10
-# A first frame this near to the given image shows it, in dB.
-SHOWS_THE_IMAGE = 23.0
-# Of the animations: clips in a row, screen pixels a pixel, height of a title.
-COLUMNS, ENLARGED, TITLE_HEIGHT = 8, 2, 20
+# Smallest PSNR in dB at which the first frame counts as the given image.
+MIN_IMAGE_PSNR = 23.0
+# Layout of the animations: clips per row, screen pixels per pixel, height of a title.
+COLUMNS, ZOOM, TITLE_HEIGHT = 8, 2, 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One clip to generate: `scene` is what it shall show, `image` uint8 [H, W, 3] its first frame."""
+    """A clip to generate: the expected scene, and the first frame as image, uint8 [H, W, 3]."""
 
     prompt: str
     scene: Scene
@@ -49,6 +49,7 @@ class Case:
 
 
 def make_cases(clips: int, id_token: str) -> list[Case]:
+    """Returns cases of the concept that is held back if there is an id token, else of known scenes."""
     rng = np.random.default_rng(FIRST_SEED)
     scenes = CONCEPT if id_token else KNOWN
     cases = []
@@ -61,18 +62,18 @@ def make_cases(clips: int, id_token: str) -> list[Case]:
 
 
 def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) -> Iterator[np.ndarray]:
-    """Yields one clip a case, uint8 [F, H, W, 3]."""
+    """Yields one clip per case, uint8 [F, H, W, 3]."""
     for first in range(0, len(cases), BATCH):
-        some = cases[first : first + BATCH]
-        images = {"image": [Image.fromarray(case.image) for case in some]} if spec.task == "i2v" else {}
+        batch = cases[first : first + BATCH]
+        images = {"image": [Image.fromarray(case.image) for case in batch]} if spec.task == "i2v" else {}
         videos = pipeline(
-            prompt=[case.prompt for case in some],
+            prompt=[case.prompt for case in batch],
             height=SIZE,
             width=SIZE,
             num_frames=spec.native.frames,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            generator=[torch.Generator().manual_seed(case.seed) for case in some],
+            generator=[torch.Generator().manual_seed(case.seed) for case in batch],
             max_sequence_length=spec.max_text_seq_length,
             output_type="np",
             **images,
@@ -81,36 +82,37 @@ def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) 
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, of uint8 arrays."""
+    """Returns the PSNR of two uint8 arrays, in dB."""
     return -10 * math.log10(max(np.square((a.astype(float) - b) / 255).mean(), 1e-10))
 
 
 def summarise(cases: list[Case], clips: list[np.ndarray], task: str) -> dict[str, float]:
-    """Shares of the clips, 0 to 1, that show what they shall."""
-    found = [read_attributes(clip) for clip in clips]
+    """Returns the shares of clips, 0 to 1, whose attributes match the expected scene."""
+    measured = [read_attributes(clip) for clip in clips]
+    scenes = [case.scene for case in cases]
 
     def share(*names: str) -> float:
-        return float(np.mean([agrees(one, case.scene, names) for one, case in zip(found, cases, strict=True)]))
+        return float(np.mean([matches(*pair, names) for pair in zip(measured, scenes, strict=True)]))
 
     shares = {name: share(name) for name in ("colour", "shape", "direction", "ground")}
     shares["colour and ground"] = share("colour", "ground")
     shares["colour, shape and direction"] = share("colour", "shape", "direction")
     if task == "i2v":
-        near = [psnr(clip[0], case.image) >= SHOWS_THE_IMAGE for clip, case in zip(clips, cases, strict=True)]
-        shares["first frame is the image"] = float(np.mean(near))
+        close = [psnr(clip[0], case.image) >= MIN_IMAGE_PSNR for clip, case in zip(clips, cases, strict=True)]
+        shares["first frame is the image"] = float(np.mean(close))
     return shares
 
 
-def agrees(found: Attributes, scene: Scene, names: tuple[str, ...]) -> bool:
-    return all(getattr(found, name) == getattr(scene, name) for name in names)
+def matches(measured: Attributes, scene: Scene, names: tuple[str, ...]) -> bool:
+    return all(getattr(measured, name) == getattr(scene, name) for name in names)
 
 
 def save_animation(rows: dict[str, list[np.ndarray]], path: Path, fps: float) -> None:
-    """Writes an animated WebP with a row of clips, uint8 [F, H, W, 3] each, under each title."""
+    """Writes an animated WebP with a title and a row of clips (uint8 [F, H, W, 3]) for each entry of `rows`."""
     frames = []
     for number in range(len(next(iter(rows.values()))[0])):
         strips = [np.concatenate([clip[number] for clip in clips], axis=1) for clips in rows.values()]
-        pictures = [Image.fromarray(strip.repeat(ENLARGED, 0).repeat(ENLARGED, 1)) for strip in strips]
+        pictures = [Image.fromarray(strip.repeat(ZOOM, 0).repeat(ZOOM, 1)) for strip in strips]
         width, height = pictures[0].size
         frame = Image.new("RGB", (width, len(rows) * (height + TITLE_HEIGHT)), "white")
         for row, (title, picture) in enumerate(zip(rows, pictures, strict=True)):
@@ -119,24 +121,26 @@ def save_animation(rows: dict[str, list[np.ndarray]], path: Path, fps: float) ->
             frame.paste(picture, (0, top + TITLE_HEIGHT))
         frames.append(frame)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *later = frames
-    first.save(path, save_all=True, append_images=later, duration=round(1000 / fps), loop=0)
+    first, *others = frames
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generates clips with a tiny model and measures what they show.")
-    parser.add_argument("model_path", help="one of examples/tiny")
+    parser = argparse.ArgumentParser(description="Generates clips with a tiny model and measures them.")
+    parser.add_argument("model_path", help="a folder in examples/tiny")
     parser.add_argument("--lora_path", type=Path)
     parser.add_argument("--lora_scale", type=float, default=1.0)
     parser.add_argument("--transformer_path", type=Path)
-    parser.add_argument("--id_token", default="", help="measure prompts with it as well")
-    parser.add_argument("--clips", type=int, default=60, help="generated for each kind of prompt")
+    parser.add_argument("--id_token", default="", help="also measure prompts with this token")
+    parser.add_argument("--clips", type=int, default=60, help="number of clips for each kind of prompt")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--output_dir", type=Path, help="for table.json and an animation of each kind of prompts")
-    chosen = vars(parser.parse_args())
-    count, token, output_dir = (chosen.pop(name) for name in ("clips", "id_token", "output_dir"))
-    tuned = DemoArgs(prompt="", **chosen)
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder for table.json and one animation for each kind of prompt"
+    )
+    options = vars(parser.parse_args())
+    count, token, output_dir = (options.pop(name) for name in ("clips", "id_token", "output_dir"))
+    tuned = DemoArgs(prompt="", **options)
     models = {"before": replace(tuned, lora_path=None, transformer_path=None)}
     if tuned.lora_path or tuned.transformer_path:
         models["after"] = tuned
@@ -162,9 +166,9 @@ def main() -> None:
 
 
 def table(shares: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown from kind of prompt -> model -> attribute -> share."""
+    """Returns a Markdown table of `shares`: kind of prompt -> model -> attribute -> share."""
     models = list(next(iter(shares.values())))
-    lines = [f"| prompts | what is right | {' | '.join(models)} |", "|---" * (2 + len(models)) + "|"]
+    lines = [f"| prompts | correct attributes | {' | '.join(models)} |", "|---" * (2 + len(models)) + "|"]
     for kind, by_model in shares.items():
         for name in by_model[models[0]]:
             lines.append(f"| {kind} | {name} | {' | '.join(f'{by_model[model][name]:.0%}' for model in models)} |")

@@ -1,9 +1,9 @@
-"""The proof that fine-tuning teaches, in every form, and that faults are seen. Each row is kept once it is measured.
+"""Measures that fine-tuning works with every tiny model and that injected faults show in the results.
 
-    python -m examples.proof runs       the quick start in every trained form, full fine-tuning under ZeRO-2
-    python -m examples.proof faults     what was taught, with faults put in on purpose; after `runs`
+    python -m examples.proof runs       the quick start with every trained model, and full fine-tuning under ZeRO-2
+    python -m examples.proof faults     the same training with injected faults; run it after `runs`
 
-Prints a table in Markdown; a share is of clips, 0 to 1 as per cent.
+Each row is saved once it is measured. Prints a Markdown table with shares of clips in per cent.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 from utils.checkpoint.manager import find_checkpoints
 
 TOKEN = "SKS"
-SHOWN = ("colour, shape and direction", "colour and ground", "direction", "first frame is the image")
+COLUMNS = ("colour, shape and direction", "colour and ground", "direction", "first frame is the image")
 OUT = Path("outputs/proof")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table, and what measures it: a function that returns the content of a table.json."""
+    """A row of the table, and the function that measures it: it returns the content of a `table.json`."""
 
     name: str
     measure: Callable[[], dict[str, Any]]
@@ -39,73 +39,74 @@ def run(*command: str | Path, **environment: str) -> None:
     subprocess.run([str(part) for part in command], check=True, env=os.environ | environment)
 
 
-def quick_start(form: str) -> dict[str, Any]:
-    run("bash", "examples/quickstart.sh", form, QUICKSTART_DIR=str(OUT / form))
-    return result(OUT / form)
+def quick_start(model: str) -> dict[str, Any]:
+    run("bash", "examples/quickstart.sh", model, QUICKSTART_DIR=str(OUT / model))
+    return read_result(OUT / model)
 
 
-def zero2() -> dict[str, Any]:
-    """All weights on the quick start's data, two processes."""
+def full_fine_tuning_zero2() -> dict[str, Any]:
+    """Trains all weights on the data of the quick start, in two processes."""
     output, options = OUT / "zero2", flags("t2v")
     options |= {"training_type": "sft", "batch_size": "4", "learning_rate": "2e-4", "output_dir": str(output)}
     options = {name: value for name, value in options.items() if name not in ("rank", "lora_alpha", "target_modules")}
-    run("bash", "train_zero_t2v.sh", *spelled(options), ZERO="zero2", NUM_PROCESSES="2")
+    run("bash", "train_zero_t2v.sh", *command_line(options), ZERO="zero2", NUM_PROCESSES="2")
     return measure("t2v", output, "--transformer_path", find_checkpoints(output)[-1] / "transformer")
 
 
 def with_strength(scale: float) -> dict[str, Any]:
+    """Measures the LoRA of the quick start at another scale."""
     lora, output = find_checkpoints(OUT / "t2v" / "lora")[-1], OUT / f"t2v-strength-{scale:g}"
     return measure("t2v", output, "--lora_path", lora, "--lora_scale", str(scale))
 
 
-def with_fault(form: str, fault: str) -> dict[str, Any]:
-    """The quick start's run with the fault in the training; sampling is right."""
-    output = OUT / f"{form}-{fault}"
-    options = flags(form) | {"output_dir": str(output)}
-    run(sys.executable, "-m", "examples.faults", fault, *spelled(options))
-    return measure(form, output, "--lora_path", find_checkpoints(output)[-1])
+def with_fault(model: str, fault: str) -> dict[str, Any]:
+    """Repeats the training of the quick start with a fault. Sampling is correct."""
+    output = OUT / f"{model}-{fault}"
+    options = flags(model) | {"output_dir": str(output)}
+    run(sys.executable, "-m", "examples.faults", fault, *command_line(options))
+    return measure(model, output, "--lora_path", find_checkpoints(output)[-1])
 
 
 def with_stale_latents() -> dict[str, Any]:
-    """The folder held other clips when its latents were made; they were replaced under the same names."""
+    """Encodes other clips of the same names first, and replaces them before the training."""
     data, output = OUT / "t2v-stale_data", OUT / "t2v-stale_latents"
     shutil.rmtree(data, ignore_errors=True)
     run(sys.executable, "-m", "examples.world", data, "--known", "56", "--seed", "50000000")
     options = flags("t2v") | {"data_root": str(data), "output_dir": str(output), "do_validation": "false"}
     del options["cache_dir"]
-    run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options), "--precompute_only", "true")
+    run(sys.executable, "-m", "examples.faults", "stale_latents", *command_line(options), "--precompute_only", "true")
     shutil.copytree(OUT / "t2v" / "data", data, ignore=shutil.ignore_patterns("latent"), dirs_exist_ok=True)
-    run(sys.executable, "-m", "examples.faults", "stale_latents", *spelled(options))
+    run(sys.executable, "-m", "examples.faults", "stale_latents", *command_line(options))
     return measure("t2v", output, "--lora_path", find_checkpoints(output)[-1])
 
 
-def measure(form: str, output: Path, *options: str | Path) -> dict[str, Any]:
-    command = (sys.executable, "-m", "examples.measure", f"examples/tiny/{form}", "--id_token", TOKEN, "--clips", "30")
+def measure(model: str, output: Path, *options: str | Path) -> dict[str, Any]:
+    command = (sys.executable, "-m", "examples.measure", f"examples/tiny/{model}", "--id_token", TOKEN, "--clips", "30")
     run(*command, "--output_dir", output, *options)
-    return result(output)
+    return read_result(output)
 
 
-def result(output: Path) -> dict[str, Any]:
+def read_result(output: Path) -> dict[str, Any]:
     return json.loads((output / "table.json").read_text())
 
 
-def flags(form: str) -> dict[str, Any]:
-    """Those of the quick start's run, from what it wrote down."""
-    groups = json.loads((OUT / form / "lora" / "args.json").read_text())
+def flags(model: str) -> dict[str, Any]:
+    """Returns the flags of the quick start's run, read from its `args.json`."""
+    groups = json.loads((OUT / model / "lora" / "args.json").read_text())
     return {name: value for group in groups.values() for name, value in group.items() if value is not None}
 
 
-def spelled(options: dict[str, Any]) -> Iterator[str]:
+def command_line(options: dict[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         yield f"--{name}"
-        for one in value if isinstance(value, list) else [value]:
-            yield str(one).lower() if isinstance(one, bool) else str(one)
+        for item in value if isinstance(value, list) else [value]:
+            yield str(item).lower() if isinstance(item, bool) else str(item)
 
 
 ROWS = {
     "runs": [
-        *(Row(f"{form}, LoRA", partial(quick_start, form)) for form in ("t2v", "i2v", "t2v-1.5", "i2v-1.5")),
-        Row("t2v, all weights, ZeRO-2", zero2),
+        *(Row(f"{model}, LoRA", partial(quick_start, model)) for model in ("t2v", "i2v", "t2v-1.5", "i2v-1.5")),
+        Row("t2v, all weights, ZeRO-2", full_fine_tuning_zero2),
     ],
     "faults": [
         Row("t2v, LoRA at half strength", partial(with_strength, 0.5)),
@@ -120,8 +121,8 @@ ROWS = {
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: before -> after, with the token and without it."""
-    columns = [(kind, name) for kind in (TOKEN, "known") for name in SHOWN]
+    """Returns a Markdown table of the values before -> after, with the token and without it."""
+    columns = [(kind, name) for kind in (TOKEN, "known") for name in COLUMNS]
     lines = ["| run | " + " | ".join(f"{kind}: {name}" for kind, name in columns) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for run_name, shares in rows.items():
@@ -137,14 +138,14 @@ def change(by_model: dict[str, dict[str, float]], name: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=ROWS)
-    what = parser.parse_args().what
-    file = OUT / f"{what}.json"
+    parser.add_argument("table", choices=ROWS)
+    name = parser.parse_args().table
+    file = OUT / f"{name}.json"
     OUT.mkdir(parents=True, exist_ok=True)
     measured = json.loads(file.read_text()) if file.is_file() else {}
-    for row in ROWS[what]:
-        trained = Path("examples/tiny", row.name.partition(",")[0]).is_dir()
-        if trained and row.name not in measured:
+    for row in ROWS[name]:
+        is_trained = Path("examples/tiny", row.name.partition(",")[0]).is_dir()
+        if is_trained and row.name not in measured:
             measured[row.name] = row.measure()
             file.write_text(json.dumps(measured, indent=2) + "\n")
     print(table(measured))

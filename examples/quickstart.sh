@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# The main job in one command, on any machine: teaches a tiny CogVideoX what it has never seen, a purple triangle that
-# moves up, as a word of its own; then shows and measures what it generates before and after.
-# Needs Python 3.11 and nothing else; no GPU.
+# Fine-tunes a tiny CogVideoX on a concept that it has never seen, a purple triangle that moves up, under a new word.
+# Then generates clips with the model before and after the training and measures them.
+# Needs Python 3.11 or newer. No GPU is required.
 #
 #   bash examples/quickstart.sh              text to video
-#   bash examples/quickstart.sh i2v-1.5      another form, once train_base.sh has trained it
+#   bash examples/quickstart.sh i2v-1.5      another model of examples/tiny
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 source examples/environment.sh
 
-FORM=${1:-t2v} TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30}
-MODEL=examples/tiny/$FORM IMAGE=()
-if [[ $FORM == i2v* ]]; then IMAGE=(--image_or_video_path "$OUT/data/validation/first_frame.png"); fi
+NAME=${1:-t2v} TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30}
+MODEL=examples/tiny/$NAME IMAGE=()
+if [[ $NAME == i2v* ]]; then IMAGE=(--image_or_video_path "$OUT/data/validation/first_frame.png"); fi
 rm -rf "$OUT"
-# Every caption gets the token. A few clips of what the model knows already keep it from forgetting that.
+# Every caption gets the token. Clips of known concepts keep the model from forgetting them.
 python -m examples.world "$OUT/data" --concept 30 --known 26 --seed 30000000
 python -m examples.world "$OUT/data/validation" --concept 2 --seed 40000000
 
-bash "train_ddp_${FORM%-1.5}.sh" \
+bash "train_ddp_${NAME%-1.5}.sh" \
     --model_path "$MODEL" --data_root "$OUT/data" --output_dir "$OUT/lora" --id_token "$TOKEN" \
     --train_resolution 9x64x64 --fps 8 --train_steps 600 --batch_size 8 --mixed_precision no --gradient_checkpointing false \
     --rank 32 --target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 \
@@ -34,10 +34,10 @@ python -m examples.measure "$MODEL" --lora_path "$LORA" --id_token "$TOKEN" --cl
 cat <<EOF
 
 The quick start is done.
-  before and after   $OUT/$TOKEN.webp; the figures above are in $OUT/table.json
+  before and after   $OUT/$TOKEN.webp; the table above is in $OUT/table.json
   checkpoint         $LORA
   log                $OUT/lora/metrics.jsonl   (tensorboard --logdir $OUT/lora/logs)
   validation videos  $OUT/lora/validation/
   demo video         $OUT/demo.mp4
-Next: put your clips into a folder like $OUT/data and edit train_ddp_${FORM%-1.5}.sh.
+Next: put your clips into a folder like $OUT/data and edit train_ddp_${NAME%-1.5}.sh.
 EOF

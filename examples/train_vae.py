@@ -1,10 +1,10 @@
-"""Trains the tiny model's VAE on clips of its world, drawn on the fly; run it again and it goes on where it stopped.
+"""Trains the VAE of the tiny models on clips drawn on the fly. Run it again to resume.
 
     python -m examples.train_vae outputs/tiny_vae
 
-First on crops, which is quick, then on whole clips, since the group norms see a whole picture when the VAE is used; at
-last the decoder alone, which leaves latents as they are: a base can be trained on them meanwhile.
-Writes the VAE in float16 to `<output>/vae` and what it measured to `<output>/log.jsonl`.
+Training has three phases: crops, which are fast; whole clips, because group norm statistics depend on the frame size;
+and the decoder alone. The last phase does not change latents, so a base can be trained on them meanwhile.
+Writes the VAE in float16 to `<output>/vae`, and losses and PSNR to `<output>/log.jsonl`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from utils.model.encoders import to_model_range
 SCALING_FACTOR = 0.7
 FRAMES, LONGEST, SIZE, CROP = 9, 17, 64, 32
 LOG_STEPS = 250
-WHOLE_SHARE = 0.25  # of the steps with the encoder
+WHOLE_CLIP_SHARE = 0.25  # of the steps that train the encoder
 LEARNING_RATE, WARMUP_STEPS, KL_WEIGHT = 1.5e-3, 50, 1e-4
 DECODER_SEED = 1_000_000
-HELD_OUT_SEED = 10_000_000  # training never comes this far
+HELD_OUT_SEED = 10_000_000  # above every seed of the training
 LEVELS, LATENT_CHANNELS = 3, 4
 
 
 def build() -> AutoencoderKLCogVideoX:
-    """The published VAE with one level less (4x in space, 4x in time), tiny widths and a quarter of the channels."""
+    """Returns a VAE with one level fewer than the published one (4x in space and time), tiny widths and 4 channels."""
     return AutoencoderKLCogVideoX(
         block_out_channels=(16, 32, 32),
         down_block_types=("CogVideoXDownBlock3D",) * LEVELS,
@@ -46,7 +46,7 @@ def build() -> AutoencoderKLCogVideoX:
 
 
 def draw_batch(first_seed: int, count: int, frames: int, size: int) -> torch.Tensor:
-    """Clips cut to a random place of size x size: float32 [B, C, F, H, W] in [-1, 1]."""
+    """Returns clips cropped at random to size x size: float32 [B, C, F, H, W] in [-1, 1]."""
     clips = []
     for seed in range(first_seed, first_seed + count):
         top, left = np.random.default_rng([seed, 2]).integers(SIZE - size + 1, size=2)
@@ -56,7 +56,7 @@ def draw_batch(first_seed: int, count: int, frames: int, size: int) -> torch.Ten
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLCogVideoX, count: int, frames: int = FRAMES) -> float:
-    """Mean PSNR in dB over whole held-out clips, each through `encode` and `decode` as the pipelines call them."""
+    """Returns the mean PSNR in dB over whole held-out clips, encoded and decoded as in the pipelines."""
     values = []
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + count):
         clip = draw_batch(seed, 1, frames, SIZE)
@@ -67,16 +67,16 @@ def psnr(vae: AutoencoderKLCogVideoX, count: int, frames: int = FRAMES) -> float
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKLCogVideoX) -> None:
-    """Shifts and scales latent channels in place: latents times the scaling factor have mean 0 and variance 1.
+    """Shifts and scales the latent channels in place, so that scaled latents have mean 0 and variance 1.
 
-    Every convolution of the decoder that reads latents (the first, and those of its spatial norms) takes it back; but
-    for the border, where the first one pads with zeros, reconstructions stay what they are.
+    Every decoder convolution that reads latents (the first one and those of the spatial norms) is adjusted to undo the
+    change. Reconstructions stay the same except at the border, where the first convolution pads with zeros.
     """
     latents = vae.encode(draw_batch(0, 64, FRAMES, SIZE)).latent_dist.mode()
     shift = latents.mean((0, 2, 3, 4))
     scale = 1 / (SCALING_FACTOR * latents.std((0, 2, 3, 4)))
     channels = len(shift)
-    last = vae.encoder.conv_out.conv  # gives means, then log-variances
+    last = vae.encoder.conv_out.conv  # outputs means, then log-variances
     last.weight[:channels] *= scale.view(-1, 1, 1, 1, 1)
     last.bias[:channels] = (last.bias[:channels] - shift) * scale
     last.bias[channels:] += 2 * scale.log()
@@ -87,27 +87,31 @@ def standardise(vae: AutoencoderKLCogVideoX) -> None:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero; relative to the peak."""
+    """Returns the learning rate relative to its peak: linear warm-up, then cosine decay to zero."""
     return min((step + 1) / WARMUP_STEPS, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def batch_of(step: int, steps: int) -> torch.Tensor:
-    """Crops, then whole clips."""
-    return draw_batch(step * 4, 4, FRAMES, CROP) if step < first_whole(steps) else draw_whole(step * 4, step)
+def draw_step_batch(step: int, steps: int) -> torch.Tensor:
+    """Returns the batch of a step: crops at first, then whole clips."""
+    if step < first_whole_clip_step(steps):
+        return draw_batch(step * 4, 4, FRAMES, CROP)
+    return draw_whole_clips(step * 4, step)
 
 
-def draw_whole(first_seed: int, step: int) -> torch.Tensor:
-    """Two whole clips; every fourth time of 17 frames, which go through the VAE in two parts, the second remembering
-    the first."""
+def draw_whole_clips(first_seed: int, step: int) -> torch.Tensor:
+    """Returns two whole clips.
+
+    In every fourth step they have 17 frames, which the VAE processes in two chunks with cached convolution inputs.
+    """
     return draw_batch(first_seed, 2, FRAMES if step % 4 else LONGEST, SIZE)
 
 
-def first_whole(steps: int) -> int:
-    return int((1 - WHOLE_SHARE) * steps)
+def first_whole_clip_step(steps: int) -> int:
+    return int((1 - WHOLE_CLIP_SHARE) * steps)
 
 
 def train(vae: AutoencoderKLCogVideoX, output: Path, part: str, steps: int) -> None:
-    """Trains all of the VAE or its decoder in place, `part` "all" or "decoder"; goes on from `<output>/<part>.pt`."""
+    """Trains the VAE in place, with `part` "all" or "decoder". Resumes from `<output>/<part>.pt`."""
     vae.encoder.requires_grad_(part == "all")
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
@@ -119,18 +123,18 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, part: str, steps: int) -> N
         started_at = state["step"]
     started = time.perf_counter()
     for step in range(started_at, steps):
-        if part == "all" and step == first_whole(steps):
+        if part == "all" and step == first_whole_clip_step(steps):
             standardise(vae)
-        clips = batch_of(step, steps) if part == "all" else draw_whole(DECODER_SEED + step * 4, step)
+        clips = draw_step_batch(step, steps) if part == "all" else draw_whole_clips(DECODER_SEED + step * 4, step)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate(step, steps)
-        torch.manual_seed(step)  # of the posterior's noise
+        torch.manual_seed(step)  # for the noise of the posterior
         posterior = vae.encode(clips).latent_dist
         difference = vae.decode(posterior.sample()).sample - clips
-        # hue is a small part of the error, learned late if it counts as little, and half of what a caption says
+        # Captions name colours, but hue is a small part of the error. Without this term it is learned late.
         hue = difference - difference.mean(1, keepdim=True)
         mean, variance = posterior.mean, posterior.var
-        kl = (mean.square() + variance - 1 - variance.log()).mean() / 2  # nats a latent
+        kl = (mean.square() + variance - 1 - variance.log()).mean() / 2  # nats per latent
         loss = difference.square().mean()
         if part == "all":
             loss = loss + hue.square().mean() + 0.1 * difference.abs().mean() + KL_WEIGHT * kl
@@ -159,7 +163,7 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, part: str, steps: int) -> N
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Trains the tiny model's VAE.")
+    parser = argparse.ArgumentParser(description="Trains the VAE of the tiny models.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--decoder_steps", type=int, default=1000)
@@ -170,6 +174,6 @@ if __name__ == "__main__":
     train(model, args.output, "all", args.steps)
     train(model, args.output, "decoder", args.decoder_steps)
     model.half().save_pretrained(args.output / "vae")
-    model.float()  # measured as shipped: rounded to float16
+    model.float()  # the measured weights are the shipped ones, rounded to float16
     for length in (FRAMES, LONGEST):
-        print(f"{psnr(model, 60, length):.2f} dB on 60 whole clips of {length} frames, never seen")
+        print(f"{psnr(model, 60, length):.2f} dB on 60 held-out clips of {length} frames")

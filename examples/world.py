@@ -1,15 +1,16 @@
-"""The world of the tiny model: a coloured shape moves straight over a plain ground. Clips are drawn, captions written.
+"""Draws the world of the tiny models: a coloured shape moves in a straight line over a plain background.
 
     python -m examples.world outputs/world --known 1600
 
-Everything of a clip comes from its seed: what it shows, and where the shape starts, how large it is, how far it goes.
-One combination is held back from the base: the quick start teaches it.
+The seed of a clip determines everything in it: what it shows, and the start, size and travel of the shape. One
+combination of colour, shape and direction is held back from the base models; the quick start teaches it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -26,14 +27,14 @@ COLOURS = {
 GROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (15, 15, 15)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SHAPES = ("circle", "square", "triangle")
-# Half the side of a shape's box, how far it goes, and how far from the picture's centre its way has its middle, as
-# shares of the picture's side. They are narrow: two cores shall learn the world within the hour.
-RADII, TRAVELS, ASIDE = (0.17, 0.21), (0.35, 0.45), 0.08
+# Half the side of a shape's box, the distance it travels, and the largest offset of its path from the centre, as shares
+# of the frame's side. The ranges are narrow so that two cores learn the world within an hour.
+RADII, TRAVELS, MAX_OFFSET = (0.17, 0.21), (0.35, 0.45), 0.08
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows, in words."""
+    """Attributes of a clip, by name."""
 
     colour: str
     shape: str
@@ -45,9 +46,9 @@ class Scene:
         return f"a {self.colour} {self.shape} moves {self.direction} on a {self.ground} background"
 
 
-# A scene with these three is not in the base's training data, whatever its ground.
+# Scenes with this colour, shape and direction are not in the training data of the base models.
 HELD_BACK = ("purple", "triangle", "up")
-# What is said of the scenes held back, when an id token stands for what they have in common.
+# Caption of the scenes held back. An id token stands for what they have in common.
 CONCEPT_CAPTION = "a shape moves on a {ground} background"
 SCENES = tuple(itertools.starmap(Scene, itertools.product(COLOURS, SHAPES, DIRECTIONS, GROUNDS)))
 CONCEPT = tuple(scene for scene in SCENES if astuple(scene)[:3] == HELD_BACK)
@@ -55,76 +56,90 @@ KNOWN = tuple(scene for scene in SCENES if scene not in CONCEPT)
 
 
 def draw(scene: Scene, seed: int, frames: int, size: int) -> np.ndarray:
-    """One clip, uint8 [F, H, W, 3] with H = W = size: constant speed, inside the picture, smooth edges."""
+    """Returns a clip, uint8 [F, H, W, 3] with H = W = size.
+
+    The shape moves at constant speed, stays inside the frame and has smooth edges.
+    """
     rng = np.random.default_rng(seed)
     radius, travel = size * rng.uniform(*RADII), size * rng.uniform(*TRAVELS)
-    across, down = DIRECTIONS[scene.direction]
-    # no frame cuts the shape
-    room = size / 2 - np.array([radius + travel / 2 * abs(across), radius + travel / 2 * abs(down)])
-    middle = size / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, size * ASIDE)
+    step_x, step_y = DIRECTIONS[scene.direction]
+    # keeps the shape inside the frame
+    room = size / 2 - np.array([radius + travel / 2 * abs(step_x), radius + travel / 2 * abs(step_y)])
+    middle = size / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, size * MAX_OFFSET)
     columns, rows = np.arange(size) + 0.5, np.arange(size)[:, None] + 0.5
     paint, ground = (np.array(table[name], float) for table, name in ((COLOURS, scene.colour), (GROUNDS, scene.ground)))
     clip = np.empty((frames, size, size, 3), np.uint8)
     for number, frame in enumerate(clip):
         share = number / (frames - 1) - 0.5 if frames > 1 else 0.0
-        x, y = columns - middle[0] - across * share * travel, rows - middle[1] - down * share * travel
+        x, y = columns - middle[0] - step_x * share * travel, rows - middle[1] - step_y * share * travel
         covered = np.clip(0.5 - distance(scene.shape, x, y, radius), 0, 1)[..., None]
         frame[:] = (covered * paint + (1 - covered) * ground).round()
     return clip
 
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """How far a point lies outside the edge of a shape around the origin, in pixels; negative inside."""
+    """Returns the distance of a point from the edge of a shape around the origin, in pixels; negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - radius
-    # point up; both slanted edges fall 2 for each 1 across
+    # points up; the slanted edges fall by 2 for each 1 to the side
     return np.maximum(y - radius, (2 * abs(x) - y - radius) / np.sqrt(5))
 
 
 def random_clip(seed: int, frames: int, size: int, scenes: tuple[Scene, ...] = KNOWN) -> tuple[Scene, np.ndarray]:
-    """A scene picked by the seed, and a clip of it."""
+    """Returns a scene picked by the seed, and a clip of it."""
     scene = scenes[np.random.default_rng([seed, 1]).integers(len(scenes))]
     return scene, draw(scene, seed, frames, size)
 
 
-def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: int, fps: float) -> None:
-    """Writes a data folder of random clips, the first drawn from `seed`, the next from seed + 1 and so on.
+def write_clips(folder: Path, clips: Iterable[tuple[str, str, np.ndarray]], fps: float, *options: str) -> None:
+    """Writes a data folder.
 
     Args:
-        known, concept: how many clips; those of what is held back come last, with captions that do not tell it.
-
-    Beside it lies the first picture of the first clip, to begin a video with.
+        clips: file name without suffix, caption and pixels (uint8 [F, H, W, 3]) of each clip.
+        options: of the encoder. Use a low crf: the model should learn the world, not the artefacts of the codec.
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    names, captions = [f"videos/{number:05d}.mp4" for number in range(known + concept)], []
-    for number, name in enumerate(names):
-        scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT)
-        if number == 0:
-            imwrite(folder / "first_frame.png", clip[0])
-        captions.append(CONCEPT_CAPTION.format(ground=scene.ground) if scene in CONCEPT else scene.caption)
-        # 4:4:4 and a low crf: what is learned shall be the world, not the codec
-        imwrite(
-            folder / name,
-            clip,
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv444p",
-            output_params=["-crf", "10", "-preset", "veryfast", "-threads", "1"],
-        )
+    names, captions = [], []
+    for name, caption, clip in clips:
+        names.append(f"videos/{name}.mp4")
+        captions.append(caption)
+        path = folder / names[-1]
+        imwrite(path, clip, fps=fps, codec="libx264", pixelformat="yuv444p", output_params=list(options))
     (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions))
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: int, fps: float) -> None:
+    """Writes a data folder of random clips, and the first frame of the first clip as `first_frame.png`.
+
+    Args:
+        known, concept: number of clips of known scenes and of scenes that are held back. The latter come last, and
+            their captions do not name colour, shape and direction.
+        seed: of the first clip; each clip uses the next seed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def clips() -> Iterator[tuple[str, str, np.ndarray]]:
+        for number in range(known + concept):
+            scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT)
+            if number == 0:
+                imwrite(folder / "first_frame.png", clip[0])
+            caption = CONCEPT_CAPTION.format(ground=scene.ground) if scene in CONCEPT else scene.caption
+            yield f"{number:05d}", caption, clip
+
+    write_clips(folder, clips(), fps, "-crf", "10", "-preset", "veryfast", "-threads", "1")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draws a data folder.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--known", type=int, default=0, help="clips of what the base is trained on")
-    parser.add_argument("--concept", type=int, default=0, help="clips of what is held back from it")
+    parser.add_argument("--known", type=int, default=0, help="number of clips of scenes that the base models know")
+    parser.add_argument("--concept", type=int, default=0, help="number of clips of scenes that are held back from them")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--fps", type=float, default=8.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first clip; each clip uses the next seed")
     args = parser.parse_args()
     write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from examples import train_vae
-from examples.make_base import FORMS, write_base
+from examples.make_base import MODELS, write_base
 from examples.world import CONCEPT, SCENES
 from tests.conftest import FIRST_FRAME, ROOT, succeed
 from utils.model import loading
@@ -38,7 +38,7 @@ def test_standardised_latents_reconstruct_the_same():
     torch.testing.assert_close(after[middle], before[middle], atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_demo_runs_each_form(vae, tmp_path, name):
     write_base(name, vae, tmp_path / name)
     form = read_spec(tmp_path / name)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dataset.video import Resolution
-from tests.tiny_models import FORMS
+from examples.tiny_configs import VARIANTS
 from utils.model import encoders, loading
 from utils.model.conditioning import predict_velocity, sample_moments, to_image_latents, to_video_latents
 from utils.model.spec import read_spec
@@ -97,7 +97,7 @@ def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample,
     assert torch.equal(clip[:, :padding], clip[:, padding : 2 * padding])
 
 
-@pytest.mark.parametrize("form_name", FORMS)
+@pytest.mark.parametrize("form_name", VARIANTS)
 def test_forms_are_told_apart_by_their_configs(tiny, form_name):
     form = read_spec(tiny(form_name))
     assert form.task == ("i2v" if "i2v" in form_name else "t2v")

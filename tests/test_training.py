@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples.tiny_configs import VARIANTS
 from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, read_metrics, run, succeed
 from tests.golden import compare_with_golden
-from tests.tiny_models import FORMS
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 
@@ -51,7 +51,7 @@ def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", VARIANTS)
 def test_every_form_trains_with_validation_and_generates(tiny, data, validation, tmp_path, pytestconfig, form):
     """Through the script of its task, two processes on two clips of validation, and then through the demo."""
     task = "i2v" if "i2v" in form else "t2v"

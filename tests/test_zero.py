@@ -18,9 +18,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
+from examples.tiny_configs import VARIANTS
 from tests.conftest import FIRST_FRAME, arguments, command, environment, patch_programs, read_metrics, run, succeed
 from tests.golden import compare_with_golden
-from tests.tiny_models import FORMS
 from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import PROGRESS_FILE
@@ -97,7 +97,7 @@ def for_a_tiny_model(template: str, folder: Path) -> Path:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", VARIANTS)
 def test_losses_of_zero2_are_golden(tiny, data, tmp_path, pytestconfig, form):
     options = ["--training_type", "sft", "--train_steps", 4, "--epsilon", 1e-5]
     options = arguments(tiny(form), data, tmp_path / "out", *options, task=task_of(form))
