@@ -1,3 +1,3 @@
-"""From line files and clips to cached latents and batches. Knows neither the models nor the loop."""
+"""Data folder -> cached latents -> batches. Independent of the models and of the training loop."""
 
-from utils.common import torchvision_cpu  # noqa: F401  (before anything imports torchvision)
+from utils.common import torchvision_cpu  # noqa: F401  (must run before torchvision is imported)

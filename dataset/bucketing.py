@@ -1,4 +1,4 @@
-"""Which part of each clip is trained on, and at which of the training resolutions."""
+"""Selects the resolution and the frames of each training sample."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from dataset.video import SPREAD, ClipInfo, FrameSelection, Rate, Resolution, fr
 
 @dataclass(frozen=True)
 class SamplingPolicy:
-    """How clip_samples are cut.
+    """How samples are taken from clips.
 
     Attributes:
         buckets: the training resolutions.
-        clips_per_video: the most clip_samples of a clip; they do not overlap.
-        pads: a clip that is too short for every bucket repeats its last frame.
+        rate: frames per second of a sample, or SPREAD.
+        mode: resize mode, `stretch` or `crop`.
+        clips_per_video: maximum number of samples per clip; they do not overlap.
+        pad_short_clips: whether a clip that is too short for every bucket repeats its last frame.
     """
 
     buckets: tuple[Resolution, ...]
@@ -31,10 +33,10 @@ class SamplingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ClipSample:
-    """A sample of the training: a line of the data folder, and what is taken of its clip.
+    """A training sample: a line of the data folder and the frames selected from its clip.
 
     Attributes:
-        signature: of the files as they were when they were looked at.
+        signature: combined stat signature of the sample's files at the time of the scan.
     """
 
     sample: Sample
@@ -46,7 +48,7 @@ class ClipSample:
         return self.selection.resolution
 
     def selections(self, flip: bool) -> Iterator[FrameSelection]:
-        """What is encoded of it: with `flip` the mirror image too."""
+        """Yields the frame selections to encode: the sample and, with `flip`, its mirror image."""
         yield self.selection
         if flip:
             yield replace(self.selection, flipped=True)
@@ -58,63 +60,69 @@ class ClipSample:
 def select_clip_samples(
     samples: list[Sample], facts: Mapping[str, FileFacts], policy: SamplingPolicy
 ) -> tuple[list[ClipSample], list[str]]:
-    """Excerpts of all samples, and a sentence for each clip that is too short.
+    """Returns the clip samples of all samples, and an error for each clip that is too short.
 
     Args:
-        facts: of every file that the samples name.
+        facts: path -> facts, for every file of the samples.
     """
     clip_samples, errors = [], []
     for sample in samples:
-        source = sample.video or sample.image
-        if source is None:  # a validation prompt
-            clip_samples.append(ClipSample(sample, _view(policy, policy.buckets[0], 0, policy.buckets[0].frames), 0))
+        path = sample.video or sample.image
+        if path is None:  # a validation prompt
+            bucket = policy.buckets[0]
+            clip_samples.append(ClipSample(sample, _selection(policy, bucket, 0, bucket.frames), 0))
             continue
-        info = facts[source].info
-        bucket = choose_bucket(info, policy if sample.video else replace(policy, pad_short_clips=True))
-        if bucket is None:
-            errors.append(f"{source} (line {sample.line}) {_too_short(info, policy)}.")
+        info = facts[path].info
+        chosen = choose_bucket(info, policy if sample.video else replace(policy, pad_short_clips=True))
+        if chosen is None:
+            errors.append(f"{path} (line {sample.line}) {_too_short(info, policy)}.")
             continue
         signature = combine_signatures(facts[path].signature for path in sample.files)
         clip_samples += [
-            ClipSample(sample, _view(policy, bucket, *window), signature) for window in windows(info, bucket, policy)
+            ClipSample(sample, _selection(policy, chosen, *window), signature)
+            for window in windows(info, chosen, policy)
         ]
     return clip_samples, errors
 
 
 def choose_bucket(info: ClipInfo, policy: SamplingPolicy) -> Resolution | None:
-    """The bucket that keeps most of a clip: share of its picture times share of its time.
+    """Returns the bucket that preserves most of a clip, or None if the clip is too short for all of them.
 
-    Of several that keep the same, the one that enlarges the picture least, then the largest. None where the clip is too
-    short for all of them.
+    The preserved share is the share of the picture times the share of the duration. Ties go to the bucket that upscales
+    the picture least, then to the largest bucket.
     """
     available = frames_available(info, policy.rate)
-    fitting = [bucket for bucket in policy.buckets if bucket.frames <= available]
-    if not fitting and policy.pad_short_clips:
+    candidates = [bucket for bucket in policy.buckets if bucket.frames <= available]
+    if not candidates and policy.pad_short_clips:
         fewest = min(bucket.frames for bucket in policy.buckets)
-        fitting = [bucket for bucket in policy.buckets if bucket.frames == fewest]
+        candidates = [bucket for bucket in policy.buckets if bucket.frames == fewest]
 
-    def merit(bucket: Resolution) -> tuple[float, float, int]:
+    def score(bucket: Resolution) -> tuple[float, float, int]:
         used = len(windows(info, bucket, policy)) * bucket.frames
-        kept = min(used / available, 1) / (1 + stretch(info, bucket))
-        enlarged = max(bucket.height / info.height, bucket.width / info.width, 1)
-        return round(kept, 6), -enlarged, bucket.height * bucket.width
+        preserved = min(used / available, 1) / (1 + stretch(info, bucket))
+        upscaling = max(bucket.height / info.height, bucket.width / info.width, 1)
+        return round(preserved, 6), -upscaling, bucket.height * bucket.width
 
-    return max(fitting, key=merit, default=None)
+    return max(candidates, key=score, default=None)
 
 
 def windows(info: ClipInfo, bucket: Resolution, policy: SamplingPolicy) -> list[tuple[int, int]]:
-    """(first, span), as in `FrameSelection`, of the samples of a clip: spread evenly, the first at its start."""
+    """Returns the (first, span) of each sample of a clip, as in `FrameSelection`.
+
+    The samples are evenly spaced, and the first one starts at the beginning of the clip.
+    """
     available, frames = frames_available(info, policy.rate), bucket.frames
     count = max(min(policy.clips_per_video, available // frames), 1)
     if policy.rate == SPREAD:
         starts = [available * number // count for number in range(count + 1)]
         return [(start, end - start) for start, end in pairwise(starts)]
-    spare = available - frames
-    return [(spare * number // (count - 1) if number else 0, frames) for number in range(count)]
+    last_start = available - frames
+    return [(last_start * number // (count - 1) if number else 0, frames) for number in range(count)]
 
 
 @lru_cache(maxsize=1024)
-def _view(policy: SamplingPolicy, bucket: Resolution, first: int, span: int) -> FrameSelection:
+def _selection(policy: SamplingPolicy, bucket: Resolution, first: int, span: int) -> FrameSelection:
+    # cached, because many samples share an equal selection
     return FrameSelection(bucket, policy.rate, policy.mode, first, span)
 
 
@@ -122,7 +130,7 @@ def _too_short(info: ClipInfo, policy: SamplingPolicy) -> str:
     count = min(bucket.frames for bucket in policy.buckets)
     length = f"its {info.frames} frames are {info.seconds:.2f} s"
     if policy.rate == SPREAD:
-        return f"is too short: {length}, but a sample has {count}; --pad_short_clips repeats the last frame"
+        return f"is too short: {length}, but a sample has {count} frames; --pad_short_clips repeats the last frame"
     return (
         f"is too short: {length}, but {count} frames at {policy.rate:g} fps take {count / policy.rate:.2f} s; use a "
         "longer clip, fewer frames in --train_resolution, a higher --fps, or --pad_short_clips"

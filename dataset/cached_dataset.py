@@ -1,10 +1,7 @@
-"""Cached entries to batches, in an order that depends on the seed and on nothing else.
+"""Reads batches of cached latents and prompt embeddings.
 
-The samples of a run form one endless stream: the dataset in a new random order each epoch, one epoch after the other.
-Sample n of the stream has its order, noise and timestep from (seed, n) alone. An update takes the next samples that
-have the same resolution: as the stream goes by, each bucket collects, and the first that is full is the next update.
-However an update is dealt out, to ranks and micro-batches, and wherever a run is resumed, every sample meets the same
-noise.
+Caption dropout and mirroring are drawn from the seed and the sample's position in the stream, so they do not depend on
+the number of ranks or on where a run is resumed. `dataset.sampler` describes the stream.
 """
 
 from __future__ import annotations
@@ -17,16 +14,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.latent_cache import DamagedEntry, LatentCache, SampleKeys
-from dataset.sampler import Place, SampleStream
+from dataset.sampler import SampleStream, StreamPosition
 from utils.common.errors import UserError
 from utils.common.seeds import CAPTION_DROPOUT, FLIP, seed_for
 
 
 class CachedDataset(Dataset):
-    """Reads a sample's moments and prompt embedding from the cache.
+    """Reads the moments and the prompt embedding of a sample from the cache.
 
     Args:
-        empty_prompt: the entry of the empty prompt, which caption dropout puts in place of the sample's.
+        empty_prompt: name of the cache entry that caption dropout uses in place of the sample's prompt.
     """
 
     def __init__(
@@ -38,32 +35,34 @@ class CachedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, place: Place) -> dict[str, Any] | DamagedEntry:
-        keys = self.keys[place.index]
-        dropped = self._draw(CAPTION_DROPOUT, place) < self.caption_dropout
-        mirrored = len(keys.video) > 1 and self._draw(FLIP, place) < 0.5
-        item: dict[str, Any] = {"number": place.number, "index": place.index}
+    def __getitem__(self, position: StreamPosition) -> dict[str, Any] | DamagedEntry:
+        keys = self.keys[position.index]
+        dropped = self._draw(CAPTION_DROPOUT, position) < self.caption_dropout
+        mirrored = len(keys.video) > 1 and self._draw(FLIP, position) < 0.5
+        item: dict[str, Any] = {"number": position.number, "index": position.index}
         try:
             item["video"] = self.cache.read(keys.video[mirrored])
             item["prompt"] = self.cache.read(self.empty_prompt if dropped else keys.prompt)
             if keys.image:
                 item["image"] = self.cache.read(keys.image[mirrored])
-        except DamagedEntry as damage:
-            return damage  # raised in a worker it would reach the user as a traceback
+        except DamagedEntry as error:
+            return error  # an exception raised in a DataLoader worker would reach the user as a traceback
         return item
 
-    def _draw(self, purpose: int, place: Place) -> float:
-        return np.random.default_rng(seed_for(purpose, self.seed, place.number)).random()
+    def _draw(self, purpose: int, position: StreamPosition) -> float:
+        return np.random.default_rng(seed_for(purpose, self.seed, position.number)).random()
 
 
 def batches(
     dataset: CachedDataset, stream: SampleStream, num_workers: int, pin_memory: bool
 ) -> Iterator[dict[str, Any]]:
-    """Endless batches: `number` and `index` (lists), `video` [B, 2C, F, H, W], `prompt` [B, S, D] and, for i2v,
-    `image` [B, K, 2C, 1, H, W], all in the encoders' own dtypes.
+    """Yields batches without end, in the dtypes of the encoders.
+
+    A batch holds `number` and `index` (lists), `video` [B, 2C, F, H, W], `prompt` [B, S, D] and, for i2v, `image`
+    [B, K, 2C, 1, H, W] with K noise draws.
 
     Raises:
-        UserError: an entry of the cache was damaged since the run began.
+        UserError: a cache entry was damaged or removed after the run started.
     """
     for batch in DataLoader(
         dataset,
@@ -75,8 +74,8 @@ def batches(
         if isinstance(batch, DamagedEntry):
             dataset.cache.remove(str(batch))
             raise UserError(
-                f"{dataset.cache.folder}: the entry {batch} is damaged or was removed while training ran; "
-                "run the same command again to have it encoded anew.",
+                f"{dataset.cache.folder}: the entry {batch} was damaged or removed during training. Run the same "
+                "command again to encode it again.",
                 on_every_rank=False,
             )
         yield batch

@@ -1,7 +1,6 @@
-"""Files of a data folder and its cache: what is known of them, and how they are written.
+"""An index of the clips and images of a data folder, so that a run scans only new and changed files.
 
-What is known of each clip and image, the digest of its content, its length, rate and size, is kept in a file beside the
-latents, so that a run looks only at files that are new or changed.
+The index stores the digest, length, rate and size of each file. It is saved next to the cached latents.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from pathlib import Path
 from dataset.video import ClipInfo
 from utils.common.filesystem import atomic_write
 
-# Raise it whenever the same file could be seen differently than before.
+# Increase it whenever a scan of the same file could give another result than before.
 INDEX_VERSION = 1
 INDEX_FILE = "files.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What a clip or image was found to be.
+    """The result of scanning a clip or an image.
 
     Attributes:
         digest: SHA-256 of the content.
-        info: length, rate and size; an image is a clip of one frame.
-        signature: of the file as it was before it was read.
+        info: length, rate and size; an image counts as a clip of one frame.
+        signature: stat signature of the file, taken before it was read.
     """
 
     digest: bytes
@@ -40,59 +39,70 @@ class FileFacts:
 
 
 def stat_signature(path: str) -> int:
-    """Changes when the file does: of its size, modification time, and change time, which nobody can set back."""
+    """Returns a 64-bit hash of a file's size, modification time and change time.
+
+    The change time cannot be set by users, so a file with an old modification time is noticed too.
+    """
     status = Path(path).stat()
     text = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def combine_signatures(signatures: Iterable[int]) -> int:
+    """Combines the stat signatures of the files of one sample."""
     return reduce(xor, signatures)
 
 
 def digest_file(path: Path) -> bytes:
+    """Returns the SHA-256 digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 class FileIndex:
-    """Facts by the path of each file; relative where it lies below the folder around the cache, which may move."""
+    """Facts by file path.
+
+    Paths below the parent of the cache folder are stored relative to it, so that the data folder can be moved.
+    """
 
     def __init__(self, cache_dir: Path) -> None:
         self.path = cache_dir / INDEX_FILE
         self._root = f"{cache_dir.absolute().parent}{os.sep}"
-        self._known: dict[str, FileFacts] = {}
+        self._facts: dict[str, FileFacts] = {}
         self._changed = False
-        equal: dict[tuple, ClipInfo] = {}  # clips of one camera have the same
+        infos: dict[tuple, ClipInfo] = {}  # clips of one camera share one object, which saves memory
         with suppress(OSError, UnicodeDecodeError), self.path.open() as file:
             for line in file if next(file, "").strip() == str(INDEX_VERSION) else []:
-                with suppress(ValueError, TypeError):  # damaged: that file is looked at again
+                with suppress(ValueError, TypeError):  # a damaged line: the file is scanned again
                     name, signature, digest, info = json.loads(line)
-                    seen = equal.setdefault(tuple(info), ClipInfo(*info))
-                    self._known[name] = FileFacts(bytes.fromhex(digest), seen, signature)
+                    shared_info = infos.setdefault(tuple(info), ClipInfo(*info))
+                    self._facts[name] = FileFacts(bytes.fromhex(digest), shared_info, signature)
 
     def get(self, path: str) -> FileFacts | None:
-        """What is known of a file as it is now."""
-        known = self._known.get(self._name(path))
+        """Returns the facts of a file, or None if the file is new or has changed."""
+        facts = self._facts.get(self._name(path))
         try:
-            return known if known is not None and known.signature == stat_signature(path) else None
-        except OSError:  # gone; whoever looks at it will say so
+            return facts if facts is not None and facts.signature == stat_signature(path) else None
+        except OSError:  # the file is missing; the scan reports it
             return None
 
     def add(self, path: str, facts: FileFacts) -> None:
-        self._known[self._name(path)] = facts
+        self._facts[self._name(path)] = facts
         self._changed = True
 
     def save(self) -> None:
-        """Writes what was added, whole, where that can be done. What one of two runs at a time adds may be lost."""
+        """Writes the index atomically if it has changed. Does nothing if the folder is read-only.
+
+        If two runs save at the same time, the facts added by one of them may be lost and are scanned again.
+        """
         if not self._changed:
             return
         rows = (
             json.dumps([name, facts.signature, facts.digest.hex(), astuple(facts.info)])
-            for name, facts in sorted(self._known.items())
+            for name, facts in sorted(self._facts.items())
         )
-        with suppress(OSError), atomic_write(self.path) as aside:
-            aside.write_text("\n".join([str(INDEX_VERSION), *rows]))
+        with suppress(OSError), atomic_write(self.path) as tmp_path:
+            tmp_path.write_text("\n".join([str(INDEX_VERSION), *rows]))
             self._changed = False
 
     def _name(self, path: str) -> str:

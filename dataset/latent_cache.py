@@ -1,8 +1,8 @@
-"""A folder of encoded clips, images and prompts, each under a key of everything that decides its bytes.
+"""A folder of encoded clips, images and prompts. The key of an entry covers everything that determines its bytes.
 
-A changed clip, resolution or encoder gives another key, so nothing stale is ever read and deleting the folder is always
-safe. An entry is one safetensors file with one tensor and its checksum; it is written aside and renamed, so that it is
-complete or absent.
+A changed clip, resolution or encoder gives a new key, so stale entries are never read and deleting the folder is always
+safe. An entry is a safetensors file with one tensor and its checksum. It is written to a temporary name and renamed, so
+that it is complete or absent.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _TENSOR = "data"
 
 
 class DamagedEntry(Exception):
-    """A cache entry that is missing, cut short or altered."""
+    """Raised for a cache entry that is missing, truncated or altered; the message is its name."""
 
 
 class LatentCache:
-    """The entries of one folder; `name` is what `SampleKeys` holds."""
+    """The entries of one folder, addressed by the names in `SampleKeys`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,24 +47,32 @@ class LatentCache:
         return self.folder / f"{name}{SUFFIX}"
 
     def has(self, name: str) -> bool:
-        """Whether an entry is there, be it whole or not."""
-        return os.path.exists(f"{self.folder}{os.sep}{name}{SUFFIX}")  # noqa: PTH110 - Paths of 100,000 cost memory
+        """Returns whether an entry exists, intact or not."""
+        return os.path.exists(f"{self.folder}{os.sep}{name}{SUFFIX}")  # noqa: PTH110 - 100,000 Path objects cost memory
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Stores a tensor under `name`, atomically; the last writer wins. Raises UserError where it cannot."""
+        """Writes a tensor atomically; the last writer wins.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         tensor = tensor.detach().cpu().contiguous()
         try:
-            with atomic_write(self.path(name)) as aside:
-                save_file({_TENSOR: tensor}, aside, metadata={"crc32": _checksum(name, tensor)})
-                set_mtime_nanoseconds(aside, _mtime_marker(name, aside.stat().st_size))
+            with atomic_write(self.path(name)) as tmp_path:
+                save_file({_TENSOR: tensor}, tmp_path, metadata={"crc32": _checksum(name, tensor)})
+                set_mtime_nanoseconds(tmp_path, _mtime_marker(name, tmp_path.stat().st_size))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"--cache_dir {self.folder}: {name} cannot be written ({error}); what is encoded is kept.",
+                f"--cache_dir {self.folder}: {name} cannot be written ({error}). Entries already encoded are kept.",
                 on_every_rank=False,
             ) from error
 
     def read(self, name: str) -> torch.Tensor:
-        """Returns the tensor stored under `name`. Raises DamagedEntry."""
+        """Reads a tensor and verifies its checksum.
+
+        Raises:
+            DamagedEntry: the entry is missing, truncated or altered.
+        """
         try:
             with safe_open(self.path(name), framework="pt") as entry:
                 tensor, expected = entry.get_tensor(_TENSOR), entry.metadata()["crc32"]
@@ -74,56 +82,64 @@ class LatentCache:
             raise DamagedEntry(name)
         return tensor
 
-    def is_intact(self, name: str, reads: bool = False) -> bool:
-        """Whether the entry is there and whole; what is left of a damaged one is removed.
+    def is_intact(self, name: str, verify_content: bool = False) -> bool:
+        """Returns whether an entry exists and is undamaged. Removes a damaged entry.
 
-        Its modification time tells whether anybody has written to it since; only if so, or with `reads`, is it read.
+        An entry with a valid mtime marker has not been modified since it was written. Any other entry is read and its
+        checksum verified.
+
+        Args:
+            verify_content: whether to read the entry even if its marker is valid.
         """
         path = self.path(name)
         try:
             status = path.stat()
-            seal = _mtime_marker(name, status.st_size)
-            if status.st_mtime_ns % 10**9 == seal and not reads:
+            marker = _mtime_marker(name, status.st_size)
+            if status.st_mtime_ns % 10**9 == marker and not verify_content:
                 return True
             self.read(name)
         except OSError:
             return False
-        except DamagedEntry as damage:
-            if not isinstance(damage.__cause__, OSError):  # a disk that does not answer is no damage
+        except DamagedEntry as error:
+            if not isinstance(error.__cause__, OSError):  # a read error of the disk does not mean damage
                 self.remove(name)
             return False
-        with suppress(OSError):  # a cache that can only be read
-            set_mtime_nanoseconds(path, seal)  # a copy, say; it need not be read again
+        with suppress(OSError):  # a read-only cache
+            set_mtime_nanoseconds(path, marker)  # such as a copied entry; it is not read again
         return True
 
     def remove(self, name: str) -> None:
-        with suppress(OSError):  # another process may have done so, or the folder may be one that can only be read
+        """Removes an entry if it exists and the folder is writable."""
+        with suppress(OSError):  # another process may have removed it, or the folder is read-only
             self.path(name).unlink()
 
     def names(self) -> Iterator[str]:
-        """Of all entries that are there; other files are not ours."""
+        """Yields the names of all entries; ignores other files in the folder."""
         for path in self.folder.glob(f"*{SUFFIX}"):
             if re.fullmatch("(video|image|prompt)-[0-9a-f]{32}", path.stem):
                 yield path.stem
 
 
 def _mtime_marker(name: str, size: int) -> int:
-    """The nanoseconds of an entry's modification time; any other writer leaves others, but for one in 10^9."""
+    """Returns the nanoseconds that mark the modification time of an unmodified entry.
+
+    Any later write sets other nanoseconds, with a probability of 1 in 10^9 of a false match.
+    """
     return zlib.crc32(f"{name} {size}".encode()) % 10**9
 
 
 def _checksum(name: str, tensor: torch.Tensor) -> str:
-    """Of the content under its name, so that an entry copied over another is damage too."""
+    """Returns the CRC-32 of name and content, so that an entry copied over another one counts as damaged."""
     return str(zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode())))
 
 
 @dataclass(frozen=True, slots=True)
 class SampleKeys:
-    """Names of a sample's cache entries.
+    """Names of the cache entries of a sample.
 
     Attributes:
-        video: one, and with --flip its mirror image; none for a validation prompt without a clip.
-        image: in the same order; none for t2v.
+        video: the clip and, with --flip, its mirror image; empty for a validation prompt without a clip.
+        image: the condition images in the same order; empty for t2v.
     """
 
     video: tuple[str, ...]
@@ -133,11 +149,11 @@ class SampleKeys:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What, besides the files and what is taken of them, decides the encoded bytes.
+    """The encoder settings that determine the bytes of an entry, together with the files and the frame selections.
 
     Attributes:
-        vae, text_encoder: fingerprint of the weights, with dtype and settings.
-        image_noise: i2v: how the condition image is noised before it is encoded; None for t2v.
+        vae, text_encoder: fingerprints of weights, dtype and settings.
+        image_noise: i2v: settings of the noise added to the condition image before encoding; None for t2v.
     """
 
     vae: str
@@ -145,15 +161,16 @@ class Encoding:
     image_noise: str | None
 
     def prompt_key(self, prompt: str) -> str:
+        """Returns the name of a prompt's entry."""
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
     def keys(
         self, clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], flip: bool = False
     ) -> list[SampleKeys]:
-        """Names the entries of samples.
+        """Returns the entry names of each sample.
 
         Args:
-            facts: of every file that the samples name.
+            facts: path -> facts, for every file of the samples.
             flip: whether the mirror image of each sample is encoded too.
         """
         return [self._sample_keys(clip_sample, facts, flip) for clip_sample in clip_samples]
@@ -166,16 +183,17 @@ class Encoding:
                     self._pixels_name("video", facts[sample.video], selection, frames=selection.resolution.frames)
                 )
             if self.image_noise is not None and sample.image is not None:
-                still = replace(selection, first=0)
-                image.append(self._pixels_name("image", facts[sample.image], still, noise=self.image_noise))
+                image_selection = replace(selection, first=0)
+                image.append(self._pixels_name("image", facts[sample.image], image_selection, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
                 image.append(self._pixels_name("image", facts[sample.video], selection, noise=self.image_noise))
         return SampleKeys(tuple(video), tuple(image), self.prompt_key(sample.prompt))
 
-    def _pixels_name(self, kind: str, facts: FileFacts, selection: FrameSelection, **more: Any) -> str:
-        begins = {"first": selection.first, "rate": selection.rate} if selection.first or kind == "video" else {}
+    def _pixels_name(self, kind: str, facts: FileFacts, selection: FrameSelection, **extra: Any) -> str:
+        # the first frame of a clip does not depend on the rate, so changing --fps keeps its image entry
+        window = {"first": selection.first, "rate": selection.rate} if selection.first or kind == "video" else {}
         if selection.rate == SPREAD and kind == "video":
-            begins["span"] = selection.span
+            window["span"] = selection.span
         return _name(
             kind,
             content=facts.digest.hex(),
@@ -185,11 +203,12 @@ class Encoding:
             flipped=selection.flipped,
             encoder=self.vae,
             pixels=PIXELS_VERSION,
-            **begins,
-            **more,
+            **window,
+            **extra,
         )
 
 
-def _name(kind: str, **facts: Any) -> str:
-    text = json.dumps({"format": FORMAT_VERSION, **facts}, sort_keys=True)
+def _name(kind: str, **fields: Any) -> str:
+    # the names and values of the fields are part of every cache key: changing one invalidates existing caches
+    text = json.dumps({"format": FORMAT_VERSION, **fields}, sort_keys=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"

@@ -1,4 +1,4 @@
-"""Line files, or a table, to samples. Finds every fault of a data folder before it reports any."""
+"""Reads the samples of a data folder from line files or a table, and reports all of its errors together."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Sample:
     """One line of a data folder.
 
     Attributes:
-        line: counted from 1, for messages.
-        prompt: with the identifier token.
-        video: path of the clip; None in a validation folder that has none.
-        image: i2v with an image file: its path; None where the clip's first frame serves.
+        line: line number, starting at 1, for messages.
+        prompt: the caption, with the identifier token.
+        video: path of the clip; None for a validation prompt without a clip.
+        image: path of the condition image for i2v; None if the first frame of the clip is used.
     """
 
     line: int
     prompt: str
-    video: str | None  # a tenth of the memory of a Path, which counts with 100,000 of them
+    video: str | None  # a Path takes ten times the memory, which matters for 100,000 samples
     image: str | None
 
     @property
     def clip(self) -> str:
-        """The clip of a sample that has one."""
+        """Path of the clip, for samples that have one."""
         assert self.video is not None
         return self.video
 
@@ -46,16 +46,17 @@ class Sample:
 
 
 def with_id_token(prompt: str, id_token: str) -> str:
+    """Puts the identifier token, if any, before a prompt."""
     return f"{id_token} {prompt}" if id_token else prompt
 
 
-# The table that stands for the line files where a data folder has one of these and no captions.
+# The first of these that exists is read if a data folder has no caption file.
 TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A .jsonl or .csv file in place of the line files; its columns are named prompt, video and image."""
+    """A .jsonl or .csv file in place of the line files, with columns named prompt, video and image."""
 
     name: str
     required: tuple[str, ...] = ("prompt", "video")
@@ -64,7 +65,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _Column:
-    """The texts of one column, with the place of each for messages: file and line."""
+    """The values of one column, with their file and line numbers for messages."""
 
     source: Path
     texts: list[str]
@@ -72,11 +73,16 @@ class _Column:
 
 
 def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
-    """The name of a data folder's table; None where it has line files."""
+    """Returns the name of a data folder's table, or None if it has line files.
+
+    Args:
+        captions: name of the caption file.
+        metadata: table named on the command line.
+    """
     if metadata is not None:
         return metadata
-    found = [name for name in TABLES if (root / name).is_file()]
-    return found[0] if found and not (root / captions).exists() else None
+    tables = [name for name in TABLES if (root / name).is_file()]
+    return tables[0] if tables and not (root / captions).exists() else None
 
 
 def read_manifest(
@@ -88,17 +94,17 @@ def read_manifest(
     flag: str = "--data_root",
     table: Table | None = None,
 ) -> list[Sample]:
-    """Reads a data folder.
+    """Reads the samples of a data folder.
 
     Args:
-        root: the folder; every other path is relative to it.
-        captions, videos, images: names of the line files; None where there is none.
-        id_token: put before every prompt.
-        flag: the option that named the folder, for messages.
-        table: in place of the line files.
+        root: the data folder; all other paths are relative to it.
+        captions, videos, images: names of the line files; None for a file that is not used.
+        id_token: identifier to put before every prompt.
+        flag: the option that names the folder, for messages.
+        table: read in place of the line files.
 
     Raises:
-        UserError: with all errors found: missing folder or files, counts that differ, empty lines.
+        UserError: lists all errors: a missing folder, missing files, different numbers of lines, empty lines.
     """
     if not root.is_dir():
         raise UserError(f"{flag} {root}: there is no such folder.")
@@ -111,8 +117,8 @@ def read_manifest(
     for name, column in columns.items():
         for line, text in zip(column.lines, column.texts, strict=True):
             if not text:
-                what = "the line" if table is None else f"its {name}"
-                errors.append(f"{column.source}, line {line}: {what} is empty.")
+                subject = "the line" if table is None else f"the {name}"
+                errors.append(f"{column.source}, line {line}: {subject} is empty.")
             elif name != "prompt" and not _is_file(root / text):
                 errors.append(f"{column.source}, line {line}: there is no file {str(root / text)[:200]}.")
     if errors:
@@ -135,7 +141,7 @@ def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> di
             columns[name] = _Column(root / file, texts, range(1, len(texts) + 1))
     if len({len(column.texts) for column in columns.values()}) > 1:
         counts = ", ".join(f"{files[name]} has {len(column.texts)}" for name, column in columns.items())
-        errors.append(f"{root}: the line files must have the same number of lines, one sample a line; {counts}.")
+        errors.append(f"{root}: the line files must have the same number of lines, one per sample; {counts}.")
     elif columns and not any(column.texts for column in columns.values()):
         errors.append(f"{root}: the line files are empty.")
     return columns
@@ -147,20 +153,22 @@ def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Colum
     if rows is None:
         return {}
     if not rows:
-        errors.append(f"{path}: the table is empty; it needs a row a sample, and a .csv a header above them.")
-    has = dict.fromkeys(str(key) for _, row in rows for key in row)
+        errors.append(f"{path}: the table is empty; it needs one row per sample, and a .csv file needs a header row.")
+    present = dict.fromkeys(str(key) for _, row in rows for key in row)
     columns = {}
     for name in (*table.required, *table.optional):
-        if name not in has:
+        if name not in present:
             if name in table.required and rows:
-                errors.append(f"{path} has no column '{name}'; it has {', '.join(has)}.")
+                errors.append(f"{path} has no column '{name}'; it has {', '.join(present)}.")
             continue
-        texts = [(line, row.get(name)) for line, row in rows]
+        values = [(line, row.get(name)) for line, row in rows]
         errors += [
-            f"{path}, line {line}: it has no text '{name}'." for line, text in texts if not isinstance(text, str)
+            f"{path}, line {line}: '{name}' is missing or not a text."
+            for line, value in values
+            if not isinstance(value, str)
         ]
-        given = [(line, text.strip()) for line, text in texts if isinstance(text, str)]
-        columns[name] = _Column(path, [text for _, text in given], [line for line, _ in given])
+        texts = [(line, value.strip()) for line, value in values if isinstance(value, str)]
+        columns[name] = _Column(path, [text for _, text in texts], [line for line, _ in texts])
     return columns
 
 
@@ -175,25 +183,23 @@ def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> C
 
 
 def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(line, row) of each line that is not empty."""
+    """Returns (line number, row) for each line that is not empty."""
     rows = []
     for number, text in enumerate(read_lines(path), 1):
         try:
             row = json.loads(text or "{}")
         except ValueError as error:
-            errors.append(f"{path}, line {number}: it is no JSON ({error}).")
+            errors.append(f"{path}, line {number}: not valid JSON ({error}).")
             continue
         if not isinstance(row, dict):
-            errors.append(
-                f'{path}, line {number}: it is no JSON object, such as {{"video": "a.mp4", "prompt": "a cat"}}.'
-            )
+            errors.append(f'{path}, line {number}: not a JSON object such as {{"video": "a.mp4", "prompt": "a cat"}}.')
         elif text:
             rows.append((number, row))
     return rows
 
 
 def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(line on which it ends, row); the first line names the columns."""
+    """Returns (number of the row's last line, row) for each row. The first row of the file names the columns."""
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="")
@@ -201,24 +207,24 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
             for row in reader:
                 if "" in row:
                     errors.append(
-                        f"{path}, line {reader.line_num}: it has more fields than the header; a prompt with a comma "
-                        "must stand in quotes."
+                        f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
+                        "comma in quotes."
                     )
                 rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
-            errors.append(f"{path}, line {reader.line_num}: it is no CSV ({error}).")
+            errors.append(f"{path}, line {reader.line_num}: not valid CSV ({error}).")
     return rows
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a caption where a path should be: too long, or with a zero byte
+    except (OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
         return False
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines without surrounding space; a byte-order mark and empty lines at the end are no lines."""
+    """Returns the stripped lines of a UTF-8 file, without a byte-order mark and without empty lines at the end."""
     text = path.read_text(encoding="utf-8-sig").rstrip()
-    # not splitlines(), which would also break a caption at a Unicode line separator
+    # splitlines() would also split a caption at a Unicode line separator
     return [line.strip() for line in text.split("\n")] if text else []

@@ -1,7 +1,7 @@
-"""The stage before training: whatever the cache lacks is decoded ahead in worker processes, encoded, written.
+"""Fills the latent cache before training: worker processes decode ahead, the rank encodes and writes.
 
-Each rank takes its share of the entries by position, so that the ranks need not agree on anything while they work, and
-checks only that share. Prompts and clips are two passes, so that their encoders are never in memory together.
+Entries are assigned to ranks by position, so ranks do not communicate while they work, and each rank checks only its
+own shard. Prompts and clips are separate passes, so their encoders are never in memory together.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ EncodePrompt = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class PixelEncoders:
-    """Plain functions that stand for the VAE.
+    """The VAE as plain functions.
 
     Attributes:
-        video: uint8 [F, H, W, C] -> moments.
-        image: uint8 [H, W, C], and a seed for its noise -> moments.
+        video: uint8 [F, H, W, C] -> moments [2C, F, H, W], with C, F, H, W of the latent.
+        image: uint8 [H, W, C] and a seed for the image noise -> moments [K, 2C, 1, H, W] of K noise draws.
     """
 
     video: Callable[[torch.Tensor], torch.Tensor]
@@ -40,18 +40,19 @@ class PixelEncoders:
 
 @dataclass(frozen=True)
 class RankShard:
-    """The part of the work that is this process's own."""
+    """The part of the work that belongs to one rank."""
 
     rank: int
     world_size: int
 
     def select(self, items: Iterable) -> list:
+        """Returns every `world_size`-th item, starting at `rank`."""
         return list(items)[self.rank :: self.world_size]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A view of a sample, and the names of the entries to be made of it."""
+    """A frame selection of a sample and the names of the missing entries to encode from it."""
 
     clip_sample: ClipSample
     selection: FrameSelection
@@ -64,13 +65,13 @@ class _Job:
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
-        """[H, W, C] of an image that is a file of its own."""
+        """[H, W, C] of an image file; None if no image file is needed."""
         size = self.selection.resolution
         return (size.height, size.width, 3) if self.image and self.clip_sample.sample.image else None
 
     @property
-    def shape(self) -> tuple[int, ...] | None:
-        """[F, H, W, C] of what is decoded of the clip: a single frame where only its image is wanted."""
+    def clip_shape(self) -> tuple[int, ...] | None:
+        """[F, H, W, C] of the frames to decode: one frame if only the image is needed, None if no frame is."""
         size = self.selection.resolution
         if self.video is None and self.image_shape:
             return None
@@ -84,18 +85,19 @@ def precompute_prompts(
     shard: RankShard,
     beat: Callable[[], None],
 ) -> dict[str, str]:
-    """Encodes the missing prompts of this rank's share.
+    """Encodes the missing prompts of this rank's shard.
 
     Args:
         prompts: entry name -> text.
-        alive: called after each.
+        beat: sends a heartbeat; called for every prompt.
 
     Returns:
-        entry name -> what is wrong with its sample, for each prompt that could not be encoded.
+        Entry name -> error, for each prompt that could not be encoded. The error continues a sentence that starts with
+        the sample.
     """
     missing, errors = [], {}
     for name in shard.select(prompts):
-        beat()  # entries that were copied are read, which takes its time
+        beat()  # the check reads copied entries, which takes time
         if not cache.is_intact(name):
             missing.append(name)
     if not missing:
@@ -106,7 +108,7 @@ def precompute_prompts(
             if embedding.isfinite().all():
                 cache.write(name, embedding)
             else:
-                errors[name] = f"has a prompt, {prompts[name]!r}, of which the text encoder makes what is not finite"
+                errors[name] = f"has the prompt {prompts[name]!r}, for which the text encoder returned NaN or Inf"
             beat()
     return errors
 
@@ -121,19 +123,19 @@ def precompute_clips(
     timeout: float,
     beat: Callable[[], None],
 ) -> dict[str, str]:
-    """Encodes the missing clips and images of this rank's share.
+    """Encodes the missing clips and images of this rank's shard.
 
     Args:
-        timeout: seconds that a clip may take to decode.
-        alive: called after each.
+        timeout: maximum number of seconds to decode one clip.
+        beat: sends a heartbeat; called for every clip.
 
     Returns:
-        entry name -> what is wrong with its sample, for each that could not be made; the others are in the cache.
+        Entry name -> error, for each entry that could not be encoded. All other entries are in the cache.
     """
     jobs = missing_jobs(cache, clip_samples, keys, shard, beat)
     if not jobs:
         return {}
-    largest = max(_numel(job.shape) + _numel(job.image_shape) for job in jobs)
+    largest = max(_numel(job.clip_shape) + _numel(job.image_shape) for job in jobs)
     errors: dict[str, str] = {}
     encode = None
     with (
@@ -141,32 +143,35 @@ def precompute_clips(
         tqdm(total=len(jobs), desc="Encoding clips", unit="clip", disable=shard.rank != 0) as bar,
     ):
 
-        def still_lacking() -> Iterator[_Job]:
+        def still_missing() -> Iterator[_Job]:
             for job in jobs:
                 if all(cache.is_intact(name) for name in job.names):
-                    bar.update()  # another run on the same folder was here
+                    bar.update()  # encoded by another run on the same folder
                 else:
                     yield job
 
-        for done in run_in_workers(_decode, still_lacking(), min(max(num_workers, 1), len(jobs)), timeout, largest):
-            if isinstance(done.outcome, Failure):
-                errors |= dict.fromkeys(done.job.names, done.outcome.reason)
+        for result in run_in_workers(_decode, still_missing(), min(max(num_workers, 1), len(jobs)), timeout, largest):
+            if isinstance(result.outcome, Failure):
+                errors |= dict.fromkeys(result.job.names, result.outcome.reason)
             else:
-                encode = encode or stack.enter_context(load_encoders())  # not read where nothing can be decoded
-                errors |= _encode(cache, encode, done.job, done.buffer, done.outcome)
+                encode = encode or stack.enter_context(load_encoders())  # loaded with the first decoded clip
+                errors |= _encode(cache, encode, result.job, result.buffer, result.outcome)
             bar.update()
             beat()
     return errors
 
 
 def _decode(job: _Job, buffer: torch.Tensor) -> str:
-    """In a worker: pixels into the buffer, the clip's and behind them those of an image of its own.
+    """Decodes a job in a worker process: writes the pixels of the clip, then those of the image file, to the buffer.
 
     Returns:
-        what is wrong with the image; the clip may still be of use.
+        The error of the image, or an empty string. The clip is encoded in either case.
+
+    Raises:
+        ClipError: the clip cannot be decoded, or a file has changed since the scan.
     """
-    pixels, image = _pixels(job, buffer)
-    sample, fault = job.clip_sample.sample, ""
+    pixels, image = _split_buffer(job, buffer)
+    sample, image_error = job.clip_sample.sample, ""
     if pixels is not None:
         selection = (
             job.selection
@@ -179,43 +184,42 @@ def _decode(job: _Job, buffer: torch.Tensor) -> str:
             loaded = load_image(Path(sample.image), job.selection.resolution, job.selection.mode)
             image.copy_(loaded.flip(1) if job.selection.flipped else loaded)
         except ClipError as error:
-            fault = f"has an image, {sample.image}, that {error}"
-    if (
-        combine_signatures(map(stat_signature, sample.files)) != job.clip_sample.signature
-    ):  # the entry would stand under the old content's key
-        raise ClipError("was changed while the run worked; run the same command again")
-    return fault
+            image_error = f"has the image {sample.image}, which {error}"
+    # the key belongs to the content at the time of the scan
+    if combine_signatures(map(stat_signature, sample.files)) != job.clip_sample.signature:
+        raise ClipError("was changed during the run; run the same command again")
+    return image_error
 
 
-def _pixels(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The parts of the buffer: [F, H, W, C] of the clip, [H, W, C] of the image."""
-    clip, image = _numel(job.shape), _numel(job.image_shape)
+def _split_buffer(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Returns the views of the buffer that hold the clip [F, H, W, C] and the image file [H, W, C]."""
+    clip, image = _numel(job.clip_shape), _numel(job.image_shape)
     return (
-        buffer[:clip].view(job.shape) if job.shape else None,
+        buffer[:clip].view(job.clip_shape) if job.clip_shape else None,
         buffer[clip : clip + image].view(job.image_shape) if job.image_shape else None,
     )
 
 
 def _encode(
-    cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.Tensor, image_fault: str
+    cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.Tensor, image_error: str
 ) -> dict[str, str]:
-    """Writes the entries of a decoded job; gives those that cannot be made, with the reason."""
-    pixels, image = _pixels(job, buffer)
+    """Encodes a decoded job and writes its entries. Returns entry name -> error for those that cannot be encoded."""
+    pixels, image = _split_buffer(job, buffer)
     if image is None and pixels is not None:
         image = pixels[0]
     moments, errors = {}, {}
     if job.video is not None and pixels is not None:
         moments[job.video] = encode.video(pixels)
-    if job.image is not None and image_fault:
-        errors[job.image] = image_fault
+    if job.image is not None and image_error:
+        errors[job.image] = image_error
     elif job.image is not None and image is not None:
-        # the seed comes from the key, so that the entry's bytes do not depend on order or rank
+        # seeded by the key, so that the bytes of the entry do not depend on the order or the rank
         moments[job.image] = encode.image(image, int(job.image.rpartition("-")[2][:8], 16))
     for name, tensor in moments.items():
         if tensor.isfinite().all():
             cache.write(name, tensor)
         else:
-            errors[name] = "gives latents that are not finite"
+            errors[name] = "has latents that are not finite"
     return errors
 
 
@@ -226,18 +230,21 @@ def missing_jobs(
     shard: RankShard,
     beat: Callable[[], None],
 ) -> list[_Job]:
-    """What the cache lacks of this rank's share; each entry is made once, however many samples name it."""
+    """Returns the jobs for the missing entries of this rank's shard.
+
+    An entry that several samples share belongs to one job only.
+    """
     claimed: set[str] = set()
     missing, position = [], 0
     for clip_sample, key in zip(clip_samples, keys, strict=True):
         beat()
         for selection, names in zip(clip_sample.selections(flip=True), zip_longest(key.video, key.image), strict=False):
-            own = [None if name in claimed else name for name in names]
-            claimed.update(name for name in own if name is not None)
-            if any(own):
+            unclaimed = [None if name in claimed else name for name in names]
+            claimed.update(name for name in unclaimed if name is not None)
+            if any(unclaimed):
                 position += 1
                 if position % shard.world_size == shard.rank:
-                    video, image = (None if name is None or cache.is_intact(name) else name for name in own)
+                    video, image = (None if name is None or cache.is_intact(name) else name for name in unclaimed)
                     if video or image:
                         missing.append(_Job(clip_sample, selection, video, image))
     return missing

@@ -1,8 +1,8 @@
-"""The endless sample stream, dealt out to ranks and micro-batches.
+"""The endless sample stream and its division among ranks and micro-batches.
 
 The stream is the dataset in a new random order per epoch, one epoch after another. Sample n of the stream takes its
 order, noise and timestep from (seed, n) alone. An update takes the next samples of one resolution: each bucket collects
-samples as the stream passes, and the first full bucket becomes the next update. Every sample therefore meets the same
+samples as the stream passes, and the first full bucket becomes the next update. Every sample therefore gets the same
 noise, however an update is divided among ranks and micro-batches, and wherever a run is resumed.
 """
 
@@ -20,21 +20,21 @@ from utils.common.seeds import ORDER, seed_for
 
 
 @dataclass(frozen=True)
-class Place:
-    """Sample `index` of the dataset, at position `number` of the stream."""
+class StreamPosition:
+    """Position `number` of the stream, which holds sample `index` of the dataset."""
 
     number: int
     index: int
 
 
-class SampleStream(Sampler[list[Place]]):
-    """Deals the stream out in micro-batches: to each rank in turn, then the next micro-batch.
+class SampleStream(Sampler[list[StreamPosition]]):
+    """Yields the micro-batches of one rank. Consecutive micro-batches of an update go to the ranks in turn.
 
     Args:
-        buckets: of every sample of the dataset; equal where two may share a batch.
-        batch_size: samples a rank and micro-batch.
-        samples_per_update: of all ranks and micro-batches.
-        start: number of samples of the stream that were trained on before.
+        buckets: bucket of each sample of the dataset; samples of equal buckets may share a batch.
+        batch_size: samples per rank and micro-batch.
+        samples_per_update: samples per update, over all ranks and micro-batches.
+        start: number of samples of the stream that earlier runs trained on.
     """
 
     def __init__(
@@ -50,29 +50,30 @@ class SampleStream(Sampler[list[Place]]):
         self.buckets, self.batch_size, self.samples_per_update = buckets, batch_size, samples_per_update
         self.rank, self.world_size, self.seed, self.start = rank, world_size, seed, start
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[StreamPosition]]:
         for update in self._updates():
-            mine = range(self.rank * self.batch_size, self.samples_per_update, self.world_size * self.batch_size)
-            for first in mine:
-                yield update[first : first + self.batch_size]
+            offsets = range(self.rank * self.batch_size, self.samples_per_update, self.world_size * self.batch_size)
+            for offset in offsets:
+                yield update[offset : offset + self.batch_size]
 
-    def _updates(self) -> Iterator[list[Place]]:
-        """The samples of each update; the first `start` that would be trained on go by."""
+    def _updates(self) -> Iterator[list[StreamPosition]]:
+        """Yields the samples of each update, after skipping the first `start` samples that updates would use."""
         collected: defaultdict[Any, list[tuple[int, int]]] = defaultdict(list)
-        buckets, size, to_pass = self.buckets, self.samples_per_update, self.start
+        buckets, size, to_skip = self.buckets, self.samples_per_update, self.start
         for number, index in self._stream():
-            waiting = collected[buckets[index]]
-            waiting.append((number, index))
-            if to_pass and len(waiting) >= min(size, to_pass):  # the last ones need not fill an update of today's size
-                gone = min(size, to_pass)
-                del waiting[:gone]
-                to_pass -= gone
-            elif len(waiting) == size:
-                yield [Place(*place) for place in waiting]
-                waiting.clear()
+            pending = collected[buckets[index]]
+            pending.append((number, index))
+            # the earlier run may have used another update size, so the last samples to skip need not fill an update
+            if to_skip and len(pending) >= min(size, to_skip):
+                num_skipped = min(size, to_skip)
+                del pending[:num_skipped]
+                to_skip -= num_skipped
+            elif len(pending) == size:
+                yield [StreamPosition(*position) for position in pending]
+                pending.clear()
 
     def _stream(self) -> Iterator[tuple[int, int]]:
-        """Endless (number, index)."""
+        """Yields (number, index) without end."""
         number = 0
         while True:
             epoch = number // len(self.buckets)

@@ -1,4 +1,4 @@
-"""A look at every clip and image before anything is encoded: what cannot be used, and what is worth a word."""
+"""Scans every clip and image before encoding, reports unusable files, and summarizes the clips."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from dataset.manifest import Sample
 from dataset.video import SPREAD, ClipInfo, Rate, Resolution, cropped, image_size, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
-# A clip drawn out by more than this is worth a word.
-STRETCH_WORTH_A_WORD = 0.03
-# Seconds between writing down what was found so far.
-_SAVE_EVERY = 60
+# Clips that are stretched or cropped by more than this share are reported.
+REPORTED_CHANGE = 0.03
+_SAVE_INTERVAL_S = 60
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What there is to train on and to validate with.
+    """The clip samples for training and validation.
 
     Attributes:
-        facts: of every file that these name.
-        bad: a sentence for each line of the data folders that cannot be used.
+        facts: path -> facts, for every file of the samples.
+        bad: an error for each line of the data folders that cannot be used.
     """
 
     samples: list[ClipSample]
@@ -45,21 +44,23 @@ def scan_and_sample(
     policy: SamplingPolicy,
     num_workers: int,
     timeout: float,
-    saves: bool,
+    save_index: bool,
 ) -> ScanResult:
-    """Looks at every file and cuts the clip_samples, one of each clip for validation. Args as of `scan_files`."""
-    facts, errors = scan_files(samples + validation, index, num_workers, timeout, saves)
+    """Scans all files and selects clip samples; a validation clip gives one sample.
+
+    Args:
+        index, num_workers, timeout, save_index: as in `scan_files`.
+    """
+    facts, file_errors = scan_files(samples + validation, index, num_workers, timeout, save_index)
     bad: list[str] = []
 
-    def clip_samples(part: list[Sample], policy: SamplingPolicy) -> list[ClipSample]:
-        sound, unreadable = usable(part, errors)
-        taken, too_short = select_clip_samples(sound, facts, policy)
-        bad.extend(unreadable + too_short)
-        return taken
+    def select(part: list[Sample], policy: SamplingPolicy) -> list[ClipSample]:
+        readable, unreadable_errors = split_readable(part, file_errors)
+        clip_samples, length_errors = select_clip_samples(readable, facts, policy)
+        bad.extend(unreadable_errors + length_errors)
+        return clip_samples
 
-    return ScanResult(
-        clip_samples(samples, policy), clip_samples(validation, replace(policy, clips_per_video=1)), facts, bad
-    )
+    return ScanResult(select(samples, policy), select(validation, replace(policy, clips_per_video=1)), facts, bad)
 
 
 def scan_files(
@@ -67,16 +68,16 @@ def scan_files(
     index: FileIndex,
     num_workers: int,
     timeout: float,
-    saves: bool,
+    save_index: bool,
 ) -> tuple[dict[str, FileFacts], dict[str, str]]:
-    """Looks at the files that are not in the index as they are now, in worker processes.
+    """Scans new and changed files in worker processes and takes all others from the index.
 
     Args:
-        timeout: seconds a file.
-        saves: whether the index is written.
+        timeout: maximum number of seconds per file.
+        save_index: whether to write the updated index.
 
     Returns:
-        what is known of each usable file, and what is wrong with each of the others.
+        Path -> facts of each readable file, and path -> error of each other file.
     """
     is_image = {sample.image: True for sample in samples if sample.image is not None}
     is_image |= {sample.video: False for sample in samples if sample.video is not None}
@@ -87,24 +88,25 @@ def scan_files(
             new.append(path)
         else:
             facts[path] = known
-    looks = run_in_workers(_look, [(path, is_image[path]) for path in new], max(num_workers, 1), timeout)
-    saved = time.monotonic()
-    for done in tqdm(looks, "Looking at clips", len(new), unit="file", delay=3, leave=False):
-        path = done.job[0]
-        if isinstance(done.outcome, Failure):
-            errors[path] = done.outcome.reason
+    scans = run_in_workers(_scan_file, [(path, is_image[path]) for path in new], max(num_workers, 1), timeout)
+    last_save = time.monotonic()
+    for scan in tqdm(scans, "Scanning files", len(new), unit="file", delay=3, leave=False):
+        path = scan.job[0]
+        if isinstance(scan.outcome, Failure):
+            errors[path] = scan.outcome.reason
             continue
-        facts[path] = done.outcome
+        facts[path] = scan.outcome
         index.add(path, facts[path])
-        if saves and time.monotonic() - saved > _SAVE_EVERY:
+        if save_index and time.monotonic() - last_save > _SAVE_INTERVAL_S:
             index.save()
-            saved = time.monotonic()
-    if saves:
+            last_save = time.monotonic()
+    if save_index:
         index.save()
     return facts, errors
 
 
-def _look(job: tuple[str, bool], buffer: Any) -> FileFacts:
+def _scan_file(job: tuple[str, bool], buffer: Any) -> FileFacts:
+    """Scans one file in a worker process. The job is (path, whether it is an image)."""
     path, is_image = Path(job[0]), job[1]
     signature = stat_signature(job[0])
     if is_image:
@@ -115,68 +117,81 @@ def _look(job: tuple[str, bool], buffer: Any) -> FileFacts:
     return FileFacts(digest_file(path), info, signature)
 
 
-def usable(samples: list[Sample], errors: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
-    """The samples whose files can be used, and a sentence for each that cannot."""
-    sound, sentences = [], []
+def split_readable(samples: list[Sample], file_errors: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
+    """Returns the samples whose files are all readable, and an error for each file that is not."""
+    readable, errors = [], []
     for sample in samples:
-        wrong = [path for path in sample.files if path in errors]
-        sentences += [f"{path} (line {sample.line}) {errors[path]}." for path in wrong]
-        if not wrong:
-            sound.append(sample)
-    return sound, sentences
+        unreadable = [path for path in sample.files if path in file_errors]
+        errors += [f"{path} (line {sample.line}) {file_errors[path]}." for path in unreadable]
+        if not unreadable:
+            readable.append(sample)
+    return readable, errors
 
 
 @dataclass
-class _Tally:
-    """What goes to one bucket. `changed` is the share of a clip's picture that is cut, or by which it is stretched."""
+class _BucketStats:
+    """Statistics of the clips of one bucket. A change is the share by which a clip is cropped or stretched.
 
-    samples: int = 0
-    clips: int = 0
+    Attributes:
+        num_changed: number of clips with a change above `REPORTED_CHANGE`.
+        total_change: sum of the changes of all clips.
+        worst: largest change, and the path of its clip.
+    """
+
+    num_samples: int = 0
+    num_clips: int = 0
     seconds: float = 0.0
-    beyond: int = 0
-    changed: float = 0.0
+    num_changed: int = 0
+    total_change: float = 0.0
     worst: tuple[float, str] = (0.0, "")
 
 
-def summary(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
-    """What the clips are, and how much of them each bucket takes."""
+def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
+    """Describes the clips, and for each bucket how much of its clips is used, as lines for the log.
+
+    Args:
+        clip_samples: samples of one clip must be adjacent.
+        mode: resize mode.
+        rate: sampling rate.
+    """
     sizes: Counter[str] = Counter()
-    tallies: defaultdict[Resolution, _Tally] = defaultdict(_Tally)
-    slower, last = 0, None
+    stats_by_bucket: defaultdict[Resolution, _BucketStats] = defaultdict(_BucketStats)
+    num_slower, last_sample = 0, None
     for clip_sample in clip_samples:
-        sample, tally = clip_sample.sample, tallies[clip_sample.resolution]
-        tally.samples += 1
-        if sample is last:  # another part of the same clip
+        sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
+        stats.num_samples += 1
+        if sample is last_sample:  # another sample of the same clip
             continue
-        last, info = sample, facts[sample.clip].info
+        last_sample, info = sample, facts[sample.clip].info
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
-        slower += rate != SPREAD and info.fps < rate - 0.5
-        changed = (cropped if mode == "crop" else stretch)(info, clip_sample.resolution)
-        tally.clips += 1
-        tally.seconds += info.seconds
-        tally.beyond += changed > STRETCH_WORTH_A_WORD
-        tally.changed += changed
-        tally.worst = max(tally.worst, (changed, sample.clip))
+        num_slower += rate != SPREAD and info.fps < rate - 0.5
+        change = (cropped if mode == "crop" else stretch)(info, clip_sample.resolution)
+        stats.num_clips += 1
+        stats.seconds += info.seconds
+        stats.num_changed += change > REPORTED_CHANGE
+        stats.total_change += change
+        stats.worst = max(stats.worst, (change, sample.clip))
     listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
     more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
-    lines = [f"Clips: {listed}{more}; {sum(tally.seconds for tally in tallies.values()):.0f} s in all"]
-    for bucket, tally in tallies.items():
-        used = 1.0 if rate == SPREAD else min(tally.samples * bucket.frames / rate / tally.seconds, 1)
+    total_seconds = sum(stats.seconds for stats in stats_by_bucket.values())
+    lines = [f"Clips: {listed}{more}; {total_seconds:.0f} s in total"]
+    for bucket, stats in stats_by_bucket.items():
+        used = 1.0 if rate == SPREAD else min(stats.num_samples * bucket.frames / rate / stats.seconds, 1)
         lines.append(
-            f"  {bucket}: {tally.samples} samples of {tally.clips} clips, {used:.0%} of their time; "
-            + _changed(tally, "cut" if mode == "crop" else "stretched")
+            f"  {bucket}: {stats.num_samples} samples from {stats.num_clips} clips, {used:.0%} of their duration; "
+            + _describe_change(stats, "cropped" if mode == "crop" else "stretched")
         )
-    if slower:
+    if num_slower:
         lines.append(
-            f"Note: {slower} of {sizes.total()} clips have fewer than {rate:g} frames a second; frames repeat."
+            f"Note: {num_slower} of {sizes.total()} clips have a lower frame rate than {rate:g} fps, so frames repeat."
         )
     return lines
 
 
-def _changed(tally: _Tally, done: str) -> str:
-    if not tally.beyond:
-        return f"none {done} by more than {STRETCH_WORTH_A_WORD:.0%}"
-    amount, path = tally.worst
-    advice = "" if done == "cut" else "; --resize_mode crop keeps the aspect ratio"
-    mean = tally.changed / tally.clips
-    return f"{tally.beyond} {done}, by {mean:.0%} on average, the worst by {amount:.0%} ({path}){advice}"
+def _describe_change(stats: _BucketStats, verb: str) -> str:
+    if not stats.num_changed:
+        return f"none {verb} by more than {REPORTED_CHANGE:.0%}"
+    amount, path = stats.worst
+    advice = "" if verb == "cropped" else "; --resize_mode crop keeps the aspect ratio"
+    mean = stats.total_change / stats.num_clips
+    return f"{stats.num_changed} {verb}, by {mean:.0%} on average, at most {amount:.0%} ({path}){advice}"

@@ -1,6 +1,6 @@
-"""Clips and images to pixels: probe, choose frames by time, decode, resize. Pure functions.
+"""Reads clips and images as pixels: probing, frame selection by time, decoding, resizing. All functions are stateless.
 
-Legend: F frames, C channels (RGB), H W height and width in pixels.
+Legend: F frames, C channels (RGB), H W height and width of a sample, h w height and width of the source, in pixels.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torchvision.transforms.v2 import functional as transforms
 if TYPE_CHECKING:
     import decord
 
-# Part of every cache key: raise it whenever the same file could give other pixels than before.
+# Part of every cache key. Increase it whenever the same file could give different pixels than before.
 PIXELS_VERSION = 2
-# Seconds. Containers round time stamps; a frame exactly between two goes to the later one all the same.
-_TIE = 1e-4
-# Frames a second, or `SPREAD`: as far apart as the clip allows.
+# Tolerance in seconds for rounded container timestamps. A time halfway between two frames selects the later one.
+_TIE_S = 1e-4
+# Sampling rate in frames per second. SPREAD: frames are evenly spaced over the whole clip, regardless of its length.
 SPREAD: Literal["native_stride"] = "native_stride"
 Rate = float | Literal["native_stride"]
 
@@ -40,7 +40,11 @@ class Resolution:
 
     @classmethod
     def parse(cls, text: str) -> Resolution:
-        """Raises ValueError with a sentence where `text` is not three whole numbers above zero."""
+        """Parses FxHxW.
+
+        Raises:
+            ValueError: `text` is not three positive integers.
+        """
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text.strip())
         if not match:
             raise ValueError(f"'{text}' is not of the form FxHxW, such as 49x480x720")
@@ -52,11 +56,11 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class ClipInfo:
-    """What a clip's container says of it.
+    """Length and size of a clip.
 
     Attributes:
-        seconds: from the first frame to the end of the last.
-        last: seconds from the first frame to the last.
+        seconds: duration, from the start of the first frame to the end of the last frame.
+        last: start of the last frame, in seconds from the start of the first frame.
     """
 
     frames: int
@@ -72,12 +76,14 @@ class ClipInfo:
 
 @dataclass(frozen=True, slots=True)
 class FrameSelection:
-    """What is taken of a clip: which frames, and how they are brought to the training resolution.
+    """The frames of a clip that form a sample, and how they are resized.
 
     Attributes:
-        first: where it begins: a number of frames at `rate`; of frames of the clip where the rate is SPREAD.
-        span: over how many such frames it reaches; with a rate in frames a second as many as the sample has.
-        flipped: mirrored left to right.
+        rate: frames per second of the sample, or SPREAD.
+        mode: resize mode, `stretch` or `crop`.
+        first: start, in frames at `rate`; in source frames if the rate is SPREAD.
+        span: length, in the same unit as `first`; the number of sample frames unless the rate is SPREAD.
+        flipped: whether the frames are mirrored horizontally.
     """
 
     resolution: Resolution
@@ -89,13 +95,13 @@ class FrameSelection:
 
 
 class ClipError(Exception):
-    """A clip that cannot be used, with the reason."""
+    """Raised for an unusable clip or image. The message continues a sentence that starts with its path."""
 
 
-# What decord says of a file that it cannot open, and what that means.
-_REASONS = {
+# Part of decord's error message when it cannot open a file -> explanation.
+_OPEN_ERRORS = {
     "cannot find video stream with wanted index": "has no video, only sound or other data",
-    "broken metadata": "is an image, or has no frame times; it is no video",
+    "broken metadata": "is an image, or a file without frame times, and not a video",
     "av_read_frame failed": "is damaged or cut short",
 }
 _NO_DECODER = "-1128613112"  # AVERROR_DECODER_NOT_FOUND
@@ -103,19 +109,23 @@ _CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
 
 
 def open_clip(path: Path) -> decord.VideoReader:
-    """Raises ClipError where decord cannot open the file as a video."""
-    import decord  # native code, in the processes that decode and in no other
+    """Opens a clip with decord.
 
-    decord.logging.set_level(decord.logging.FATAL)  # errors are reported by clip, in sentences
+    Raises:
+        ClipError: decord cannot open the file as a video.
+    """
+    import decord  # native code, so only the processes that decode load it
+
+    decord.logging.set_level(decord.logging.FATAL)  # errors are reported per clip, as sentences
     try:
-        # decord puts a neighbour in the place of a frame that cannot be decoded, and says so only if more than this
-        # share of the clip is affected
+        # decord replaces a frame that it cannot decode with a neighbouring frame, and raises an error only if more
+        # than this share of the clip is affected
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
     except Exception as error:
         text = str(error)
         if _NO_DECODER in text:
             raise ClipError(f"has a codec that decord cannot decode, such as AV1; convert it: {_CONVERT}") from error
-        reasons = [reason for said, reason in _REASONS.items() if said in text]
+        reasons = [reason for fragment, reason in _OPEN_ERRORS.items() if fragment in text]
         raise ClipError(reasons[0] if reasons else "cannot be read as a video") from error
     if len(reader) == 0:
         raise ClipError("has no frames")
@@ -123,27 +133,33 @@ def open_clip(path: Path) -> decord.VideoReader:
 
 
 def frame_times(reader: decord.VideoReader) -> tuple[np.ndarray, int]:
-    """When each frame appears, and when the last one ends: float64 [F + 1], seconds from the first frame.
+    """Returns frame times and the number of hidden frames.
 
-    Also the number of hidden frames: a clip cut without re-encoding begins at the key frame before the cut and has an
-    edit list that hides what comes before it. Those frames have negative times, and the decoder does not give them.
+    The times are float64 [F + 1]: the start of each frame and the end of the last one, in seconds from the first frame.
+
+    A clip that was cut without re-encoding starts at the key frame before the cut, and its edit list hides the frames
+    before the cut. Hidden frames have negative times, and the decoder does not return them.
     """
     spans = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
     starts = spans[:, 0]
-    if not np.all(np.diff(starts) > 0):  # a container without usable time stamps, such as AVI with B-frames
+    if not np.all(np.diff(starts) > 0):  # no usable timestamps, such as AVI with B-frames
         return np.arange(len(starts) + 1) / float(reader.get_avg_fps()), 0
-    hidden = int((starts < -_TIE).sum())
+    hidden = int((starts < -_TIE_S).sum())
     if hidden == len(starts):
-        raise ClipError("has no frames that are shown")
+        raise ClipError("has no visible frames")
     length = spans[-1, 1] - starts[-1]
-    if length <= 0:  # mp4 with VP9 says nothing of its last frame
+    if length <= 0:  # mp4 with VP9 does not store the duration of the last frame
         fps = float(reader.get_avg_fps())
-        length = 1 / fps if 0 < fps < math.inf else 1 / 25  # of a single frame
+        length = 1 / fps if 0 < fps < math.inf else 1 / 25  # a single frame has no rate
     return np.append(starts[hidden:], starts[-1] + length) - starts[hidden], hidden
 
 
 def probe(path: Path) -> ClipInfo:
-    """Reads a clip's length, rate and size. Raises ClipError."""
+    """Reads the length, rate and size of a clip.
+
+    Raises:
+        ClipError: the file cannot be opened, or its first frame cannot be decoded.
+    """
     reader = open_clip(path)
     try:
         height, width = reader.next().shape[:2]
@@ -156,49 +172,51 @@ def probe(path: Path) -> ClipInfo:
 
 
 def choose_frames(times: np.ndarray, selection: FrameSelection) -> list[int]:
-    """Indices of the frames that a view shows.
+    """Returns the source frame indices of a frame selection.
 
-    With a rate in frames a second, frame i of the sample is the source frame nearest in time to (first + i) / rate, so
-    that motion keeps its speed whatever the rate of the source, be it constant or not. A source slower than that, or
-    one that ends too early, repeats frames.
+    With a rate in frames per second, frame i of the sample is the source frame nearest in time to (first + i) / rate.
+    Motion therefore keeps its speed for any source rate, constant or variable. Frames repeat if the source has a lower
+    rate or ends too early.
 
     Args:
-        times: as `frame_times` gives them.
+        times: frame times as returned by `frame_times`.
     """
     count, last = selection.resolution.frames, len(times) - 2
-    if selection.rate == SPREAD and selection.span < count:  # padded
+    if selection.rate == SPREAD and selection.span < count:  # a padded clip
         return [min(selection.first + number, last) for number in range(count)]
     if selection.rate == SPREAD:
         begin, end = times[min(selection.first, last)], times[min(selection.first + selection.span - 1, last)]
-        wanted = np.linspace(begin, end, count)
+        targets = np.linspace(begin, end, count)
     else:
-        wanted = (selection.first + np.arange(count)) / selection.rate
+        targets = (selection.first + np.arange(count)) / selection.rate
     halfway = (times[:-1] + times[1:]) / 2
-    return np.searchsorted(halfway, wanted + _TIE, side="right").clip(max=last).tolist()
+    return np.searchsorted(halfway, targets + _TIE_S, side="right").clip(max=last).tolist()
 
 
 def frames_available(info: ClipInfo, rate: Rate) -> int:
-    """How many frames at this rate a clip has."""
+    """Returns the number of frames of a clip at a sampling rate."""
     if rate == SPREAD:
         return info.frames
-    return max(math.ceil(((info.last + info.seconds) / 2 - _TIE) * rate), 1)
+    return max(math.ceil(((info.last + info.seconds) / 2 - _TIE_S) * rate), 1)
 
 
 def read_frames(reader: decord.VideoReader, indices: list[int], hidden: int) -> Iterator[np.ndarray]:
-    """Decodes frames: uint8 [h, w, C] for each index; the indices do not fall.
+    """Decodes frames and yields uint8 [h, w, C] for each index.
 
-    Only ever forward, and never over a key frame at once: there decord seeks, which gives wrong frames where a group of
-    pictures is open (the default of x265) or the container has no presentation times (AVI with B-frames).
+    Reads only forward and never skips across a key frame. decord would seek there, which returns wrong frames for open
+    groups of pictures (the default of x265) and for containers without presentation times (AVI with B-frames).
 
     Args:
-        hidden: as `frame_times` gives it; with an edit list decord's own count of frames is off, so each is read.
+        indices: frame indices in non-decreasing order.
+        hidden: number of hidden frames as returned by `frame_times`. If there are any, decord's frame count is wrong
+            for skipping, so every frame is read.
     """
     key_frames = [] if hidden else reader.get_key_indices()
     position, frame = 0, np.empty(0)
     for index in indices:
         while position < index:
-            beyond = bisect.bisect_right(key_frames, position)
-            limit = min(index, key_frames[beyond] - 1 if beyond < len(key_frames) else index)
+            next_key = bisect.bisect_right(key_frames, position)
+            limit = min(index, key_frames[next_key] - 1 if next_key < len(key_frames) else index)
             if hidden or limit <= position:
                 reader.next()
                 position += 1
@@ -212,13 +230,13 @@ def read_frames(reader: decord.VideoReader, indices: list[int], hidden: int) -> 
 
 
 def decode(path: Path, selection: FrameSelection, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Decodes what a view takes of a clip: uint8 [F, H, W, C], channels last as decoders give them.
+    """Decodes and resizes the selected frames of a clip: uint8 [F, H, W, C].
 
     Args:
-        out: written to where given.
+        out: tensor to write to; allocated if None.
 
     Raises:
-        ClipError: unreadable, or broken inside.
+        ClipError: the clip cannot be opened, or a frame cannot be decoded.
     """
     resolution = selection.resolution
     if out is None:
@@ -233,28 +251,36 @@ def decode(path: Path, selection: FrameSelection, out: torch.Tensor | None = Non
     except ClipError:
         raise
     except Exception as error:
-        raise ClipError("is damaged: it has frames that cannot be decoded, or fewer than its header says") from error
+        raise ClipError(
+            "is damaged: some frames cannot be decoded, or it has fewer frames than its header states"
+        ) from error
     return out
 
 
 def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
-    """Reads an image at the training resolution: uint8 [H, W, C].
+    """Reads an image and resizes it to the training resolution: uint8 [H, W, C].
 
-    Turned as its EXIF data say, 16 bits scaled to 8, transparency laid on white. Raises ClipError where it cannot be
-    read.
+    Applies the EXIF rotation, scales 16 bits to 8 and composites transparency over white.
+
+    Raises:
+        ClipError: the file cannot be read as an image.
     """
     pixels = torch.from_numpy(_read_image(path)).movedim(-1, 0)
     return resize(pixels, resolution, mode).movedim(0, -1)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image as it is shown. Decodes all of it; raises ClipError where it cannot be read."""
+    """Returns height and width of an image after EXIF rotation. Decodes the whole image to verify it.
+
+    Raises:
+        ClipError: the file cannot be read as an image.
+    """
     height, width, _ = _read_image(path).shape
     return height, width
 
 
 def _read_image(path: Path) -> np.ndarray:
-    """uint8 [h, w, C]."""
+    """Returns uint8 [h, w, C]."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -271,9 +297,10 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 def resize(frames: torch.Tensor, resolution: Resolution, mode: str) -> torch.Tensor:
-    """uint8 [..., C, h, w] -> uint8 [..., C, H, W], antialiased bilinear.
+    """Resizes uint8 [..., C, h, w] to uint8 [..., C, H, W] with antialiased bilinear interpolation.
 
-    `stretch` changes the aspect ratio where it differs; `crop` scales until the frame is covered and cuts the centre.
+    `stretch` resizes to the exact size and may change the aspect ratio. `crop` keeps the aspect ratio: it scales the
+    picture to cover the target, then crops the centre.
     """
     target = [resolution.height, resolution.width]
     if mode == "crop":
@@ -285,11 +312,11 @@ def resize(frames: torch.Tensor, resolution: Resolution, mode: str) -> torch.Ten
 
 
 def stretch(info: ClipInfo, resolution: Resolution) -> float:
-    """How far `stretch` distorts a clip: 0.05 where one side is drawn out by 5 % against the other."""
+    """Returns the distortion by `stretch`: 0.05 means one side grows by 5 % relative to the other."""
     ratio = (info.width / info.height) / (resolution.width / resolution.height)
     return max(ratio, 1 / ratio) - 1
 
 
 def cropped(info: ClipInfo, resolution: Resolution) -> float:
-    """The share of the picture that `crop` cuts off."""
+    """Returns the share of the picture that `crop` removes."""
     return 1 - 1 / (1 + stretch(info, resolution))

@@ -1,8 +1,8 @@
-"""Worker processes in which a decoder may hang or crash: the job is lost, the worker is replaced, the rest goes on.
+"""A pool of worker processes that survives decoders that hang or crash.
 
-A decoder is native code that reads files from anywhere: it aborts, overruns its memory or waits for ever, and a pool of
-the standard library ends with the first of its processes that does. Here every worker has a pipe of its own, so none
-can leave a lock behind, and a deadline.
+A decoder is native code that reads untrusted files. It may abort, exhaust memory or never return, and one such worker
+breaks the pools of the standard library. Here every worker has a deadline and its own pipe, so it cannot leave a shared
+lock behind. A failed job is reported, its worker is replaced, and all other jobs continue.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from dataset.video import ClipError
 from utils.common.processes import end_with_parent
 
 Job = TypeVar("Job")
-# Jobs that a worker has at a time: it begins the second while the first one's result waits to be taken.
-JOBS_A_WORKER = 2
-# Anonymous memory reaches a worker by forking, without a name that a killed run would leave behind and without the
-# few megabytes to which containers limit /dev/shm.
+# With two jobs, a worker starts the second one while the result of the first one is being processed.
+JOBS_PER_WORKER = 2
+# Forked workers inherit anonymous shared memory. Unlike /dev/shm, it leaves no file behind if a run is killed, and
+# containers do not limit it to a few megabytes.
 _CONTEXT = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no result; continues a sentence that began with the name of a file."""
+    """A failed job. The reason continues a sentence that starts with the name of a file."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Done(Generic[Job]):
-    """A job and what came of it.
+class JobResult(Generic[Job]):
+    """A job and its outcome.
 
     Attributes:
-        buffer: the memory that the job wrote to, uint8; it is the next job's as soon as the next result is asked for.
+        outcome: return value of the function, or a `Failure`.
+        buffer: uint8 memory that the job wrote to; valid until the next result is requested.
     """
 
     job: Job
@@ -55,44 +56,46 @@ class Done(Generic[Job]):
 
 
 class _Worker:
+    """One worker process, its pipe and its queue of assigned jobs."""
+
     def __init__(self, function: Callable[..., Any], buffers: list[torch.Tensor], timeout: float) -> None:
-        self.connection, theirs = _CONTEXT.Pipe()
-        args = (os.getpid(), self.connection, theirs, function, buffers)
+        self.connection, worker_connection = _CONTEXT.Pipe()
+        args = (os.getpid(), self.connection, worker_connection, function, buffers)
         self.process = _CONTEXT.Process(target=_serve, args=args, daemon=True)
         self.process.start()
-        theirs.close()
+        worker_connection.close()
         self.timeout = timeout
-        self.jobs: deque[tuple[Any, int]] = deque()  # with the number of their buffer
+        self.jobs: deque[tuple[Any, int]] = deque()  # (job, buffer index)
         self.deadline = math.inf
 
-    def assign(self, job: Any, buffer: int) -> None:
-        self.jobs.append((job, buffer))
-        with suppress(OSError):  # it has crashed; `outcome` will find that
-            self.connection.send((job, buffer))
+    def assign(self, job: Any, buffer_index: int) -> None:
+        self.jobs.append((job, buffer_index))
+        with suppress(OSError):  # the worker has crashed; `poll` reports it
+            self.connection.send((job, buffer_index))
         if len(self.jobs) == 1:
             self.deadline = time.monotonic() + self.timeout
 
-    def outcome(self) -> Any:
-        """Of the current job, if it is over; None if not. Ends the process where it was lost."""
-        if self.connection.poll():  # before the deadline is asked: whoever takes the results may have been away
+    def poll(self) -> Any:
+        """Returns the outcome of the current job, or None if it is still running. Ends a crashed or late process."""
+        if self.connection.poll():  # before the deadline check, since the result may have waited for the caller
             try:
                 outcome = self.connection.recv()
             except (EOFError, OSError):
-                outcome = _crash(self.end())
+                outcome = _crash_failure(self.end())
         elif time.monotonic() > self.deadline:
             self.end()
-            outcome = Failure(f"was not read within {self.timeout:g} s (--clip_timeout)")
+            outcome = Failure(f"was not decoded within {self.timeout:g} s (--clip_timeout)")
         else:
             return None
         self.deadline = time.monotonic() + self.timeout if len(self.jobs) > 1 else math.inf
         return outcome
 
     def end(self) -> int | None:
-        """Ends the process; gives its exit code if it had ended by itself, negative for a signal."""
+        """Ends the process. Returns its exit code if it had already exited (negative: signal number), else None."""
         self.process.join(0.1)
         code = self.process.exitcode
         self.process.kill()
-        self.process.join(1)  # one that waits for a dead disk does not end
+        self.process.join(1)  # a process blocked on a dead disk does not exit
         self.connection.close()
         return code
 
@@ -103,65 +106,66 @@ def run_in_workers(
     num_workers: int,
     timeout: float,
     buffer_bytes: int = 1,
-) -> Iterator[Done[Job]]:
-    """Runs a function on every job in worker processes. Yields the jobs as they are done, in any order.
+) -> Iterator[JobResult[Job]]:
+    """Runs a function on every job in worker processes. Yields results as they finish, in any order.
 
-    At most `JOBS_A_WORKER` jobs a worker are taken from `jobs` ahead of the results.
+    At most `JOBS_PER_WORKER` jobs per worker are taken from `jobs` ahead of the results.
 
     Args:
-        function: (job, buffer uint8 [buffer_bytes]) -> result, not None and small, since it comes through a pipe; what
-            is large it writes to the buffer. A ClipError that it raises becomes a `Failure`, as does its end.
-        timeout: seconds a job.
+        function: (job, buffer uint8 [buffer_bytes]) -> result. The result is sent through a pipe, so it must be small
+            and not None; large data goes to the buffer. An exception or a crash becomes a `Failure`.
+        timeout: maximum number of seconds per job.
     """
-    todo, again = iter(jobs), deque[Job]()
+    remaining, queue = iter(jobs), deque[Job]()
     buffers = [
-        torch.frombuffer(mmap.mmap(-1, buffer_bytes), dtype=torch.uint8) for _ in range(num_workers * JOBS_A_WORKER)
+        torch.frombuffer(mmap.mmap(-1, buffer_bytes), dtype=torch.uint8) for _ in range(num_workers * JOBS_PER_WORKER)
     ]
     free = deque(range(len(buffers)))
     workers: list[_Worker] = []
     try:
         while True:
-            while free and (again or (again := deque(itertools.islice(todo, 1)))):
+            while free and (queue or (queue := deque(itertools.islice(remaining, 1)))):
                 if len(workers) < num_workers:
                     workers.append(_Worker(function, buffers, timeout))
-                min(workers, key=lambda worker: len(worker.jobs)).assign(again.popleft(), free.popleft())
+                min(workers, key=lambda worker: len(worker.jobs)).assign(queue.popleft(), free.popleft())
             if not (busy := [worker for worker in workers if worker.jobs]):
                 return
-            patience = min(worker.deadline for worker in busy) - time.monotonic()
-            wait([worker.connection for worker in busy], max(patience, 0))
+            until_deadline = min(worker.deadline for worker in busy) - time.monotonic()
+            wait([worker.connection for worker in busy], max(until_deadline, 0))
             for worker in busy:
-                if (outcome := worker.outcome()) is None:
+                if (outcome := worker.poll()) is None:
                     continue
-                job, number = worker.jobs.popleft()
-                if worker.connection.closed:
-                    again.extend(job for job, _ in worker.jobs)
-                    free.extend(number for _, number in worker.jobs)
+                job, buffer_index = worker.jobs.popleft()
+                if worker.connection.closed:  # the process has ended; its other jobs go to another worker
+                    queue.extend(job for job, _ in worker.jobs)
+                    free.extend(buffer_index for _, buffer_index in worker.jobs)
                     workers.remove(worker)
-                yield Done(job, outcome, buffers[number])
-                free.append(number)
+                yield JobResult(job, outcome, buffers[buffer_index])
+                free.append(buffer_index)
     finally:
         for worker in workers:
             worker.end()
 
 
 def _serve(
-    parent: int,
-    parents: Connection,
+    parent_pid: int,
+    parent_connection: Connection,
     connection: Connection,
     function: Callable[..., Any],
     buffers: list[torch.Tensor],
 ) -> None:
-    parents.close()
-    end_with_parent(parent, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
+    """Main loop of a worker process."""
+    parent_connection.close()
+    end_with_parent(parent_pid, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
     torch.set_num_threads(1)
     while True:
         try:
-            job, number = connection.recv()
+            job, buffer_index = connection.recv()
         except EOFError:
             return
         try:
-            outcome = function(job, buffers[number])
+            outcome = function(job, buffers[buffer_index])
         except ClipError as error:
             outcome = Failure(str(error))
         except Exception as error:
@@ -169,8 +173,11 @@ def _serve(
         connection.send(outcome)
 
 
-def _crash(exit_code: int | None) -> Failure:
+def _crash_failure(exit_code: int | None) -> Failure:
+    """Returns the failure of a job whose process ended."""
     if exit_code == -signal.SIGKILL:
-        return Failure("was being decoded when its process was killed; is host memory enough? Try fewer --num_workers")
+        return Failure(
+            "was being decoded when its process was killed, probably for lack of host memory; try fewer --num_workers"
+        )
     name = signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
-    return Failure(f"is damaged: it made the decoder crash ({name})")
+    return Failure(f"is damaged: the decoder crashed ({name})")

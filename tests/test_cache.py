@@ -58,7 +58,7 @@ def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
         fill(cache, found.samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == {}
     )
     vae = loading.load_vae(model_dir, CPU, True, True)
-    pixels = to_model_range(decode(Path(found.samples[3].sample.clip), found.samples[3].view)).permute(3, 0, 1, 2)
+    pixels = to_model_range(decode(Path(found.samples[3].sample.clip), found.samples[3].selection)).permute(3, 0, 1, 2)
     expected = vae.encode(pixels[None]).latent_dist.parameters[0]
     assert torch.equal(cache.read(keys[3].video[0]), expected)
     images = cache.read(keys[3].image[0])
@@ -167,7 +167,7 @@ def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
     @contextmanager
     def overflowing():
         def video(pixels):  # clip 6 is given latents that are not finite
-            value = torch.inf if pixels.equal(decode(Path(samples[6].sample.clip), samples[6].view)) else 1.0
+            value = torch.inf if pixels.equal(decode(Path(samples[6].sample.clip), samples[6].selection)) else 1.0
             return torch.full((1, 1), value)
 
         yield PixelEncoders(video, lambda pixels, seed: torch.ones(1))
@@ -185,7 +185,7 @@ def test_a_clip_that_is_replaced_while_the_run_works_is_not_encoded_under_its_ol
     shutil.copy(found.samples[1].sample.clip, found.samples[0].sample.clip)
     errors = fill(cache, found.samples, keys_of(found), constant_encoders)
     assert errors.keys() == {*keys_of(found)[0].video, *keys_of(found)[0].image}
-    assert all("was changed while the run worked" in fault for fault in errors.values())
+    assert all("was changed during the run" in fault for fault in errors.values())
 
 
 def test_only_entries_are_taken_for_entries(tmp_path):

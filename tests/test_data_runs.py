@@ -47,7 +47,11 @@ def test_a_run_in_buckets_is_the_same_on_two_processes_and_in_two_parts(tiny, mi
         return succeed("train_ddp_t2v.sh", *args, processes=processes)
 
     printed = train("one", 8, 4, 1)
-    for line in ("9x64x96: 5 samples of 4 clips", "17x96x64: 4 samples of 4 clips", "9x64x64: 4 samples of 3 clips"):
+    for line in (
+        "9x64x96: 5 samples from 4 clips",
+        "17x96x64: 4 samples from 4 clips",
+        "9x64x64: 4 samples from 3 clips",
+    ):
         assert line in printed
     train("two", 4, 2, 2)
     train("two", 8, 2, 2)
@@ -68,7 +72,7 @@ def test_a_run_goes_on_without_bad_clips_if_told_to(tiny, data, tmp_path):
     listed = (out / "bad_samples.txt").read_text()
     assert f"{data / clips[2]} (line 3)" in listed and f"{data / clips[5]} (line 6) is an image" in listed
     printed = succeed("train_ddp_t2v.sh", *options, "--skip_bad_samples", "true", processes=2)
-    assert "Going on without these" in printed and (out / "checkpoint-2").is_dir()
+    assert "Continuing without these" in printed and (out / "checkpoint-2").is_dir()
 
 
 def test_a_cache_that_was_killed_at_random_and_made_by_two_runs_at_a_time_is_the_same(tiny, data, tmp_path):

@@ -100,7 +100,7 @@ def test_paths_may_be_absolute(folder):
 
 def test_a_comma_outside_of_quotes_cuts_no_prompt(folder):
     (folder / "metadata.csv").write_text("video,prompt\na.mp4,a cat, sitting on a mat\n")
-    with pytest.raises(UserError, match="line 2: it has more fields than the header"):
+    with pytest.raises(UserError, match="line 2: the row has more fields than the header"):
         read_manifest(folder, table=Table("metadata.csv"))
 
 
@@ -108,13 +108,13 @@ def test_a_comma_outside_of_quotes_cuts_no_prompt(folder):
     ("text", "message"),
     [
         ('{"video": "a.mp4", "text": "x"}\n', "has no column 'prompt'; it has video, text"),
-        ('{"video": "a.mp4", "prompt": "x"}\n{"video": "b.mp4"}\n', "line 2: it has no text 'prompt'"),
-        ('{"video": "a.mp4", "prompt": "x"}\n["b.mp4"]\n', "line 2: it is no JSON object"),
-        ('{"video": "a.mp4", "prompt": "x"}\n\n{"video"\n', "line 3: it is no JSON ("),
+        ('{"video": "a.mp4", "prompt": "x"}\n{"video": "b.mp4"}\n', "line 2: 'prompt' is missing or not a text"),
+        ('{"video": "a.mp4", "prompt": "x"}\n["b.mp4"]\n', "line 2: not a JSON object"),
+        ('{"video": "a.mp4", "prompt": "x"}\n\n{"video"\n', "line 3: not valid JSON ("),
         ('{"video": "c.mp4", "prompt": " "}\n', "line 1: there is no file"),
-        ('{"video": "c.mp4", "prompt": " "}\n', "line 1: its prompt is empty"),
-        ('{"video": 7, "prompt": "x"}\n', "line 1: it has no text 'video'"),
-        (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]), "line 1: it has no text 'image'"),
+        ('{"video": "c.mp4", "prompt": " "}\n', "line 1: the prompt is empty"),
+        ('{"video": 7, "prompt": "x"}\n', "line 1: 'video' is missing or not a text"),
+        (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]), "line 1: 'image' is missing or not a text"),
         ("", "the table is empty"),
     ],
 )

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dataset.video import ClipError
-from dataset.worker_pool import JOBS_A_WORKER, Failure, run_in_workers
+from dataset.worker_pool import JOBS_PER_WORKER, Failure, run_in_workers
 
 
 def odd(job: str, buffer) -> str:
@@ -44,8 +44,8 @@ def test_what_goes_wrong_costs_nothing_but_itself(num_workers, encoding_s):
     assert outcomes.keys() == set(jobs)
     assert all(outcomes[job] == job.upper() for job in jobs if job not in odd_ones)
     reasons = {job: outcomes[job].reason for job in odd_ones}
-    assert "was not read within 2 s" in reasons["hangs"]
-    assert "crash (SIGABRT)" in reasons["aborts"]
+    assert "was not decoded within 2 s" in reasons["hangs"]
+    assert "crashed (SIGABRT)" in reasons["aborts"]
     assert "host memory" in reasons["is killed"]
     assert reasons["is unfit"] == "is too short"
     assert "KeyError" in reasons["fails"]
@@ -66,7 +66,7 @@ def test_jobs_are_taken_only_as_fast_as_results_are():
         kept = bytes(done.buffer.tolist())
         time.sleep(0.01)  # whoever encodes is slow; the workers are not
         assert bytes(done.buffer.tolist()) == kept  # and do not write to what is in use
-        assert len(taken) <= count + 2 * JOBS_A_WORKER
+        assert len(taken) <= count + 2 * JOBS_PER_WORKER
     results.close()
     assert not psutil.Process().children()
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
 from dataset.latent_cache import LatentCache
-from dataset.scan import ScanResult, summary
+from dataset.scan import ScanResult, summarize
 from dataset.video import SPREAD, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
@@ -96,7 +96,7 @@ def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
 def show(data: DataArgs, found: ScanResult, folder: Path) -> None:
     assert data.fps is not None
     if found.samples:
-        print("\n".join(summary(found.samples, found.facts, data.resize_mode, data.fps)))
+        print("\n".join(summarize(found.samples, found.facts, data.resize_mode, data.fps)))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.csv").open("w", newline="") as file:
             table = csv.writer(file)
@@ -180,7 +180,7 @@ def care_for_cache(
     print(f"Latent cache {cache.folder}: {len(used & there)} of {len(used)} entries are there")
     if options.verify_cache:
         with ThreadPoolExecutor() as pool:
-            verdicts = pool.map(partial(cache.is_intact, reads=True), sorted(used & there))
+            verdicts = pool.map(partial(cache.is_intact, verify_content=True), sorted(used & there))
             damaged = [*tqdm(verdicts, "Reading entries", len(used & there), unit="entry")].count(False)
         print(
             f"{damaged} entries were damaged and are removed; the next run encodes them anew"

@@ -11,7 +11,7 @@ from typing import Any
 
 from dataset.bucketing import ClipSample
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
-from dataset.scan import ScanResult, summary
+from dataset.scan import ScanResult, summarize
 from utils.checkpoint.manager import Progress
 from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
@@ -128,7 +128,7 @@ def make_plan(
         spec=spec,
         samples=report.samples,
         bad=report.bad,
-        clips=summary(report.samples, report.facts, args.data.resize_mode, args.data.fps or spec.fps),
+        clips=summarize(report.samples, report.facts, args.data.resize_mode, args.data.fps or spec.fps),
         keys=keys,
         validation=report.validation,
         validation_keys=validation_keys,
