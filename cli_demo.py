@@ -22,7 +22,7 @@ from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable
-from utils.config.options import finite, make_parser, option, parse_group, positive, seed_errors
+from utils.config.options import make_parser, option, parse_group, require_finite, require_positive, seed_errors
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
 from utils.model.weight_files import check_shapes, check_weights, read_config
@@ -59,9 +59,9 @@ class DemoArgs:
     enable_tiling: bool = option(True, help="VAE: one tile of the picture at a time; far less memory")
 
     def errors(self) -> Iterator[str]:
-        yield from positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
+        yield from require_positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
         yield from seed_errors(self.seed)
-        yield from finite(self, "lora_scale", "guidance_scale")
+        yield from require_finite(self, "lora_scale", "guidance_scale")
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."
         if self.output_path.suffix.lower() != ".mp4":
@@ -155,7 +155,7 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
             shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
         except Exception as error:  # of zip files, pickles and safetensors
             raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
-        check_shapes(shapes, folder, flag, kind, spec.transformer, no_others=True)
+        check_shapes(shapes, folder, flag, kind, spec.transformer, strict=True)
         return
     config = read_config(folder / "config.json", kind, flag)
     for name, expected in spec.transformer.items():

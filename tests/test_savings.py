@@ -16,6 +16,7 @@ from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import PROGRESS_FILE
 from utils.config.args import parse_args
 from utils.estimate import simulated_run
+from utils.estimate.context import RunContext
 from utils.memory import (
     activation_checkpointing,
     activation_offloading,
@@ -29,6 +30,7 @@ from utils.model.conditioning import predict_velocity
 from utils.model.loading import load_transformer
 from utils.model.spec import read_spec
 from utils.run.preflight import resolve
+from utils.training.loss import sample_inputs
 from utils.training.trainable import make_trainable, trained_parameters, use_attention_kernel, uses_autocast
 
 FORMS = ("2b", "5b-i2v", "1.5-i2v")
@@ -52,19 +54,21 @@ def prepared(model, tmp_path, *options, dtype=torch.float32):
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide half of the gradients
             parameter.data.normal_(std=0.02)
-    return transformer, args, form
+    return transformer, RunContext(args, form, {})
 
 
-def gradients(transformer, args, form, dtype=torch.float32, watch=None):
+def gradients(transformer, context, dtype=torch.float32, watch=None):
     """Prediction and gradients of a batch of two, and how often attention was computed, by `watch`."""
     torch.manual_seed(2)
-    batch = simulated_run.fake_batch(args, form, args.data.train_resolution[0], 2)
-    latents, image_latents, prompts = (None if t is None else torch.randn_like(t) for t in batch.values())
+    batch = {name: torch.randn(value.shape) for name, value in simulated_run.empty_batch(context, 2).items()}
+    inputs = sample_inputs(context.spec, batch["video"], batch.get("image"), [3, 4], 1000)
+    latents = inputs.latents
     with watch or CountAttention() as attention:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32 and uses_autocast(args, False)):
+        enabled = dtype != torch.float32 and uses_autocast(context.args, False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             timesteps = torch.tensor([700, 20])
             predicted = predict_velocity(
-                transformer, form, latents, timesteps, prompts.to(dtype), image_latents, dtype
+                transformer, context.spec, latents, timesteps, batch["prompt"].to(dtype), inputs.image_latents, dtype
             ).float()
         (predicted - latents.flip(0)).square().mean().backward()
     return predicted.detach(), [parameter.grad for parameter in trained_parameters(transformer)], attention.calls
@@ -166,7 +170,7 @@ def test_page_locked_memory_is_cut_without_gaps(monkeypatch):
     monkeypatch.setattr(pinned_memory, "CHUNK_BYTES", 4096)
     memory, flat = pinned_memory.PinnedArena(), []
     for count, dtype in ((100, torch.float32), (700, torch.bfloat16), (900, torch.int8), (3000, torch.int32)):
-        flat.append(memory.take(count, dtype).fill_(len(flat)))
+        flat.append(memory.allocate(count, dtype).fill_(len(flat)))
         assert flat[-1].shape == (count,) and flat[-1].dtype == dtype
     assert all((values == index).all() for index, values in enumerate(flat))
     pieces = [values.untyped_storage().data_ptr() for values in flat]
@@ -264,7 +268,7 @@ def test_compiled_blocks_compute_and_keep_the_same(tiny, tmp_path, monkeypatch, 
 # How far the weights may go astray, as a share of their way in float32.
 @pytest.mark.parametrize(("bits", "smallest", "tolerance"), [(8, 2**20, 1e-5), (8, 1, 0.06), (4, 1, 0.2)])
 def test_adam_in_few_bits_is_adam(monkeypatch, bits, smallest, tolerance):
-    monkeypatch.setattr(low_bit_adam, "SMALLEST", smallest)
+    monkeypatch.setattr(low_bit_adam, "MIN_QUANTIZED_SIZE", smallest)
     torch.manual_seed(0)
     before = torch.randn(64, 256)
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-2}
@@ -341,7 +345,7 @@ def test_released_gradients_train_the_same_weights_and_resume(tiny, data, tmp_pa
     options += ["--resume_from_checkpoint", "latest"]
     runs = [("whole", 4, []), ("halves", 2, ["--optimizer_in_backward"]), ("halves", 4, ["--optimizer_in_backward"])]
     as_on_a_gpu = patch_programs(
-        tmp_path, "utils.estimate.settings_search", "free_gpu_memory = lambda: 50.0"
+        tmp_path, "utils.estimate.context", "this_machine = lambda try_compiler: Machine(50.0)"
     )  # each start predicts
     for name, steps, more in runs:
         argv = arguments(tiny("1.5"), data, tmp_path / name, *options, "--train_steps", steps, *more)

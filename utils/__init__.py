@@ -1,3 +1,3 @@
-"""The parts of a run, in the order of their use: args, preflight, components, encoders, conditioning, loss, ..."""
+"""The training toolkit: one package per layer; `docs/architecture.md` has the import order."""
 
-from utils.common import torchvision_cpu  # noqa: F401  (before anything imports transformers or torchvision)
+from utils.common import torchvision_cpu  # noqa: F401  (must run before transformers or torchvision is imported)

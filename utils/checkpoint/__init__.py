@@ -1,0 +1,1 @@
+"""Saving, resuming and exporting checkpoints, and reading LoRA files and fine-tuned transformers."""

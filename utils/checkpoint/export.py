@@ -56,7 +56,7 @@ def export(weights: Mapping[str, StoredTensor], config_file: Path, folder: Path,
     kind = CogVideoXTransformer3DModel
     config = read_config(config_file, kind, flag)
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-    check_shapes(shapes, config_file.parent, flag, kind, config, no_others=True)
+    check_shapes(shapes, config_file.parent, flag, kind, config, strict=True)
     split = split_torch_state_dict_into_shards(
         {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()},
         filename_pattern=f"{WEIGHTS_NAME}{{suffix}}.safetensors",

@@ -1,0 +1,1 @@
+"""Memory prediction and settings search on fake tensors."""

@@ -1,8 +1,8 @@
-"""What a transformer block keeps from the forward pass for the backward pass, and where it is kept.
+"""Gradient checkpointing of the transformer blocks, optionally with attention outputs and offloading.
 
-Gradient checkpointing keeps a block's inputs and computes everything else anew (arXiv:1604.06174). Of that, attention
-is most of the work and its outputs are a small part of the memory, so they may be kept too (selective checkpointing,
-arXiv:2205.05198, section 5). What is kept may wait in host memory. None of it changes a single number.
+Plain checkpointing saves the inputs of each block and recomputes the rest in the backward pass (arXiv:1604.06174).
+Attention accounts for most of the recomputation, but its outputs take little memory. Selective checkpointing saves them
+too (arXiv:2205.05198, section 5). Saved tensors can be offloaded to host memory. No option changes a result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from utils.memory.activation_offloading import ActivationOffloader, OffloadedTensor
 
 aten = torch.ops.aten
-# What F.scaled_dot_product_attention becomes; its unfused form is no single operation, and is computed anew.
+# The fused kernels of F.scaled_dot_product_attention. Its math backend is not a single operation and is recomputed.
 ATTENTION = (
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -35,43 +35,47 @@ ATTENTION = (
 def checkpoint_blocks(
     transformer: CogVideoXTransformer3DModel, save_attention: bool, offload: bool, compiled: bool
 ) -> None:
-    """Makes each block keep its inputs alone.
+    """Enables gradient checkpointing for each transformer block.
 
     Args:
-        save_attention: and the outputs of its attention.
-        offload: let all of that wait in host memory.
-        compiled: compile the block with its checkpointing, all blocks from one graph; what is computed anew is then
-            fused into the backward pass.
+        save_attention: save the attention outputs of each block in addition to its inputs.
+        offload: keep saved tensors in host memory until the backward pass.
+        compiled: compile the block together with its checkpointing. All blocks share one graph, and the compiler fuses
+            the recomputation into the backward pass.
     """
-    memory = ActivationOffloader() if offload else None
-    keep = partial(checkpoint, use_reentrant=False, preserve_rng_state=transformer.config.dropout > 0)
+    offloader = ActivationOffloader() if offload else None
+    checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=transformer.config.dropout > 0)
     run_compiled = None
     if compiled:
-        run_compiled = torch.compile(partial(_in_graph, keep, save_attention), fullgraph=True)
-        # it warns of operations in place, of which a block has none
+        run_compiled = torch.compile(partial(_compilable, checkpointed, save_attention), fullgraph=True)
+        # torch warns about in-place operations under selective checkpointing. A block has some (the rotary embedding
+        # writes into the query), but the compiler makes them functional.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             if not save_attention:
                 return nullcontext(), nullcontext()
-            kept: deque[Any] = deque()
-            return SaveAttention(kept, memory), ReuseAttention(kept, memory)
+            saved: deque[Any] = deque()
+            return SaveAttention(saved, offloader), ReuseAttention(saved, offloader)
 
-        # of the block only what it keeps goes through these hooks; checkpointing has its own for all that is inside
-        elsewhere = memory.of_block(block, inputs) if memory else nullcontext()
-        with elsewhere:
+        # These hooks see only the checkpointed inputs; inside the block, the hooks of `checkpoint` replace them.
+        offloading = offloader.saved_tensors_hooks(block, inputs) if offloader else nullcontext()
+        with offloading:
             if run_compiled is not None:
                 return run_compiled(block, *inputs)
-            return keep(block, *inputs, context_fn=contexts)
+            return checkpointed(block, *inputs, context_fn=contexts)
 
     transformer.enable_gradient_checkpointing(run)
 
 
-def _in_graph(keep: Callable[..., Any], save_attention: bool, block: torch.nn.Module, *inputs: Any) -> Any:
-    """Within a graph it is the compiler that keeps and computes anew; it does not see `SaveAttention`."""
+def _compilable(checkpointed: Callable[..., Any], save_attention: bool, block: torch.nn.Module, *inputs: Any) -> Any:
+    """Runs a checkpointed block inside a compiled graph, where dispatch modes such as `SaveAttention` have no effect.
+
+    The compiler decides what to save and follows the policy of torch's own selective checkpointing.
+    """
     options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if save_attention else {}
-    return keep(block, *inputs, **options)
+    return checkpointed(block, *inputs, **options)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -79,30 +83,37 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 class SaveAttention(TorchDispatchMode):
-    """In the forward pass: puts what attention returns aside."""
+    """Saves the outputs of attention operations during the forward pass.
 
-    def __init__(self, kept: deque[Any], memory: ActivationOffloader | None) -> None:
+    Args:
+        saved: queue that `ReuseAttention` of the same block reads.
+        offloader: moves the outputs to host memory; None leaves them on the device.
+    """
+
+    def __init__(self, saved: deque[Any], offloader: ActivationOffloader | None) -> None:
         super().__init__()
-        self.kept, self.memory = kept, memory
+        self.saved, self.offloader = saved, offloader
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
+        outputs = func(*args, **kwargs or {})
         if func in ATTENTION:
-            # without the graph that autograd is about to hang on them
-            aside = tree_map_only(torch.Tensor, torch.Tensor.detach, result)
-            self.kept.append(tree_map_only(torch.Tensor, self.memory.send, aside) if self.memory else aside)
-        return result
+            # autograd attaches its graph to the outputs after this returns; detached copies do not hold on to it
+            detached = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+            self.saved.append(
+                tree_map_only(torch.Tensor, self.offloader.offload, detached) if self.offloader else detached
+            )
+        return outputs
 
 
 class ReuseAttention(TorchDispatchMode):
-    """In the backward pass: gives it back in place of computing it."""
+    """Returns the saved outputs of attention operations during recomputation; arguments as for `SaveAttention`."""
 
-    def __init__(self, kept: deque[Any], memory: ActivationOffloader | None) -> None:
+    def __init__(self, saved: deque[Any], offloader: ActivationOffloader | None) -> None:
         super().__init__()
-        self.kept, self.memory = kept, memory
+        self.saved, self.offloader = saved, offloader
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in ATTENTION:
             return func(*args, **kwargs or {})
-        kept = self.kept.popleft()
-        return tree_map_only(OffloadedTensor, self.memory.fetch, kept) if self.memory else kept
+        outputs = self.saved.popleft()
+        return tree_map_only(OffloadedTensor, self.offloader.fetch, outputs) if self.offloader else outputs

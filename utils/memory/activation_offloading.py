@@ -13,101 +13,107 @@ from torch.utils._pytree import tree_leaves
 from utils.memory import pinned_memory
 from utils.memory.pinned_memory import CopyStream
 
-# The smallest tensors that are sent to host memory, in bytes: below, copying costs more than it saves.
+# Tensors below this size stay on the device: copying them costs more time than it saves memory.
 MIN_OFFLOAD_BYTES = 2**20
-
-
-# Copies under way: tensors that are leaving while the next block computes, and that come back before they are needed.
-MAX_PENDING_OFFLOADS, PREFETCH_DISTANCE = 2, 4
+# Copies to the host that may be in flight. The device memory of a tensor is freed once this many newer ones follow it.
+MAX_PENDING_OFFLOADS = 2
+# Copies to the device that a fetch starts: the requested tensor and those that the backward pass needs next.
+PREFETCH_DISTANCE = 4
 
 
 class OffloadedTensor:
-    """A tensor that waits in host memory.
+    """A tensor that has a copy in host memory.
 
     Attributes:
-        here: the tensor on its device, before it has left and after it has come back.
-        copied: when it has left, or has come back.
-        was_fetched: whether it has been asked for.
+        on_device: the tensor on its device, until its offload is done and from its prefetch to its fetch; else None.
+        on_host: the copy in host memory.
+        index: position in the order of offloading.
+        copy_event: end of the latest copy, in either direction; None if the copy was synchronous.
+        was_fetched: whether `ActivationOffloader.fetch` has returned it.
     """
 
-    def __init__(self, tensor: torch.Tensor, away: torch.Tensor, index: int) -> None:
-        self.here: torch.Tensor | None = tensor
-        self.away, self.index, self.device, self.stride = away, index, tensor.device, tensor.stride()
-        self.copied: torch.cuda.Event | None = None
+    def __init__(self, tensor: torch.Tensor, on_host: torch.Tensor, index: int) -> None:
+        self.on_device: torch.Tensor | None = tensor
+        self.on_host, self.index, self.device, self.stride = on_host, index, tensor.device, tensor.stride()
+        self.copy_event: torch.cuda.Event | None = None
         self.was_fetched = False
 
 
 class ActivationOffloader:
-    """Sends tensors to host memory and fetches them, beside the computation.
+    """Offloads tensors to host memory and fetches them, concurrently with the computation.
 
-    They are fetched in the reverse order of sending, as a backward pass needs them, and some ahead of being asked for.
+    A backward pass needs tensors in the reverse order of offloading. A fetch therefore also prefetches the tensors that
+    were offloaded just before the requested one.
     """
 
     def __init__(self) -> None:
         self.order: list[tuple[weakref.ref[OffloadedTensor], torch.Tensor, Any]] = []
         self.arena = pinned_memory.PinnedArena()
-        # Memory of tensors that are no longer needed. All copies are on one stream, so that one that still reads it
-        # is over when the next writes.
-        self.spare: defaultdict[Any, list[torch.Tensor]] = defaultdict(list)
-        self.leaving: deque[OffloadedTensor] = deque()
+        # Host buffers free for reuse, by layout. All copies run on one stream, so a copy out of a buffer has finished
+        # before the next copy into it starts.
+        self.free_buffers: defaultdict[Any, list[torch.Tensor]] = defaultdict(list)
+        self.pending: deque[OffloadedTensor] = deque()
         self.copies = CopyStream()
 
-    def of_block(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> AbstractContextManager:
-        """Sends what autograd keeps within, but for what is on the device anyway.
+    def saved_tensors_hooks(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> AbstractContextManager:
+        """Returns a context that offloads the tensors which autograd saves.
 
-        That is the block's weights, which a compiled block keeps too, and what all blocks share: inputs in a tuple.
+        Two groups of tensors stay, because the device holds them anyway: weights and buffers of the block, which a
+        compiled block saves too, and inputs inside a tuple, which all blocks share.
         """
         shared = tree_leaves([value for value in inputs if not isinstance(value, torch.Tensor)])
         stays = {
             storage_id(tensor) for tensor in (*block.parameters(), *block.buffers(), *shared) if tensor is not None
         }
 
-        def send(tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
-            return tensor if storage_id(tensor) in stays else self.send(tensor)
+        def pack(tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
+            return tensor if storage_id(tensor) in stays else self.offload(tensor)
 
-        return torch.autograd.graph.saved_tensors_hooks(send, self.fetch)
+        return torch.autograd.graph.saved_tensors_hooks(pack, self.fetch)
 
-    def send(self, tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
+    def offload(self, tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
+        """Starts copying a tensor to host memory. Returns the tensor itself if it is below `MIN_OFFLOAD_BYTES`."""
         if tensor.nbytes < MIN_OFFLOAD_BYTES:
             return tensor
-        while self.order and self.order[-1][0]() is None:  # of a backward pass that is over
-            _, away, layout = self.order.pop()
-            self.spare[layout].append(away)
+        while self.order and self.order[-1][0]() is None:  # from a finished backward pass
+            _, on_host, layout = self.order.pop()
+            self.free_buffers[layout].append(on_host)
         layout = tensor.shape, tensor.stride(), tensor.dtype
-        spare = self.spare[layout]
-        offloaded = OffloadedTensor(tensor, spare.pop() if spare else self.arena.empty_like(tensor), len(self.order))
-        offloaded.copied = self.copies.copy(tensor, offloaded.away)
-        self.order.append((weakref.ref(offloaded), offloaded.away, layout))
-        self.leaving.append(offloaded)
-        if len(self.leaving) > MAX_PENDING_OFFLOADS:
-            left = self.leaving.popleft()
-            self.copies.wait(left.copied)
-            left.here = None
+        free = self.free_buffers[layout]
+        offloaded = OffloadedTensor(tensor, free.pop() if free else self.arena.empty_like(tensor), len(self.order))
+        offloaded.copy_event = self.copies.copy(tensor, offloaded.on_host)
+        self.order.append((weakref.ref(offloaded), offloaded.on_host, layout))
+        self.pending.append(offloaded)
+        if len(self.pending) > MAX_PENDING_OFFLOADS:
+            oldest = self.pending.popleft()
+            self.copies.wait(oldest.copy_event)
+            oldest.on_device = None
         return offloaded
 
     def fetch(self, offloaded: OffloadedTensor | torch.Tensor) -> torch.Tensor:
+        """Returns the tensor on its device and starts to prefetch the next ones."""
         if isinstance(offloaded, torch.Tensor):
             return offloaded
         for index in range(offloaded.index, max(offloaded.index - PREFETCH_DISTANCE, -1), -1):
             candidate = self.order[index][0]()
             if (
                 candidate is not None
-                and candidate.here is None
+                and candidate.on_device is None
                 and (candidate is offloaded or not candidate.was_fetched)
             ):
-                # with the strides it had, on which a compiled backward pass insists
-                candidate.here = torch.empty_strided(
-                    candidate.away.shape, candidate.stride, dtype=candidate.away.dtype, device=candidate.device
+                # a compiled backward pass requires the original strides
+                candidate.on_device = torch.empty_strided(
+                    candidate.on_host.shape, candidate.stride, dtype=candidate.on_host.dtype, device=candidate.device
                 )
-                candidate.copied = self.copies.copy(candidate.away, candidate.here)
-        if offloaded in self.leaving:
-            self.leaving.remove(offloaded)
-        self.copies.wait(offloaded.copied)
-        tensor, offloaded.here, offloaded.was_fetched = offloaded.here, None, True
+                candidate.copy_event = self.copies.copy(candidate.on_host, candidate.on_device)
+        if offloaded in self.pending:
+            self.pending.remove(offloaded)
+        self.copies.wait(offloaded.copy_event)
+        tensor, offloaded.on_device, offloaded.was_fetched = offloaded.on_device, None, True
         assert tensor is not None
         return tensor
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """Names the memory that a tensor is in, a fake one's too."""
+    """Storage identity of a tensor; works for fake tensors too."""
     return tensor.untyped_storage()._cdata

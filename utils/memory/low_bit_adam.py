@@ -1,11 +1,12 @@
-"""Adam with states of few bits and, for full fine-tuning, weights of half precision alone.
+"""Adam with 8-bit or 4-bit states, and without float32 copies of half-precision weights.
 
-States are held in blocks with a scale each, in codes that are fine near the largest of a block and reach, with 8 bits,
-seven orders of magnitude below it (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2). The mean
-of the gradients can do with 4 bits; that of their squares, by whose root is divided, cannot. What is smaller than half
-a step between two values would be lost by rounding to the nearest: an update of a weight in half precision, and what a
-gradient adds to a mean of 4 bits. Both are rounded up or down at random, so that on average they are exact
-(arXiv:2010.06192, section 3).
+States are quantized in blocks with one scale each. The codes are dense near the largest value of a block; with 8 bits
+they cover seven orders of magnitude (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2). The
+first moment works in 4 bits. The second moment needs 8, because the update divides by its root.
+
+Rounding to nearest would lose updates of half-precision weights, and of a 4-bit first moment, that are smaller than
+half the distance to the next value. Both use stochastic rounding, which is exact in expectation (arXiv:2010.06192,
+section 3).
 """
 
 from __future__ import annotations
@@ -18,15 +19,23 @@ import torch
 
 from utils.common.seeds import ROUNDING, seed_for
 
-# Weights that share a scale, and weights worked on at a time, which bounds what the update needs beside the states.
-BLOCK, CHUNK = 256, 2**23
-# Tensors of fewer weights keep their states in float32, and so do those that do not divide into blocks.
-SMALLEST = 4096
+# Number of values that share a scale.
+BLOCK = 256
+# Number of weights that are updated at a time; bounds the temporary memory of an update.
+CHUNK = 2**23
+# Smaller tensors keep float32 states. So do tensors whose size is not a multiple of BLOCK.
+MIN_QUANTIZED_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Codes of so many bits, and what they stand for: `values`, ascending, float32 from -1 or 0 to 1."""
+    """The values that codes represent.
+
+    Attributes:
+        bits: 8 or 4.
+        signed: whether the values cover (-1, 1] or [0, 1].
+        values: float32 (2**bits,), ascending; the code is the index.
+    """
 
     bits: int
     signed: bool
@@ -34,7 +43,10 @@ class Codebook:
 
 
 def make_codebook(bits: int, signed: bool, device: torch.device) -> Codebook:
-    """Each decade below 1 has half as many values as the one above, in the middles of equal parts of it."""
+    """Builds a codebook whose values are spaced linearly within each decade.
+
+    Each decade below 1 has half as many values as the decade above it.
+    """
     values = [torch.ones(1)]
     for decade in range(bits - 1):
         count = 2 ** (decade if signed else decade + 1)
@@ -46,38 +58,39 @@ def make_codebook(bits: int, signed: bool, device: torch.device) -> Codebook:
 
 
 def encode(values: torch.Tensor, codebook: Codebook, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 (N,) -> codes uint8 (N * bits / 8,) and scales float32 (N / BLOCK, 1).
+    """Quantizes float32 (N,) to codes uint8 (N * bits / 8,) and scales float32 (N / BLOCK, 1).
 
-    8 bits take the nearest value, but of squares not zero for what is not; 4 bits one of both neighbours, at random.
+    8 bits round to nearest, but never round a nonzero second moment to zero. 4 bits round stochastically.
     """
     blocks = values.view(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
     blocks, table = blocks / scale, codebook.values
     if codebook.bits == 8:
         codes = torch.bucketize(blocks, (table[1:] + table[:-1]) / 2, out_int32=True)
-        if not codebook.signed:  # under a root, as a divisor
+        if not codebook.signed:  # unsigned values are second moments, and the update divides by their root
             codes.clamp_min_(1)
         return codes.to(torch.uint8).flatten(), scale
     upper = torch.bucketize(blocks, table, out_int32=True).clamp_(1, len(table) - 1)
     below, above = table[upper - 1], table[upper]
-    chance = torch.rand(blocks.shape, device=values.device, generator=generator)
-    codes = (upper - (chance >= (blocks - below) / (above - below)).int()).to(torch.uint8).view(-1, 2)
+    noise = torch.rand(blocks.shape, device=values.device, generator=generator)
+    codes = (upper - (noise >= (blocks - below) / (above - below)).int()).to(torch.uint8).view(-1, 2)
     return codes[:, 0] | codes[:, 1] << 4, scale
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, codebook: Codebook) -> torch.Tensor:
-    """The float32 values (N,) that codes stand for."""
+    """Dequantizes codes to float32 (N,)."""
     if codebook.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=1)
     return (codebook.values[codes.int()].view(-1, BLOCK) * scale).flatten()
 
 
-# Half precision -> the bits of float32 that it lacks, and what makes its smallest normal number that of float32.
+# Half-precision dtype -> mantissa bits fewer than float32, and the factor that maps its smallest normal number to that
+# of float32, so that subnormal numbers round correctly too.
 ROUNDED_BITS = {torch.bfloat16: (16, 1.0), torch.float16: (13, 2.0**-112)}
 
 
 def stochastic_round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Float32 -> half precision, to either neighbour, with the chances that make the mean exact."""
+    """Rounds float32 to one of the two nearest half-precision numbers at random; exact in expectation."""
     bits, factor = ROUNDED_BITS[dtype]
     noise = torch.randint(2**bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     scaled = values if factor == 1 else values * factor
@@ -88,11 +101,11 @@ class LowBitAdam(torch.optim.Optimizer):
     """Adam for weights in float32 or half precision.
 
     Args:
-        mean_bits: 8 or 4; the mean of the squares has 8.
+        mean_bits: bits of the first moment, 8 or 4. The second moment always has 8.
         decoupled_weight_decay: AdamW.
-        seed: of the rounding, which is the same on every process and after resuming.
-        release: update each weight in the backward pass as soon as its gradient is there, and drop the gradient. `step`
-            then has nothing left to do, and gradients can neither be clipped nor added up over several passes.
+        seed: seed of stochastic rounding. Results are the same on every process and after resuming.
+        in_backward: update each weight during the backward pass as soon as its gradient is computed, then free the
+            gradient. `step` does nothing, and gradients cannot be clipped or accumulated.
     """
 
     def __init__(
@@ -111,8 +124,8 @@ class LowBitAdam(torch.optim.Optimizer):
         super().__init__(weights, settings | {"decoupled_weight_decay": decoupled_weight_decay})
         self.mean_bits, self.seed, self.in_backward = mean_bits, seed, in_backward
         self._index: dict[torch.Tensor, int] = {weight: index for index, weight in enumerate(weights)}
-        # of mean and squares, once the weights are where they will be; not for longer than the optimizer, which may be
-        # one of fake tensors
+        # Codebooks of the first and second moment, built lazily on the weights' device. A module-level cache would leak
+        # fake tensors from memory prediction into a real run.
         self._codebooks: tuple[Codebook, Codebook] | None = None
         self._norms: list[torch.Tensor] = []
         self._factor: torch.Tensor | float = 1.0
@@ -127,24 +140,27 @@ class LowBitAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip(self, max_norm: float, scale: float) -> torch.Tensor:
-        """Lets `step` clip the gradients to a norm; returns the norm they have.
+        """Sets the factor by which the next `step` clips and unscales the gradients.
 
-        The gradients stay as they are: in fp16, small ones that are divided by the loss scale would be lost.
+        The stored gradients do not change: in fp16, small ones would underflow if divided by the loss scale.
 
         Args:
-            max_norm: is infinite where gradients have been released, which are gone.
-            scale: of the loss, by which the gradients are too large.
+            max_norm: maximum norm of the unscaled gradients; must be infinite with `in_backward`.
+            scale: loss scale that the gradients contain.
+
+        Returns:
+            the norm of the unscaled gradients before clipping, including gradients that were already released.
         """
         norms = (
             self._norms if self.in_backward else [_norm(weight) for weight in self._index if weight.grad is not None]
         )
         norm, self._norms = torch.linalg.vector_norm(torch.stack(norms)) / scale, []
-        self._factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scale  # as torch.nn.utils.clip_grad_norm_
+        self._factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scale  # as in torch.nn.utils.clip_grad_norm_
         return norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if not self.in_backward:  # else all is done; DDP puts zeros where the gradients were
+        if not self.in_backward:  # otherwise done already; DDP may have put zeros in place of the gradients
             for weight in self._index:
                 if weight.grad is not None:
                     self._update(weight)
@@ -160,13 +176,13 @@ class LowBitAdam(torch.optim.Optimizer):
         )
         if self._codebooks is None:
             self._codebooks = make_codebook(self.mean_bits, True, weight.device), make_codebook(8, False, weight.device)
-        mean_slot, square_slot = (
+        mean_state, square_state = (
             QuantizedState(state, name, codebook, generator)
             for name, codebook in zip(("mean", "square"), self._codebooks, strict=True)
         )
         if step == 1:
-            for slot in (mean_slot, square_slot):
-                slot.fill_with_zeros(weight)
+            for moment in (mean_state, square_state):
+                moment.fill_with_zeros(weight)
         weights, gradients = weight.view(-1), weight.grad.reshape(-1)
         for start in range(0, len(weights), CHUNK):
             part = slice(start, start + CHUNK)
@@ -177,17 +193,17 @@ class LowBitAdam(torch.optim.Optimizer):
                 value = value * (1 - rate * group["weight_decay"])
             else:
                 gradient = gradient + group["weight_decay"] * value
-            mean = mean_slot.read(part).lerp_(gradient, 1 - beta1)
-            square = square_slot.read(part).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            mean_slot.write(part, mean)
-            square_slot.write(part, square)
+            mean = mean_state.read(part).lerp_(gradient, 1 - beta1)
+            square = square_state.read(part).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            mean_state.write(part, mean)
+            square_state.write(part, square)
             divisor = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
             value.addcdiv_(mean, divisor, value=-rate / (1 - beta1**step))
             weights[part] = stochastic_round(value, weight.dtype, generator) if weight.dtype in ROUNDED_BITS else value
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # which casts the states to the dtype of the weights
+        super().load_state_dict(state_dict)  # casts states to the dtype of the weights; the loop below undoes it
         for index, weight in enumerate(self._index):
             if index in state_dict["state"]:
                 self.state[weight] = {
@@ -197,14 +213,21 @@ class LowBitAdam(torch.optim.Optimizer):
 
 
 def _norm(weight: torch.Tensor) -> torch.Tensor:
-    """Float32, of the gradient."""
+    """Float32 norm of the gradient."""
     assert weight.grad is not None
     return torch.linalg.vector_norm(weight.grad, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class QuantizedState:
-    """One of the two states of a weight: codes with their scales, or float32 where the weight is small."""
+    """One moment of a weight: codes with scales, or float32 if the weight is below `MIN_QUANTIZED_SIZE`.
+
+    Attributes:
+        state: the optimizer state of the weight; holds the tensors `name` and `name`_scale.
+        name: "mean" or "square".
+        codebook: codebook of this moment.
+        generator: random numbers of stochastic rounding.
+    """
 
     state: dict[str, Any]
     name: str
@@ -212,8 +235,9 @@ class QuantizedState:
     generator: torch.Generator
 
     def fill_with_zeros(self, weight: torch.Tensor) -> None:
+        """Allocates the state of a weight."""
         count, device = weight.numel(), weight.device
-        if count < SMALLEST or count % BLOCK:
+        if count < MIN_QUANTIZED_SIZE or count % BLOCK:
             self.state[self.name] = torch.zeros(count, device=device)
             return
         self.state[self.name] = torch.empty(count * self.codebook.bits // 8, dtype=torch.uint8, device=device)
@@ -223,22 +247,23 @@ class QuantizedState:
             self.write(part, torch.zeros(part.stop - part.start, device=device))
 
     def read(self, part: slice) -> torch.Tensor:
-        """A part of the state as float32, to be written to."""
+        """Returns a slice of the state as a new float32 tensor. The slice starts at a multiple of BLOCK."""
         scale = self.state.get(f"{self.name}_scale")
         if scale is None:
             return self.state[self.name][part].clone()
-        return decode(self.state[self.name][self._codebooks(part)], scale[self._scales(part)], self.codebook)
+        return decode(self.state[self.name][self._code_slice(part)], scale[self._scale_slice(part)], self.codebook)
 
     def write(self, part: slice, values: torch.Tensor) -> None:
+        """Stores float32 values in a slice of the state."""
         scale = self.state.get(f"{self.name}_scale")
         if scale is None:
             self.state[self.name][part] = values
             return
-        codes, scale[self._scales(part)] = encode(values, self.codebook, self.generator)
-        self.state[self.name][self._codebooks(part)] = codes
+        codes, scale[self._scale_slice(part)] = encode(values, self.codebook, self.generator)
+        self.state[self.name][self._code_slice(part)] = codes
 
-    def _codebooks(self, part: slice) -> slice:
+    def _code_slice(self, part: slice) -> slice:
         return slice(part.start * self.codebook.bits // 8, part.stop * self.codebook.bits // 8)
 
-    def _scales(self, part: slice) -> slice:
+    def _scale_slice(self, part: slice) -> slice:
         return slice(part.start // BLOCK, part.stop // BLOCK)

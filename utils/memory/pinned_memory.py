@@ -1,23 +1,22 @@
-"""Copies between a GPU and host memory, beside the computation."""
+"""Pinned host memory and asynchronous copies between GPU and host."""
 
 from __future__ import annotations
 
 import torch
 
-# A prediction puts another device here, whose bytes it counts apart.
+# Memory prediction replaces this device in order to count host memory separately.
 HOST = torch.device("cpu")
-
-
-# Page-locked memory is had from the system in pieces of so many bytes.
+# Pinned memory is allocated in chunks of this size.
 CHUNK_BYTES = 2**30
-# Tensors in it begin at multiples of so many bytes.
+# Tensors in a chunk start at multiples of this many bytes.
 ALIGNMENT = 512
 
 
 class PinnedArena:
-    """Host memory for tensors of a GPU, page-locked, as it has to be to copy beside other work.
+    """Allocates pinned host memory for copies of GPU tensors. Copies are asynchronous only from and to pinned memory.
 
-    They lie one behind the other; torch would give each a power of two of bytes. All are given back together.
+    Allocations are packed into chunks; PyTorch's own pinned allocator would round each one up to a power of two. A
+    chunk is freed with the last of its tensors.
     """
 
     def __init__(self) -> None:
@@ -25,14 +24,14 @@ class PinnedArena:
         self._used = 0
 
     def empty_like(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """In the order of dimensions in which the tensor lies on its device; ordinary memory where that is the host."""
+        """Returns an uninitialized host tensor with the same strides; pinned if the tensor is on CUDA."""
         if not tensor.is_cuda:
             return torch.empty_like(tensor, dtype=dtype, device=HOST)
         stride = torch.empty_like(tensor, device="meta").stride()
-        return self.take(tensor.numel(), dtype or tensor.dtype).as_strided(tensor.shape, stride)
+        return self.allocate(tensor.numel(), dtype or tensor.dtype).as_strided(tensor.shape, stride)
 
-    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """The next so many values."""
+    def allocate(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns an uninitialized tensor (count,)."""
         size = count * dtype.itemsize
         if self._used + size > len(self._chunk):
             self._chunk = torch.empty(max(CHUNK_BYTES, size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
@@ -43,30 +42,30 @@ class PinnedArena:
 
 
 class CopyStream:
-    """Copies on a stream of its own; on a CPU they are done when they return.
+    """Copies tensors on a CUDA stream of its own; copies are synchronous without a GPU.
 
-    Whoever gives up a tensor that is copied, or uses one that is copied to, calls `wait` first: the GPU's work that
-    comes later then waits for the copy, and the CPU, which is ahead of it, does not.
+    Call `wait` before freeing the source or reading the target of a copy. Only later GPU work waits, not the CPU.
     """
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event | None:
-        """Returns what tells that it is done."""
+        """Starts a copy and returns the event of its end, or None if the copy is already done."""
         if self.stream is None:
             target.copy_(source)
             return None
-        self.stream.wait_stream(torch.cuda.current_stream())  # the source is written, the target no longer read
+        self.stream.wait_stream(torch.cuda.current_stream())  # until the source is written and the target is unused
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
             return self.stream.record_event()
 
-    def wait(self, copied: torch.cuda.Event | None) -> None:
-        if copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
+    def wait(self, copy_event: torch.cuda.Event | None) -> None:
+        """Makes the current stream wait for a copy."""
+        if copy_event is not None:
+            torch.cuda.current_stream().wait_event(copy_event)
 
     def synchronize(self) -> None:
-        """Waits until the host may read what was copied to it."""
+        """Blocks the CPU until all copies are done, so that it may read their targets."""
         if self.stream is not None:
             self.stream.synchronize()

@@ -1,7 +1,7 @@
-"""A frozen base in 8 or 4 bits under LoRA: linear layers that hold codes, and make weights of them for each product.
+"""Linear layers with frozen weights in 8 or 4 bits, for the base model under LoRA.
 
-Making them costs memory traffic of one weight matrix, little beside a product with ten thousand tokens. Neither pass
-keeps the matrix that it made.
+Each forward and backward pass dequantizes the weight and frees it after the matrix product. This costs the memory
+traffic of one weight matrix, which is small compared to a product with ten thousand tokens.
 """
 
 from __future__ import annotations
@@ -12,46 +12,49 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-# Of int4: so many weights in a row share a scale and an offset.
+# int4: number of consecutive weights of a row that share a scale and an offset.
 GROUP = 64
 FP8 = torch.float8_e4m3fn
 
 
-def quantize_blocks(transformer: torch.nn.Module, kind: str, device: torch.device | str | None = None) -> None:
-    """Replaces the frozen linear layers of all blocks, one by one, with such of a kind: int8, fp8 or int4.
+def quantize_blocks(transformer: torch.nn.Module, scheme: str, device: torch.device | str | None = None) -> None:
+    """Replaces the frozen linear layers of all blocks with `QuantizedLinear`, one at a time.
 
     Args:
-        device: where the codes go; the weights that they are made of may be on the host. Default: where those are.
+        scheme: "int8", "fp8" or "int4".
+        device: device of the codes; defaults to the device of the weights. The weights may be on the host.
     """
     for block in transformer.transformer_blocks:  # type: ignore[union-attr]
         for parent in list(block.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) is torch.nn.Linear and not layer.weight.requires_grad:
-                    setattr(parent, name, QuantizedLinear(layer, kind, device))
+                    setattr(parent, name, QuantizedLinear(layer, scheme, device))
 
 
-def encode(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes, scale and offset of a weight [out, in].
+def encode(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantizes a weight [out, in].
 
-    Each row has a scale of its own (int8, fp8: symmetric), or each `GROUP` of a row a scale and an offset in its dtype
-    (int4: two codes a byte).
+    Returns:
+        codes, scale and offset:
+        int8, fp8: codes [out, in], float32 scale [out, 1], no offset;
+        int4: two codes per byte, uint8 [out, in / 2]; bfloat16 scale and offset [out, groups, 1].
     """
     weight = weight.float()
-    if kind == "int4":
+    if scheme == "int4":
         groups = weight.unflatten(1, (-1, math.gcd(weight.shape[1], GROUP)))
         low, high = groups.aminmax(dim=2, keepdim=True)
         low = low.bfloat16()
         scale = ((high - low.float()) / 15).clamp(min=1e-8).bfloat16()
         codes = ((groups - low.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8).flatten(1)
         return codes[:, 0::2] | codes[:, 1::2] << 4, scale, low
-    largest = 127.0 if kind == "int8" else torch.finfo(FP8).max
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+    max_code = 127.0 if scheme == "int8" else torch.finfo(FP8).max
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / max_code
     scaled = weight / scale
-    return (scaled.round().to(torch.int8) if kind == "int8" else scaled.to(FP8)), scale, None
+    return (scaled.round().to(torch.int8) if scheme == "int8" else scaled.to(FP8)), scale, None
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] that codes stand for, in `dtype`."""
+    """Dequantizes codes to a weight [out, in] in `dtype`."""
     if offset is None:
         return codes.to(dtype).mul_(scale.to(dtype))
     pairs = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)
@@ -59,12 +62,12 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None
 
 
 class QuantizedLinear(torch.nn.Module):
-    """A frozen linear layer; x [..., in] -> [..., out], computed in the dtype of autocast or else of x."""
+    """A frozen linear layer, x [..., in] -> [..., out]. Computes in the dtype of autocast if enabled, else of x."""
 
-    def __init__(self, layer: torch.nn.Linear, kind: str, device: torch.device | str | None) -> None:
+    def __init__(self, layer: torch.nn.Linear, scheme: str, device: torch.device | str | None) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        codes, scale, offset = encode(layer.weight.detach().to(device or layer.weight.device), kind)
+        codes, scale, offset = encode(layer.weight.detach().to(device or layer.weight.device), scheme)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
@@ -78,7 +81,7 @@ class QuantizedLinear(torch.nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W' + b, which keeps the codes of W for the backward pass in place of W."""
+    """x W^T + b. Saves the codes of W for the backward pass instead of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, codes: Any, scale: Any, offset: Any, bias: Any) -> torch.Tensor:

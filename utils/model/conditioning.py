@@ -1,12 +1,16 @@
-"""From moments to what the transformer is called with: shared by training, held-out loss and the parity tests.
+"""Builds the inputs of the transformer from VAE moments, and calls it.
 
-Everything here mirrors what the diffusers pipelines feed the transformer; where one of them is quoted, its method is
-named. Legend: B batch, F latent frames, C latent channels, H W latent height and width.
+Training, held-out loss and parity tests share this module. It reproduces the inputs of the diffusers pipelines;
+docstrings name the pipeline method they follow.
+
+Shapes: B batch, F latent frames, C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -16,21 +20,21 @@ from utils.model.spec import ModelSpec
 
 
 def sample_moments(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draws from the VAE's posterior: [B, 2C, F, H, W] and noise [B, C, F, H, W] -> float32 [B, C, F, H, W].
+    """Samples the VAE posterior: moments [B, 2C, F, H, W], noise [B, C, F, H, W] -> float32 [B, C, F, H, W].
 
-    As `DiagonalGaussianDistribution.sample`, whose clamp of the log-variance it repeats.
+    Follows `DiagonalGaussianDistribution.sample`, including its clamp of the log-variance.
     """
     mean, log_variance = moments.float().chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
 
 
 def to_video_latents(sample: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
-    """VAE sample [B, C, F, H, W] -> scaled, padded latents [B, F', C, H, W].
+    """Scales and pads a VAE sample: [B, C, F, H, W] -> [B, F', C, H, W].
 
-    1.5 denoises `patch_size_t` latent frames a token, so their number is made a multiple by padding in FRONT. The
-    pipelines draw the padding frames as noise, denoise them along with the rest and drop them from the front. Here they
-    are copies of the first frame, noised and scored like every other frame: the model shall know what to make of them
-    while sampling, and i2v finds its condition image beside its own picture.
+    In CogVideoX1.5 a token spans `patch_size_t` latent frames, so F is padded at the front to a multiple F'. The
+    pipelines initialize the padding frames with noise, denoise them with the others and drop them after sampling. Here
+    they are copies of the first frame that are noised and included in the loss like any other frame. The model thus
+    learns to denoise them, and for i2v the condition image is concatenated to a frame with the same content.
     """
     latents = sample.transpose(1, 2) * spec.scaling_factor  # [B, C, F, H, W] -> [B, F, C, H, W]
     first = latents[:, :1].expand(-1, spec.frames_to_pad(latents.shape[1]), -1, -1, -1)
@@ -38,13 +42,14 @@ def to_video_latents(sample: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
 
 
 def to_image_latents(sample: torch.Tensor, spec: ModelSpec, latent_frames: int) -> torch.Tensor:
-    """VAE sample of the condition image [B, C, 1, H, W] -> [B, F, C, H, W], zero after the first frame.
+    """Scales and pads a VAE sample of the condition image: [B, C, 1, H, W] -> [B, F, C, H, W].
 
-    As `CogVideoXImageToVideoPipeline.prepare_latents`: 1.5-I2V was trained with the factor forgotten on this side, and
-    its VAE config says so (`invert_scale_latents`). The image stands in the first of the padded frames.
+    The image takes frame 0, which is a padding frame where there is padding; all later frames are zero. Follows
+    `CogVideoXImageToVideoPipeline.prepare_latents`, which divides by the scaling factor if the VAE config sets
+    `invert_scale_latents` (CogVideoX1.5-I2V).
 
     Args:
-        latent_frames: F, padding included.
+        latent_frames: F, including padding.
     """
     factor = 1 / spec.scaling_factor if spec.inverts_image_latents else spec.scaling_factor
     image = sample.transpose(1, 2) * factor  # [B, C, 1, H, W] -> [B, 1, C, H, W]
@@ -56,12 +61,14 @@ def to_image_latents(sample: torch.Tensor, spec: ModelSpec, latent_frames: int) 
 def rotary_table(
     head_dim: int, grid: tuple[int, int, int], base: tuple[int, int], slices: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each float32 [tokens, head_dim], as `_prepare_rotary_positional_embeddings`.
+    """Returns cosines and sines, each float32 [tokens, head_dim].
+
+    Follows `_prepare_rotary_positional_embeddings` of the pipelines.
 
     Args:
-        grid: tokens along time, height and width.
-        base: tokens along height and width of the config's sample size.
-        slices: 1.5 cuts the table of the base grid; 1.0 scales the grid into a crop of the base.
+        grid: number of tokens along time, height and width.
+        base: number of tokens along height and width at the sample size in the config.
+        slices: CogVideoX1.5 slices the table of the base grid; 1.0 scales the grid to a crop of the base grid.
     """
     frames, height, width = grid
     if slices:
@@ -74,7 +81,7 @@ def rotary_table(
 
 
 def rotary_for(spec: ModelSpec, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The rotary table for latents [B, F, C, H, W]; None for 2b, which adds sincos positions by itself."""
+    """Returns the rotary table for latents [B, F, C, H, W], or None for 2b, whose transformer adds sincos positions."""
     if not spec.has_rotary_positions:
         return None
     _, frames, _, height, width = latents.shape
@@ -89,7 +96,7 @@ def rotary_for(spec: ModelSpec, latents: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def predict_velocity(
-    transformer: torch.nn.Module,
+    transformer: Callable[..., Any],
     spec: ModelSpec,
     noisy: torch.Tensor,
     timesteps: torch.Tensor,
@@ -100,14 +107,14 @@ def predict_velocity(
     """Calls the transformer as the pipelines do.
 
     Args:
-        noisy: latents at `timesteps` [B, F, C, H, W].
+        noisy: latents with the noise of `timesteps`, [B, F, C, H, W].
         timesteps: int64 [B].
-        prompt_embeds: [B, S, D].
-        image_latents: [B, F, C, H, W] for i2v.
-        dtype: of the transformer's inputs.
+        prompt_embeds: text embeddings [B, S, D].
+        image_latents: [B, F, C, H, W] for i2v, None for t2v.
+        dtype: dtype of the transformer's inputs.
 
     Returns:
-        the velocity [B, F, C, H, W].
+        the predicted velocity [B, F, C, H, W].
     """
     hidden = noisy if image_latents is None else torch.cat([noisy, image_latents], dim=2)
     hidden = hidden.to(dtype)

@@ -1,4 +1,4 @@
-"""Loading and releasing the parts of a checkpoint; each in the dtype in which it is stored, unless told otherwise."""
+"""Loads and releases the components of a checkpoint. Components keep their stored dtype unless `dtype` is given."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bflo
 
 
 def resolve_model_dir(model_path: str) -> Path:
-    """A folder stays as it is; an id on the model hub is downloaded into the hub's cache, once.
+    """Returns the folder of a checkpoint. Downloads a model hub id to the hub's cache if it is not there yet.
 
     Raises:
-        UserError: the id cannot be downloaded.
+        UserError: the download fails.
     """
     is_hub_id = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
     if Path(model_path).is_dir() or not is_hub_id:
@@ -52,27 +52,28 @@ def resolve_model_dir(model_path: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--model_path {model_path}: there is no such folder, and the model hub did not give it ({reason})."
+            f"--model_path {model_path}: there is no such folder, and the model hub download failed ({reason})."
         ) from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first tensor of a component's safetensors."""
+    """Returns the dtype of the first tensor in a component's safetensors files."""
     with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as weights:
         name = next(iter(weights.keys()))
         return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
 
 
 def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """That of the files; float32 for float16 on a CPU, where convolutions in float16 take many times as long."""
+    """Returns the stored dtype, but float32 instead of float16 on a CPU, where float16 convolutions are very slow."""
     stored = stored_dtype(folder)
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
 def fingerprint(folder: Path, **settings: Any) -> str:
-    """A digest that changes with a component's files or settings.
+    """Returns a digest of a component's files and settings, 32 hex digits; part of the cache keys.
 
-    Small files are read whole; of large ones the size and 256 evenly spaced blocks, which any retraining changes.
+    Files up to 64 MiB are hashed in full. Of larger files, the size and 256 evenly spaced blocks of 64 KiB are hashed;
+    any retraining changes them.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -113,27 +114,32 @@ def load_text_encoder(model_dir: Path, device: torch.device, dtype: torch.dtype 
 def load_transformer(
     folder: Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CogVideoXTransformer3DModel:
-    """A transformer on a device, in a dtype; by default in that of its files.
+    """Loads a transformer.
 
-    It is memory-mapped until each weight is copied or cast, so that the processes of a machine share the pages.
+    The weights are memory-mapped until they are copied or cast, so the processes of a machine share the pages.
     """
     transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=stored_dtype(folder))
-    return torch.nn.Module.to(transformer, device, dtype)  # diffusers' own warns of every cast
+    return torch.nn.Module.to(transformer, device, dtype)  # the `to` of diffusers warns about every cast
 
 
 def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
-    """The checkpoint's noise schedule in the sampler that validation and demo share.
+    """Loads the checkpoint's noise schedule into the sampler that validation and demo share.
 
-    "trailing" spacing starts at the last timestep, where the rescaled schedule has no signal left; the other spacings
-    begin below it and ask the model for something it never saw from pure noise (arXiv:2305.08891, section 3.3).
+    "trailing" spacing starts at the last timestep, where the rescaled schedule has no signal left. Other spacings start
+    at a lower timestep, where the model expects some signal although sampling starts from pure noise (arXiv:2305.08891,
+    section 3.3).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a config saved by the DDIM scheduler has the same fields
+        warnings.simplefilter("ignore")  # about the class name; configs of the DDIM scheduler have the same fields
         return CogVideoXDPMScheduler.from_pretrained(model_dir / "scheduler", timestep_spacing="trailing")
 
 
 def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
-    """Writes an mp4. Raises OSError where that did not work, of which the writer below says nothing."""
+    """Writes an mp4 file.
+
+    Raises:
+        OSError: the file was not written; `export_to_video` does not report this.
+    """
     path.unlink(missing_ok=True)
     export_to_video(frames, str(path), fps=fps)
     if not path.is_file() or path.stat().st_size == 0:
@@ -142,7 +148,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
 
 @contextmanager
 def released(*models: torch.nn.Module) -> Iterator[None]:
-    """Frees the models' memory, on the device and on the host, when the block ends."""
+    """Frees the device and host memory of the models when the context exits."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The configs of the published checkpoints, for what can be said of them before their weights are downloaded."""
+"""Configs of the published checkpoints, for memory prediction without a download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ V1_5 = {
     "sample_width": 300,
     "max_text_seq_length": 224,
 }
-# Name -> what differs from the defaults of diffusers' classes, in the transformer and in the VAE.
+# Name -> transformer and VAE options that differ from the defaults of their diffusers classes.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CogVideoX-2b": ({}, {}),
     "CogVideoX-5b": (V1_0_5B, {"scaling_factor": 0.7}),
@@ -33,7 +33,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"scaling_factor": 0.7, "invert_scale_latents": True},
     ),
 }
-# The encoder of T5-XXL 1.1, of all of them.
+# All published checkpoints use the encoder of T5-XXL 1.1.
 TEXT_ENCODER = {
     "d_model": 4096,
     "d_kv": 64,
@@ -46,7 +46,7 @@ TEXT_ENCODER = {
 
 
 def published_spec(model_path: str) -> ModelSpec | None:
-    """The form of a published checkpoint by its name, with or without the organisation before it."""
+    """Returns the spec of a published checkpoint, or None for other names. The organization prefix is optional."""
     options = PUBLISHED.get(model_path.rpartition("/")[2])
     if options is None:
         return None

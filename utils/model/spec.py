@@ -1,4 +1,4 @@
-"""What a checkpoint's own configs say of it. Nothing here, or anywhere else, looks at the name of a folder."""
+"""Facts about a checkpoint, read from its configs and never from the name of its folder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The facts that training and sampling depend on, from `transformer/config.json` and `vae/config.json`."""
+    """Properties of a model that training and sampling depend on.
+
+    Attributes:
+        transformer: `transformer/config.json`, completed with the defaults of its class.
+        vae: `vae/config.json`, likewise.
+    """
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
 
     @property
     def task(self) -> Literal["t2v", "i2v"]:
-        """An image-to-video model takes the image's latents on as many more channels."""
+        """The task; an i2v transformer takes the image latents on additional channels."""
         return "i2v" if self.transformer["in_channels"] == 2 * self.latent_channels else "t2v"
 
     @property
@@ -36,7 +41,7 @@ class ModelSpec:
 
     @property
     def is_v1_5(self) -> bool:
-        """CogVideoX1.5 patches in time as well."""
+        """Whether this is CogVideoX1.5, whose patches span several latent frames."""
         return self.patch_size_t is not None
 
     @property
@@ -57,12 +62,14 @@ class ModelSpec:
 
     @property
     def positions(self) -> str:
+        """Description of the position embeddings for logs."""
         if self.has_learned_positions:
             return "rotary and learned"
         return "rotary" if self.has_rotary_positions else "sincos"
 
     @property
     def has_ofs(self) -> bool:
+        """Whether the transformer takes the `ofs` input (CogVideoX1.5-I2V)."""
         return self.transformer.get("ofs_embed_dim") is not None
 
     @property
@@ -71,7 +78,7 @@ class ModelSpec:
 
     @property
     def width(self) -> int:
-        """Of a token inside the transformer."""
+        """Hidden size of the transformer."""
         return self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"]
 
     @property
@@ -80,30 +87,32 @@ class ModelSpec:
 
     @property
     def inverts_image_latents(self) -> bool:
+        """Whether image latents are divided by the scaling factor instead of multiplied."""
         return bool(self.vae.get("invert_scale_latents"))
 
     @cached_property
     def spatial_factor(self) -> int:
-        """Pixels a latent, along height and width."""
+        """Pixels per latent along height and width."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
     def temporal_factor(self) -> int:
+        """Frames per latent frame."""
         return int(self.vae.get("temporal_compression_ratio", 4))
 
     @property
     def fps(self) -> float:
-        """Frames a second of the clips that the model was trained on."""
+        """Frame rate of the clips that the model was trained on."""
         return 16.0 if self.is_v1_5 else 8.0
 
     @property
     def trained_in_fp16(self) -> bool:
-        """CogVideoX-2b, the one with added sincos positions, is published in fp16; the others overflow in it."""
+        """Whether the model runs in fp16: CogVideoX-2b, recognized by its sincos positions. Other models overflow."""
         return not self.has_rotary_positions
 
     @property
     def largest(self) -> Resolution:
-        """The grid of `sample_*` in pixels: the native clip of 1.0, the bound of the rotary table of 1.5."""
+        """The config's sample size in pixels: the native clip of 1.0, the limit of the rotary table of 1.5."""
         return Resolution(
             self.transformer["sample_frames"],
             self.transformer["sample_height"] * self.spatial_factor,
@@ -112,13 +121,13 @@ class ModelSpec:
 
     @property
     def native(self) -> Resolution:
-        """What to generate when not told. 1.5 states a square bound (2400x2400) instead of its 768x1360 clip."""
+        """Default size for sampling. The config of 1.5 has a square limit (2400x2400) instead of its clip, 768x1360."""
         if not self.is_v1_5:
             return self.largest
         return Resolution(self.largest.frames, min(768, self.largest.height), min(1360, self.largest.width))
 
     def latent_size(self, resolution: Resolution) -> tuple[int, int, int]:
-        """Latent frames (before padding), height and width of a clip."""
+        """Returns latent frames before padding, height and width of a clip."""
         return (
             (resolution.frames - 1) // self.temporal_factor + 1,
             resolution.height // self.spatial_factor,
@@ -126,50 +135,52 @@ class ModelSpec:
         )
 
     def frames_to_pad(self, latent_frames: int) -> int:
-        """Latent frames that 1.5 puts in front so that `patch_size_t` divides their number."""
+        """Returns how many latent frames CogVideoX1.5 adds at the front to reach a multiple of `patch_size_t`."""
         return -latent_frames % (self.patch_size_t or 1)
 
     def tokens(self, resolution: Resolution) -> tuple[int, int]:
-        """Video tokens and text tokens of one sample."""
+        """Returns the number of video tokens and of text tokens per sample."""
         frames, height, width = self.latent_size(resolution)
         frames = (frames + self.frames_to_pad(frames)) // (self.patch_size_t or 1)
         return frames * (height // self.patch_size) * (width // self.patch_size), self.max_text_seq_length
 
     def frames_notes(self, frames: int) -> list[str]:
-        """A sentence where diffusers would put computed positions in place of the learned ones."""
+        """Returns a note if diffusers would replace the learned positions with computed ones, else an empty list."""
         if not self.has_learned_positions or frames == self.largest.frames:
             return []
         return [
-            f"the learned positions of this checkpoint are for {self.largest.frames} frames; with {frames}, training "
-            "and sampling compute positions instead."
+            f"this checkpoint has learned positions for {self.largest.frames} frames; with {frames} frames, training "
+            "and sampling use computed positions instead."
         ]
 
     def resolution_errors(self, resolution: Resolution, flag: str) -> list[str]:
-        """Sentences on why a clip of this size cannot go through the model; empty where it can."""
+        """Returns an error message if the model cannot process clips of this size, else an empty list."""
         multiple = self.spatial_factor * self.patch_size
-        off = [
+        misaligned = [
             f"{name} {size} (use {size // multiple * multiple or multiple} or {(size // multiple + 1) * multiple})"
             for name, size in (("height", resolution.height), ("width", resolution.width))
             if size % multiple
         ]
-        if off:
-            return [f"{flag} {resolution}: height and width must be multiples of {multiple}; {' and '.join(off)}."]
-        fixed = self.largest
-        size = (resolution.height, resolution.width)
-        if self.has_learned_positions and size != (fixed.height, fixed.width):
+        if misaligned:
             return [
-                f"{flag} {resolution}: this checkpoint has learned positions of a fixed size; "
-                f"height and width must be {fixed.height}x{fixed.width}."
+                f"{flag} {resolution}: height and width must be multiples of {multiple}; {' and '.join(misaligned)}."
             ]
-        if self.is_v1_5 and (size[0] > fixed.height or size[1] > fixed.width):
+        limit = self.largest
+        size = (resolution.height, resolution.width)
+        if self.has_learned_positions and size != (limit.height, limit.width):
             return [
-                f"{flag} {resolution}: this checkpoint's rotary table ends at {fixed.height}x{fixed.width}; "
+                f"{flag} {resolution}: this checkpoint has learned positions of fixed size; "
+                f"height and width must be {limit.height}x{limit.width}."
+            ]
+        if self.is_v1_5 and (size[0] > limit.height or size[1] > limit.width):
+            return [
+                f"{flag} {resolution}: this checkpoint's rotary table ends at {limit.height}x{limit.width}; "
                 "use a smaller height and width."
             ]
         return []
 
 
-# Component -> file with its config, class that reads it.
+# Component -> name of its config file, and its diffusers class.
 CONFIGS = {
     "transformer": ("config.json", CogVideoXTransformer3DModel),
     "vae": ("config.json", AutoencoderKLCogVideoX),
@@ -179,10 +190,10 @@ CONFIGS = {
 
 
 def read_spec(model_dir: Path) -> ModelSpec:
-    """Reads the configs of a checkpoint in the diffusers format, and the headers of its weights.
+    """Reads the configs of a checkpoint in the diffusers format and checks the headers of its weight files.
 
     Raises:
-        UserError: with everything that is missing or damaged, or is not a CogVideoX checkpoint.
+        UserError: files are missing or damaged, or this is not a CogVideoX checkpoint. Lists all errors.
     """
     if not model_dir.is_dir():
         raise UserError(
@@ -196,21 +207,21 @@ def read_spec(model_dir: Path) -> ModelSpec:
         if not (model_dir / name).is_dir()
     ]
     configs = {}
-    for name, (file, kind) in CONFIGS.items():
+    for name, (file, model_class) in CONFIGS.items():
         try:
-            configs[name] = read_config(model_dir / name / file, kind)
+            configs[name] = read_config(model_dir / name / file, model_class)
         except UserError as error:
             errors += error.errors
     report = CheckReport()
-    for name, (_, kind) in CONFIGS.items():
+    for name, (_, model_class) in CONFIGS.items():
         if name != "scheduler":
-            report.run(check_weights, model_dir / name, "--model_path", kind, configs.get(name))
+            report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name))
     errors += report.errors
     if not any((model_dir / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
         errors.append(f"--model_path: {model_dir / 'tokenizer'} lacks spiece.model.")
     if errors:
         raise UserError(errors)
-    if errors := list(_contradictions(model_dir, **configs)):
+    if errors := list(_config_errors(model_dir, **configs)):
         raise UserError(errors)
     return ModelSpec(configs["transformer"], configs["vae"])
 
@@ -219,20 +230,24 @@ def text_encoder_config(model_dir: Path) -> dict[str, Any]:
     return json.loads((model_dir / "text_encoder" / "config.json").read_text())
 
 
-def _contradictions(
+def _config_errors(
     model_dir: Path,
     transformer: dict[str, Any],
     vae: dict[str, Any],
     scheduler: dict[str, Any],
     text_encoder: dict[str, Any],
 ) -> Iterator[str]:
+    """Yields an error message for each pair of configs that do not fit together."""
     channels, latent = transformer["in_channels"], vae["latent_channels"]
     if channels not in (latent, 2 * latent):
-        yield f"--model_path {model_dir}: the transformer takes {channels} channels, but the VAE gives {latent}."
+        yield (
+            f"--model_path {model_dir}: the transformer has {channels} input channels, but the VAE has {latent} latent "
+            f"channels; {latent} (t2v) or {2 * latent} (i2v) are expected."
+        )
     if scheduler["prediction_type"] != "v_prediction":
         yield f"--model_path {model_dir}: the scheduler predicts {scheduler['prediction_type']}, not v_prediction."
     if text_encoder.get("d_model") != transformer["text_embed_dim"]:
         yield (
             f"--model_path {model_dir}: the text encoder's width is {text_encoder.get('d_model')}, but the transformer "
-            f"takes {transformer['text_embed_dim']}."
+            f"expects {transformer['text_embed_dim']}."
         )

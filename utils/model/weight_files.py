@@ -1,4 +1,4 @@
-"""Config and weights of one component of a checkpoint, looked at before they are loaded."""
+"""Checks the config and weight files of one component before it is loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from utils.common.errors import UserError
 
 
-def read_config(path: Path, kind: Any | None, flag: str = "--model_path") -> dict[str, Any]:
-    """A component's config, completed with the defaults of its class; None for one of another library.
+def read_config(path: Path, model_class: Any | None, flag: str = "--model_path") -> dict[str, Any]:
+    """Reads a component's config and completes it with the defaults of its class.
+
+    Args:
+        model_class: the diffusers class; None for components of other libraries, whose config is returned as is.
 
     Raises:
-        UserError: missing, not JSON, or of another class.
+        UserError: the file is missing, is not JSON, or describes another class.
     """
     try:
         config = json.loads(path.read_text())
@@ -27,30 +30,30 @@ def read_config(path: Path, kind: Any | None, flag: str = "--model_path") -> dic
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: {path} cannot be read as JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise UserError(f"{flag}: {path} is not a config.")
-    if kind is None:
+        raise UserError(f"{flag}: {path} is not a config; a JSON object is expected.")
+    if model_class is None:
         return config
-    found, expected = config.get("_class_name"), kind.__name__
-    # the schedulers of CogVideoX share their settings, whichever of them the checkpoint names
-    if found != expected and not (kind is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
+    found, expected = config.get("_class_name"), model_class.__name__
+    # both CogVideoX schedulers have the same config fields
+    if found != expected and not (model_class is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
         raise UserError(f"{flag}: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
-    return with_defaults(kind, config)
+    return with_defaults(model_class, config)
 
 
-def with_defaults(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """A config completed with the defaults of its class."""
-    parameters = inspect.signature(kind).parameters.values()
+def with_defaults(model_class: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config completed with the defaults of its class."""
+    parameters = inspect.signature(model_class).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
-def check_weights(folder: Path, flag: str, kind: Any | None, config: dict[str, Any] | None) -> None:
-    """Reads the headers of a component's safetensors.
+def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict[str, Any] | None) -> None:
+    """Checks the headers of a component's safetensors files.
 
     Args:
-        kind, config: where given, every tensor of such a model must be there in its shape.
+        model_class, config: if both are given, every tensor of such a model must be present with its shape.
 
     Raises:
-        UserError: files that are missing or cut short, or tensors that are missing or of another shape.
+        UserError: a file is missing or truncated, or a tensor is missing or has another shape.
     """
     files = sorted(folder.glob("*.safetensors"))
     if folder.is_dir() and not files:
@@ -73,25 +76,31 @@ def check_weights(folder: Path, flag: str, kind: Any | None, config: dict[str, A
             errors.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
     if errors:
         raise UserError(errors)
-    if kind is not None and config is not None:
-        check_shapes(shapes, folder, flag, kind, config)
+    if model_class is not None and config is not None:
+        check_shapes(shapes, folder, flag, model_class, config)
 
 
 def check_shapes(
-    shapes: dict[str, list[int]], folder: Path, flag: str, kind: Any, config: dict[str, Any], no_others: bool = False
+    shapes: dict[str, list[int]],
+    folder: Path,
+    flag: str,
+    model_class: Any,
+    config: dict[str, Any],
+    strict: bool = False,
 ) -> None:
-    """Compares the tensors of a folder with those of a model of this config.
+    """Compares the tensors of a folder with those of a model with this config.
 
     Args:
-        no_others: there must be no tensor besides.
+        shapes: tensor name -> shape, as found in the folder.
+        strict: whether additional tensors are an error.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or does not belong there.
+        UserError: a tensor is missing, has another shape or, with `strict`, is unexpected.
     """
     with init_empty_weights(include_buffers=True):
-        expected = {name: list(tensor.shape) for name, tensor in kind.from_config(config).state_dict().items()}
+        expected = {name: list(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
-    if no_others:
+    if strict:
         wrong += sorted(shapes.keys() - expected.keys())
     if wrong:
         name = wrong[0]

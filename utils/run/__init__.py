@@ -1,0 +1,1 @@
+"""The stages of a run around the loop: preflight checks, plan, cache filling and validation."""
