@@ -1,12 +1,14 @@
-"""The parts of a run that take memory, on fake tensors: updates, a validation video, the encoders.
+"""The memory-relevant parts of a run on fake tensors: updates, a validation video, both encoders.
 
-Each is made as the run itself makes it, and goes through the same loss, optimizer and models.
+Each part is built by the same code as in the run and goes through the same objective and optimizer. Caches that are
+filled on the way hold fake tensors, so a real run must simulate in a process of its own (`run_in_subprocess`).
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +16,33 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from dataset.video import Resolution
-from utils.config.args import Args
-from utils.estimate.memory_tracker import flop_counter, give_fake_weights, simulate, storage_size, take_weights
-from utils.model.conditioning import predict_velocity, rotary_table
-from utils.model.spec import ModelSpec
-from utils.training.loss import velocity_loss
+from utils.estimate.context import RunContext
+from utils.estimate.memory_tracker import (
+    MemoryTracker,
+    flop_counter,
+    give_fake_weights,
+    simulate,
+    storage_size,
+    take_weights,
+)
+from utils.model.conditioning import rotary_table
+from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.training.optimizer import clip, make_optimizer
+from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
+
+NUM_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class Updates:
-    """What updates on fake tensors showed of one process; sizes in bytes.
+class UpdateProfile:
+    """Memory and work of updates, as seen by one process; sizes in bytes.
 
     Attributes:
-        terms: what the peak is made of.
+        terms: parts of the peak, by name.
         weights, trained: numbers of weights.
-        flop: of one forward and backward pass.
-        host: what waits in host memory.
+        flop: floating-point operations of one forward and backward pass.
+        host: tensors in host memory.
     """
 
     terms: dict[str, int]
@@ -42,153 +52,164 @@ class Updates:
     host: int
 
 
-def run_updates(
-    args: Args, spec: ModelSpec, resolution: Resolution, uses_deepspeed: bool, num_processes: int
-) -> Updates:
-    """Two updates, of which the second finds an optimizer that has its states.
+@contextmanager
+def simulation() -> Iterator[MemoryTracker]:
+    """`simulate`, with a rotary cache of its own: fake tensors are valid within one block only."""
+    rotary_table.cache_clear()
+    try:
+        with simulate() as tracker:
+            yield tracker
+    finally:
+        rotary_table.cache_clear()
 
-    Under ZeRO without gradients and optimizer, which DeepSpeed divides among the processes in its own way.
+
+def simulate_updates(context: RunContext) -> UpdateProfile:
+    """Profiles two updates; the second one finds optimizer states in place.
+
+    Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes.
     """
-    transformer = empty_transformer(args, spec, uses_deepspeed)
-    with simulate() as live:
+    args, uses_deepspeed = context.args, context.uses_deepspeed
+    transformer = empty_transformer(context)
+    with simulation() as tracker:
         give_fake_weights(transformer)
         parameters = trained_parameters(transformer)
-        terms = {"weights": live.now}
+        terms = {"weights": tracker.now}
         if args.model.training_type == "lora":
             adapters = sum(storage_size(parameter) for parameter in parameters)
-            terms = {"weights": live.now - adapters, "adapters": adapters}
+            terms = {"weights": tracker.now - adapters, "adapters": adapters}
         optimizer = None if uses_deepspeed else make_optimizer(parameters, args, uses_deepspeed)
         if uses_deepspeed:
             for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(drop_gradient)
-        batch = fake_batch(args, spec, resolution, args.training.batch_size)
-        held = kept = 0
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        objective, batch = fake_objective(context), empty_batch(context, args.training.batch_size)
+        model = autocast_forward(transformer, context)
+        before_forward = saved = 0
         counter = flop_counter()
-        # The first makes the optimizer's states and counts the work; the counter itself keeps tensors alive.
-        for watch in (counter, nullcontext()):
-            if watch is not counter:
-                live.watch_peak(parameters)
-            held = live.now
-            with watch:
-                loss = loss_of(transformer, args, spec, batch, uses_deepspeed)
-                kept = live.now - held
-                loss.backward()
+        # The first update creates the optimizer states and counts operations; the counter itself keeps tensors alive.
+        for counting in (counter, nullcontext()):
+            if counting is not counter:
+                tracker.watch_peak(parameters)
+            before_forward = tracker.now
+            with counting:
+                losses, _ = objective(model, batch, list(range(args.training.batch_size)))
+                saved = tracker.now - before_forward
+                losses.mean().backward()
             if optimizer is not None:
                 clip(optimizer, args.training.max_grad_norm)
-                if not args.memory.offload_optimizer:  # else it is the host's
+                if not args.memory.offload_optimizer:  # an offloaded optimizer updates on the host
                     optimizer.step()
-                # DDP keeps them, in its buckets; and between the passes of an update they are there too
-                optimizer.zero_grad(set_to_none=num_processes == args.training.gradient_accumulation_steps == 1)
-            del loss
+                # DDP keeps gradients in its buckets, and accumulation keeps them between micro-batches
+                keeps_none = context.num_processes == args.training.gradient_accumulation_steps == 1
+                optimizer.zero_grad(set_to_none=keeps_none)
+            del losses
         if optimizer is not None:
-            slots = [slot for state in optimizer.state.values() for slot in state.values()]
-            terms["optimizer"] = sum(storage_size(slot) for slot in slots if isinstance(slot, torch.Tensor))
-            terms["gradients"] = live.gradients
-        rest = live.peak - sum(terms.values())
-        terms["kept activations"] = min(kept, rest)  # of those there may be less when the peak is reached
+            states = [state for states in optimizer.state.values() for state in states.values()]
+            terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
+            terms["gradients"] = tracker.gradients
+        rest = tracker.peak - sum(terms.values())
+        terms["kept activations"] = min(saved, rest)  # fewer of them may be left when the peak is reached
         terms["working set"] = rest - terms["kept activations"]
-    weights, trained = (sum(map(torch.Tensor.numel, some)) for some in (transformer.parameters(), parameters))
-    host = live.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's states
-    return Updates(terms, weights, trained, counter.get_total_flops(), host)
+    weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
+    host = tracker.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's two states
+    return UpdateProfile(terms, weights, trained, counter.get_total_flops(), host)
 
 
-def peak_of_generating(args: Args, spec: ModelSpec, resolution: Resolution, uses_deepspeed: bool) -> int:
-    """NonTrainingPeaks the weights that are trained: guidance doubles the batch, then the VAE decodes."""
-    transformer = empty_transformer(args, spec, uses_deepspeed)
-    with simulate() as live, torch.no_grad():
+def generation_peak(context: RunContext) -> int:
+    """Peak bytes of a validation video beside the trained weights: denoising with guidance, then VAE decoding."""
+    transformer = empty_transformer(context)
+    with simulation() as tracker, torch.no_grad():
         give_fake_weights(transformer)
-        held = live.now
-        live.watch_peak()
-        loss_of(transformer, args, spec, fake_batch(args, spec, resolution, batch_size=2), uses_deepspeed)
-        denoising = live.peak - held
-    vae = empty_vae(args, spec)
-    with simulate() as live, torch.no_grad():
+        before_forward = tracker.now
+        tracker.watch_peak()
+        # classifier-free guidance doubles the batch
+        fake_objective(context)(autocast_forward(transformer, context), empty_batch(context, batch_size=2), [0, 1])
+        denoising = tracker.peak - before_forward
+    vae = empty_vae(context)
+    with simulation() as tracker, torch.no_grad():
         give_fake_weights(vae)
-        weights = live.now
-        live.watch_peak()
-        frames, height, width = spec.latent_size(resolution)
-        vae.decode(torch.empty(1, spec.latent_channels, frames, height, width, dtype=vae.dtype))
-        return max(weights + denoising, live.peak)
+        weights = tracker.now
+        tracker.watch_peak()
+        frames, height, width = context.spec.latent_size(context.resolution)
+        vae.decode(torch.empty(1, context.spec.latent_channels, frames, height, width, dtype=vae.dtype))
+        return max(weights + denoising, tracker.peak)
 
 
-def peak_of_encoding_clips(args: Args, spec: ModelSpec, resolution: Resolution) -> int:
-    vae = empty_vae(args, spec)
-    with simulate() as live, torch.no_grad():
+def clip_encoding_peak(context: RunContext) -> int:
+    """Peak bytes of encoding one clip with the VAE."""
+    vae, resolution = empty_vae(context), context.resolution
+    with simulation() as tracker, torch.no_grad():
         give_fake_weights(vae)
-        live.watch_peak()
+        tracker.watch_peak()
         vae.encode(torch.empty(1, 3, resolution.frames, resolution.height, resolution.width, dtype=vae.dtype))
-        return live.peak
+        return tracker.peak
 
 
-def peak_of_encoding_prompts(spec: ModelSpec, config: dict[str, Any], offload: bool) -> int:
+def prompt_encoding_peak(context: RunContext) -> int:
+    """Peak bytes of encoding one prompt with T5, on the GPU or offloaded layer by layer."""
     with init_empty_weights(include_buffers=True):
-        encoder = T5EncoderModel(T5Config(**config)).to(torch.bfloat16).eval()
-    with simulate() as live, torch.no_grad():
-        if offload:
-            for part in encoder.modules():
-                part.register_forward_pre_hook(lambda part, inputs: give_fake_weights(part, recurse=False))
-                part.register_forward_hook(lambda part, inputs, output: take_weights(part))
+        encoder = T5EncoderModel(T5Config(**context.text_encoder)).to(torch.bfloat16).eval()
+    with simulation() as tracker, torch.no_grad():
+        if context.args.memory.offload_text_encoder:
+            for module in encoder.modules():
+                module.register_forward_pre_hook(lambda module, inputs: give_fake_weights(module, recurse=False))
+                module.register_forward_hook(lambda module, inputs, output: take_weights(module))
         else:
             give_fake_weights(encoder)
-        live.watch_peak()
-        encoder(torch.zeros(1, spec.max_text_seq_length, dtype=torch.int64))
-        return live.peak
+        tracker.watch_peak()
+        encoder(torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64))
+        return tracker.peak
 
 
-def empty_transformer(args: Args, spec: ModelSpec, uses_deepspeed: bool) -> CogVideoXTransformer3DModel:
-    """As `train` makes it, without weights; not compiled, since fake tensors cannot tell what that takes."""
+def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
+    """The transformer as trained, on the meta device. Never compiled: fake tensors cannot tell what that needs."""
     with init_empty_weights(include_buffers=True):
-        transformer = CogVideoXTransformer3DModel.from_config(spec.transformer)
-    torch.nn.Module.to(transformer, weight_dtype(args, uses_deepspeed))
-    make_trainable(transformer, replace(args, memory=replace(args.memory, compile_blocks=False)))
+        transformer = CogVideoXTransformer3DModel.from_config(context.spec.transformer)
+    torch.nn.Module.to(transformer, weight_dtype(context.args, context.uses_deepspeed))
+    make_trainable(transformer, context.with_memory(compile_blocks=False).args)
     return transformer
 
 
-def empty_vae(args: Args, spec: ModelSpec) -> AutoencoderKLCogVideoX:
-    """As `components.load_vae` makes it on a GPU, from half-precision files."""
+def empty_vae(context: RunContext) -> AutoencoderKLCogVideoX:
+    """The VAE as `loading.load_vae` builds it on a GPU from half-precision files, on the meta device."""
     with init_empty_weights(include_buffers=True):
-        vae = AutoencoderKLCogVideoX.from_config(spec.vae).eval()
+        vae = AutoencoderKLCogVideoX.from_config(context.spec.vae).eval()
     torch.nn.Module.to(vae, torch.bfloat16)
-    if args.system.enable_slicing:
+    if context.args.system.enable_slicing:
         vae.enable_slicing()
-    if args.system.enable_tiling:
+    if context.args.system.enable_tiling:
         vae.enable_tiling()
     return vae
 
 
-def fake_batch(args: Args, spec: ModelSpec, resolution: Resolution, batch_size: int) -> dict[str, torch.Tensor | None]:
-    """Latents, condition and prompts as `train` gives them to the loss."""
-    frames, height, width = spec.latent_size(resolution)
-    latents = torch.empty(batch_size, frames + spec.frames_to_pad(frames), spec.latent_channels, height, width)
-    prompts = torch.empty(batch_size, spec.max_text_seq_length, spec.transformer["text_embed_dim"])
-    return {
-        "latents": latents,
-        "image_latents": torch.empty_like(latents) if spec.task == "i2v" else None,
-        "prompt_embeds": prompts.to(compute_dtype(args)),
+def empty_batch(context: RunContext, batch_size: int) -> dict[str, torch.Tensor]:
+    """A batch as the data loader yields it, uninitialized: moments and prompt embeddings in the encoders' bfloat16."""
+    spec, (frames, height, width) = context.spec, context.spec.latent_size(context.resolution)
+    channels = 2 * spec.latent_channels
+    shapes = {
+        "video": (batch_size, channels, frames, height, width),
+        "prompt": (batch_size, spec.max_text_seq_length, spec.transformer["text_embed_dim"]),
     }
+    if spec.task == "i2v":
+        shapes["image"] = (batch_size, IMAGE_NOISE_DRAWS, channels, 1, height, width)
+    return {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
-def loss_of(
-    transformer: CogVideoXTransformer3DModel, args: Args, spec: ModelSpec, batch: dict[str, Any], uses_deepspeed: bool
-) -> torch.Tensor:
-    """The loss of `train`, under autocast as accelerate switches it on."""
-    dtype, latents = compute_dtype(args), batch["latents"]
-
-    def predict_under_autocast(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(latents.device.type, dtype, enabled=uses_autocast(args, uses_deepspeed)):
-            return predict_velocity(
-                transformer, spec, noisy, timesteps, batch["prompt_embeds"], batch["image_latents"], dtype
-            ).float()
-
-    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
-    alphas_cumprod = torch.full((1000,), 0.5, device=latents.device)
-    try:
-        return velocity_loss(
-            predict_under_autocast, alphas_cumprod, latents, timesteps, torch.zeros_like(latents)
-        ).mean()
-    finally:
-        rotary_table.cache_clear()  # the next one who asks shall not get a fake one
+def fake_objective(context: RunContext, device: torch.device | str = "cpu") -> DenoisingObjective:
+    """The objective of the run with a constant noise schedule, whose values do not matter."""
+    alphas_cumprod = torch.full((NUM_TIMESTEPS,), 0.5, device=device)
+    return DenoisingObjective(context.spec, alphas_cumprod, compute_dtype(context.args))
 
 
-def drop_gradient(parameter: torch.Tensor) -> None:
+def autocast_forward(transformer: CogVideoXTransformer3DModel, context: RunContext) -> Callable[..., Any]:
+    """The transformer's forward pass under autocast with float32 outputs, as accelerate's `prepare` wraps it."""
+    enabled, dtype = uses_autocast(context.args, context.uses_deepspeed), compute_dtype(context.args)
+
+    def forward(hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor]:
+        with torch.autocast(hidden_states.device.type, dtype, enabled=enabled):
+            return (transformer(hidden_states, **inputs)[0].float(),)
+
+    return forward
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None

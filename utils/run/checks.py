@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
@@ -12,15 +13,21 @@ import torch
 
 from dataset.manifest import Sample
 from utils.common.errors import UserError
+from utils.common.filesystem import nearest_existing
 from utils.config.args import Args
 from utils.model import loading
+from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.model.spec import ModelSpec
+from utils.run.plan import RunPlan
 from utils.training.metrics import TRACKERS
 from utils.training.trainable import compile_error, unfit_targets, weight_dtype
 
+# Prompts that are tokenized together; all at once would take more memory than the dataset.
+TOKENIZER_BATCH = 100
+
 
 def model_errors(args: Args, spec: ModelSpec, uses_deepspeed: bool, num_processes: int) -> list[str]:
-    """What does not go together between the command line and the model's configs."""
+    """Returns conflicts between the command line and the configs of the model."""
     errors = []
     if spec.task != args.model.model_type:
         errors.append(
@@ -114,18 +121,35 @@ def _wandb_can_log() -> bool:
 
 
 def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> list[str]:
-    """Says how many prompts are cut. Raises UserError where the tokenizer cannot be read."""
+    """Returns a note with the number of prompts that are truncated. Raises UserError if the tokenizer is unreadable."""
     try:
         tokenizer = loading.load_tokenizer(model_dir)
     except Exception as error:
         raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
-    # a token has a byte at least
-    long = sorted({sample.prompt for sample in samples if len(sample.prompt.encode()) >= max_length})
-    cut: list[str] = []
-    for start in range(0, len(long), 100):  # all at once they would take more memory than the whole dataset
-        some = long[start : start + 100]
-        tokens = tokenizer(some).input_ids
-        cut += [text for text, ids in zip(some, tokens, strict=True) if len(ids) > max_length]
-    if not cut:
+    # a token takes at least one byte, so shorter prompts always fit
+    candidates = sorted({sample.prompt for sample in samples if len(sample.prompt.encode()) >= max_length})
+    truncated: list[str] = []
+    for start in range(0, len(candidates), TOKENIZER_BATCH):
+        prompts = candidates[start : start + TOKENIZER_BATCH]
+        token_ids = tokenizer(prompts).input_ids
+        truncated += [prompt for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids) > max_length]
+    if not truncated:
         return []
-    return [f"{len(cut)} distinct prompts are longer than {max_length} tokens and are cut: {cut[0][:60]!r}..."]
+    return [f"{len(truncated)} distinct prompts exceed {max_length} tokens and are truncated: {truncated[0][:60]!r}..."]
+
+
+def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
+    """Raises UserError if the missing entries of the latent cache do not fit its disk."""
+    prompt_size = plan.spec.max_text_seq_length * plan.spec.transformer["text_embed_dim"]
+    sizes = dict.fromkeys(plan.prompts, prompt_size)
+    for clip_sample, keys in zip(plan.samples + plan.validation, plan.keys + plan.validation_keys, strict=True):
+        frames, height, width = plan.spec.latent_size(clip_sample.resolution)
+        moments = 2 * plan.spec.latent_channels * height * width
+        sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
+    needed = 4 * sum(sizes[name] for name in missing)  # float32 is the largest dtype
+    free = shutil.disk_usage(nearest_existing(plan.cache_dir)).free
+    if needed > free:
+        raise UserError(
+            f"{plan.cache_dir}: the latent cache needs {needed / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are "
+            "free; free some space or give another --cache_dir."
+        )

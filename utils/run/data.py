@@ -11,7 +11,8 @@ from dataset.file_index import FileIndex
 from dataset.manifest import Sample, Table, find_table, read_manifest
 from dataset.scan import ScanResult, scan_and_sample
 from utils.common.errors import UserError
-from utils.config.args import DataArgs, ValidationArgs
+from utils.config.args import ValidationArgs
+from utils.config.data_args import DataArgs
 
 
 def find_cache_dir(data: DataArgs, samples: list[Sample]) -> Path:

@@ -8,44 +8,25 @@ from typing import Any
 from dataset.video import SPREAD
 from utils.run.plan import RunPlan
 
-# Lines of the data that cannot be used, shown at the start; all of them are listed in the end.
-MOST_LISTED = 5
-
-
-def strategy(zero: dict[str, Any] | None) -> str:
-    if zero is None:
-        return "DDP"
-    section = zero["zero_optimization"]
-    offloaded = [name for name in ("optimizer", "param") if section.get(f"offload_{name}", {}).get("device") == "cpu"]
-    return f"DeepSpeed ZeRO-{section['stage']}" + "".join(f", {name} offloaded" for name in offloaded)
-
-
-def bucket_notes(plan: RunPlan) -> list[str]:
-    """Buckets with so few samples that they will hardly fill an update."""
-    epochs = plan.total_steps * plan.samples_per_step / len(plan.samples)
-    counts = Counter(clip_sample.resolution for clip_sample in plan.samples)
-    return [
-        f"Note: {bucket} has {count} samples; an update takes {plan.samples_per_step} of one resolution, and the run "
-        "ends before they fill one. Leave this resolution out, or make updates smaller."
-        for bucket, count in counts.items()
-        if count * epochs < plan.samples_per_step
-    ] + [f"Note: no clip goes to {bucket}." for bucket in plan.args.data.train_resolution if bucket not in counts]
+# Unusable lines of the data that the start of the log shows; the end lists all of them.
+MAX_SHOWN_LINES = 5
 
 
 def describe(plan: RunPlan) -> str:
-    """The plan of a run in a few lines, for the log and for --dry_run."""
+    """The plan in a few lines."""
     args, training, spec = plan.args, plan.args.training, plan.spec
+    num_epochs = plan.total_steps * plan.samples_per_step / len(plan.samples)
     num_prompts = len({clip_sample.sample.prompt for clip_sample in plan.samples})
+    by_time = f"{num_prompts} distinct prompts, frames by time at {args.data.fps} fps"
     lines = [
         f"Model: {spec.task}, CogVideoX{'1.5' if spec.is_v1_5 else ' 1.0'}, {spec.positions} positions, "
         f"{plan.model_dir}",
         f"Training: {args.model.training_type}, {training.mixed_precision}, {plan.total_steps} steps of "
         f"{plan.samples_per_step} samples ({training.batch_size} x {training.gradient_accumulation_steps} accumulation "
-        f"x {plan.num_processes} processes), {plan.total_steps * plan.samples_per_step / len(plan.samples):.1f} epochs",
-        f"Strategy: {strategy(plan.zero)}",
-        f"Dataset: {len(plan.samples)} samples, {num_prompts} distinct prompts, frames by time at {args.data.fps} fps"
-        if args.data.fps != SPREAD
-        else f"Dataset: {len(plan.samples)} samples, frames spread over each clip",
+        f"x {plan.num_processes} processes), {num_epochs:.1f} epochs",
+        f"Strategy: {describe_strategy(plan.zero)}",
+        f"Dataset: {len(plan.samples)} samples, "
+        + ("frames spread over each clip" if args.data.fps == SPREAD else by_time),
         *plan.clips,
     ]
     for resolution in args.data.train_resolution:
@@ -57,13 +38,35 @@ def describe(plan: RunPlan) -> str:
         *bucket_notes(plan),
     ]
     if plan.bad:
-        lines.append(f"Cannot be used: {len(plan.bad)} lines of the data, such as")
-        lines += [f"  {sentence}" for sentence in plan.bad[:MOST_LISTED]]
+        lines.append(f"Unusable: {len(plan.bad)} lines of the data, such as")
+        lines += [f"  {message}" for message in plan.bad[:MAX_SHOWN_LINES]]
     if plan.resume_from:
         lines.append(f"Resuming from {plan.resume_from}, at step {plan.progress.step}")
     if training.lr_scheduler != "constant" and training.lr_warmup_steps >= plan.total_steps:
         lines.append(
-            f"Note: the {plan.total_steps} steps end before --lr_warmup_steps {training.lr_warmup_steps} are over; "
-            "the learning rate will not be reached."
+            f"Note: --lr_warmup_steps {training.lr_warmup_steps} is not below the {plan.total_steps} steps of the run, "
+            "so the learning rate is never reached."
         )
     return "\n".join(lines + [f"Note: {note}" for note in plan.notes])
+
+
+def describe_strategy(zero: dict[str, Any] | None) -> str:
+    if zero is None:
+        return "DDP"
+    section = zero["zero_optimization"]
+    offloaded = [name for name in ("optimizer", "param") if section.get(f"offload_{name}", {}).get("device") == "cpu"]
+    return f"DeepSpeed ZeRO-{section['stage']}" + "".join(f", {name} offloaded" for name in offloaded)
+
+
+def bucket_notes(plan: RunPlan) -> list[str]:
+    """Notes on empty buckets, and on buckets with too few samples for one update in the whole run."""
+    num_epochs = plan.total_steps * plan.samples_per_step / len(plan.samples)
+    counts = Counter(clip_sample.resolution for clip_sample in plan.samples)
+    small = [
+        f"Note: {bucket} has {count} samples. An update takes {plan.samples_per_step} samples of one resolution, so "
+        "the run never trains on this bucket. Leave the resolution out, or use fewer samples per update."
+        for bucket, count in counts.items()
+        if count * num_epochs < plan.samples_per_step
+    ]
+    empty = [f"Note: no clip fits {bucket} best." for bucket in plan.args.data.train_resolution if bucket not in counts]
+    return small + empty

@@ -1,4 +1,4 @@
-"""Before training: the latent cache is filled, and samples that cannot be used are told and left out."""
+"""Fills the latent cache before training, and leaves out samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BAD_SAMPLES_FILE = "bad_samples.txt"
 
 
 def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPlan) -> RunPlan:
-    """Encodes what the cache lacks, each process its share.
+    """Encodes the missing entries, each process its shard.
 
     Returns:
-        the plan without the samples that cannot be used.
+        The plan without unusable samples.
 
     Raises:
-        UserError: there are some, and --skip_bad_samples is off; everything else is encoded then.
+        UserError: some samples are unusable, and --skip_bad_samples is off. All other samples are encoded by then.
     """
     args, device = plan.args, processes.device
     cache, shard = LatentCache(plan.cache_dir), RankShard(processes.process_index, processes.num_processes)
@@ -54,30 +54,30 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
     )
     heartbeat.done("cache")
     heartbeat.wait_for_everyone("cache")
-    for part in gather_object([unusable]):
-        unusable |= part
+    for rank_unusable in gather_object([unusable]):
+        unusable |= rank_unusable
     plan = plan.without(unusable)
-    tell_bad_samples(plan, processes)
+    report_bad_samples(plan, processes)
     return plan
 
 
-def tell_bad_samples(plan: RunPlan, processes: PartialState) -> None:
-    """Lists them in a file and on the screen. Raises UserError where the run must not go on without them, or cannot."""
-    listed = plan.args.output.output_dir / BAD_SAMPLES_FILE
+def report_bad_samples(plan: RunPlan, processes: PartialState) -> None:
+    """Lists unusable samples in a file and on the screen. Raises UserError if the run must not continue."""
+    list_file = plan.args.output.output_dir / BAD_SAMPLES_FILE
     if processes.is_main_process:
-        listed.unlink(missing_ok=True)
+        list_file.unlink(missing_ok=True)
         if plan.bad:
-            listed.write_text("\n".join(plan.bad) + "\n")
+            list_file.write_text("\n".join(plan.bad) + "\n")
     processes.wait_for_everyone()
     if plan.bad and not plan.args.data.skip_bad_samples:
         raise UserError(
             [
                 *plan.bad,
-                f"What is named above cannot be used, and is listed in {listed}; everything else is encoded and in the "
-                "cache. Mend or remove these lines, or go on without them: --skip_bad_samples true.",
+                f"The samples above cannot be used; {list_file} lists them. All other samples are encoded and cached. "
+                "Fix or remove these lines, or continue without them: --skip_bad_samples true.",
             ]
         )
     if plan.bad:
-        processes.print("\n".join([*plan.bad, f"Going on without these; they are listed in {listed}."]))
+        processes.print("\n".join([*plan.bad, f"Continuing without these samples; {list_file} lists them."]))
     if not plan.samples:
         raise UserError("No sample is left to train on.")

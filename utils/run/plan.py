@@ -1,9 +1,8 @@
-"""A run that nothing speaks against: everything resolved, every cache entry named."""
+"""The plan of a run: resolved settings, samples and the names of their cache entries."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -13,33 +12,30 @@ from dataset.bucketing import ClipSample
 from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.scan import ScanResult, summarize
 from utils.checkpoint.manager import Progress
-from utils.common.errors import UserError
-from utils.common.filesystem import nearest_existing
 from utils.config.args import Args
+from utils.estimate.context import RunContext
 from utils.model import loading
-from utils.model.encoders import IMAGE_NOISE, IMAGE_NOISE_DRAWS
+from utils.model.encoders import IMAGE_NOISE
 from utils.model.spec import ModelSpec
 from utils.training.schedule import total_updates
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What preflight found and every later part of the run goes by.
+    """The result of preflight, which every later part of the run reads.
 
     Attributes:
-        args: with every default that depends on the model filled in.
-        bad: a sentence for each line of the data folders that cannot be used.
-        clips: what the clips are and what is taken of them, for the log.
-        keys, validation_keys: the cache entries of `samples` and `validation`, in their order.
-        prompts: entry name -> text, of every prompt of the run, the empty one included.
-        resume_from, progress: the checkpoint to go on from, and how far the run has come.
-        zero: the configuration of DeepSpeed; None for DDP.
-        notes: what the user should know though it stops nothing.
+        context: resolved arguments, model, strategy and number of processes.
+        bad: one message per unusable line of the data folders.
+        clips: summary of the clips and buckets, for the log.
+        keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
+        prompts: entry name -> text of every prompt of the run, the empty prompt included.
+        resume_from, progress: checkpoint to resume from, and how far the run has come.
+        notes: facts that the user should know but that do not stop the run.
     """
 
-    args: Args
+    context: RunContext
     model_dir: Path
-    spec: ModelSpec
     samples: list[ClipSample]
     bad: list[str]
     clips: list[str]
@@ -51,42 +47,44 @@ class RunPlan:
     cache_dir: Path
     resume_from: Path | None
     progress: Progress
-    samples_per_step: int
-    num_processes: int
-    zero: dict[str, Any] | None
     notes: list[str]
+
+    @property
+    def args(self) -> Args:
+        return self.context.args
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.context.spec
+
+    @property
+    def zero(self) -> dict[str, Any] | None:
+        """The DeepSpeed configuration; None for DDP."""
+        return self.context.zero
+
+    @property
+    def num_processes(self) -> int:
+        return self.context.num_processes
+
+    @property
+    def samples_per_step(self) -> int:
+        training = self.args.training
+        return training.batch_size * training.gradient_accumulation_steps * self.num_processes
 
     @property
     def total_steps(self) -> int:
         training = self.args.training
         return total_updates(training.train_steps, training.train_epochs, len(self.samples), self.samples_per_step)
 
-    def lacking_entries(self) -> set[str]:
-        """Names of the cache entries that are not there yet."""
-        clips = (name for keys in self.keys + self.validation_keys for name in keys.video + keys.image)
-        cache = LatentCache(self.cache_dir)
-        return {name for name in chain(clips, self.prompts) if not cache.has(name)}
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint to resume from has all steps."""
+        return self.resume_from is not None and self.progress.step >= self.total_steps
 
-    def without(self, unusable: dict[str, str]) -> RunPlan:
-        """The same run without the samples that need a cache entry that could not be made; they are `bad` now.
-
-        Args:
-            unusable: entry -> what is wrong.
-        """
-        bad = list(self.bad)
-
-        def kept(clip_samples: list[ClipSample], keys: list[SampleKeys]) -> tuple[list[ClipSample], list[SampleKeys]]:
-            pairs = []
-            for clip_sample, names in zip(clip_samples, keys, strict=True):
-                errors = [unusable[name] for name in (*names.video, *names.image, names.prompt) if name in unusable]
-                bad.extend(f"{clip_sample} {fault}." for fault in dict.fromkeys(errors))
-                if not errors:
-                    pairs.append((clip_sample, names))
-            return [clip_sample for clip_sample, _ in pairs], [names for _, names in pairs]
-
-        samples, keys = kept(self.samples, self.keys)
-        held_out, held_out_keys = kept(self.validation, self.validation_keys)
-        return replace(self, bad=bad, samples=samples, keys=keys, validation=held_out, validation_keys=held_out_keys)
+    @property
+    def gen_fps(self) -> float:
+        """Frames per second of validation videos."""
+        return self.args.validation.gen_fps or self.spec.fps
 
     @property
     def data_digest(self) -> str:
@@ -96,55 +94,75 @@ class RunPlan:
             digest.update(f"{clip_sample.resolution} {names}".encode())
         return digest.hexdigest()
 
-    @property
-    def gen_fps(self) -> float:
-        """Frames a second of validation videos."""
-        return self.args.validation.gen_fps or self.spec.fps
+    def missing_entries(self) -> set[str]:
+        """Names of the entries that the cache does not hold yet."""
+        clips = (name for keys in self.keys + self.validation_keys for name in keys.video + keys.image)
+        cache = LatentCache(self.cache_dir)
+        return {name for name in chain(clips, self.prompts) if not cache.has(name)}
+
+    def without(self, unusable: dict[str, str]) -> RunPlan:
+        """Returns the plan without the samples that need an unusable cache entry; these become `bad`.
+
+        Args:
+            unusable: entry name -> reason.
+        """
+        bad = list(self.bad)
+
+        def usable(
+            clip_samples: list[ClipSample], all_keys: list[SampleKeys]
+        ) -> tuple[list[ClipSample], list[SampleKeys]]:
+            pairs = []
+            for clip_sample, keys in zip(clip_samples, all_keys, strict=True):
+                reasons = [unusable[name] for name in (*keys.video, *keys.image, keys.prompt) if name in unusable]
+                bad.extend(f"{clip_sample} {reason}." for reason in dict.fromkeys(reasons))
+                if not reasons:
+                    pairs.append((clip_sample, keys))
+            return [clip_sample for clip_sample, _ in pairs], [keys for _, keys in pairs]
+
+        samples, keys = usable(self.samples, self.keys)
+        validation, validation_keys = usable(self.validation, self.validation_keys)
+        return replace(
+            self, bad=bad, samples=samples, keys=keys, validation=validation, validation_keys=validation_keys
+        )
 
 
 def make_plan(
-    args: Args,
+    context: RunContext,
     model_dir: Path,
-    spec: ModelSpec,
-    report: ScanResult,
+    scan: ScanResult,
     cache_dir: Path,
     resume_from: Path | None,
     progress: Progress,
-    num_processes: int,
-    zero: dict[str, Any] | None,
     notes: list[str],
 ) -> RunPlan:
-    """Names the cache entries of a run that has been checked."""
+    """Names the cache entries of a checked run."""
+    args, spec = context.args, context.spec
     encoding = encoding_of(model_dir, spec, args.system.enable_tiling)
-    training = args.training
-    keys = encoding.keys(report.samples, report.facts, args.data.flip)
-    validation_keys = encoding.keys(report.validation, report.facts)
+    keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
+    validation_keys = encoding.keys(scan.validation, scan.facts)
     prompts = {encoding.prompt_key(""): ""}
-    for clip_sample, names in zip(report.samples + report.validation, keys + validation_keys, strict=True):
+    for clip_sample, names in zip(scan.samples + scan.validation, keys + validation_keys, strict=True):
         prompts[names.prompt] = clip_sample.sample.prompt
     return RunPlan(
-        args=replace(args, data=replace(args.data, cache_dir=cache_dir)),
+        context=replace(context, args=replace(args, data=replace(args.data, cache_dir=cache_dir))),
         model_dir=model_dir,
-        spec=spec,
-        samples=report.samples,
-        bad=report.bad,
-        clips=summarize(report.samples, report.facts, args.data.resize_mode, args.data.fps or spec.fps),
+        samples=scan.samples,
+        bad=scan.bad,
+        clips=summarize(scan.samples, scan.facts, args.data.resize_mode, args.data.fps or spec.fps),
         keys=keys,
-        validation=report.validation,
+        validation=scan.validation,
         validation_keys=validation_keys,
         prompts=prompts,
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
         resume_from=resume_from,
         progress=progress,
-        samples_per_step=training.batch_size * training.gradient_accumulation_steps * num_processes,
-        num_processes=num_processes,
-        zero=zero,
         notes=notes,
     )
 
 
 def encoding_of(model_dir: Path, spec: ModelSpec, tiling: bool) -> Encoding:
+    """What decides the bytes of cache entries on the model's side."""
     return Encoding(
         vae=loading.fingerprint(model_dir / "vae", tiling=tiling),
         text_encoder=loading.fingerprint(
@@ -154,20 +172,3 @@ def encoding_of(model_dir: Path, spec: ModelSpec, tiling: bool) -> Encoding:
         ),
         image_noise=IMAGE_NOISE if spec.task == "i2v" else None,
     )
-
-
-def check_disk_space(plan: RunPlan, lacking: set[str]) -> None:
-    """Raises UserError where the entries that the cache lacks will not fit on its disk."""
-    prompt_size = plan.spec.max_text_seq_length * plan.spec.transformer["text_embed_dim"]
-    sizes = dict.fromkeys(plan.prompts, prompt_size)
-    for clip_sample, keys in zip(plan.samples + plan.validation, plan.keys + plan.validation_keys, strict=True):
-        frames, height, width = plan.spec.latent_size(clip_sample.resolution)
-        moments = 2 * plan.spec.latent_channels * height * width
-        sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
-    needed = 4 * sum(sizes[name] for name in lacking)  # float32 at most
-    free = shutil.disk_usage(nearest_existing(plan.cache_dir)).free
-    if needed > free:
-        raise UserError(
-            f"{plan.cache_dir}: the latent cache needs {needed / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are "
-            "free; make room or give another --cache_dir."
-        )

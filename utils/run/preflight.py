@@ -1,110 +1,107 @@
-"""Every check that can fail before weights are read. All errors are collected and told together.
+"""Every check that can fail before weights are read, in stages: model, strategy, checkpoint, memory, data.
 
-What was checked becomes the plan of the run.
+Errors are collected over all stages and raised together. What passes becomes the plan of the run.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from dataset.manifest import Sample
+from dataset.scan import ScanResult
 from utils.checkpoint.manager import Progress
 from utils.checkpoint.resume import choose_checkpoint, dictated_memory, read_progress
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import check_writable
+from utils.common.subprocesses import run_in_subprocess
 from utils.config.args import Args
 from utils.config.deepspeed_config import find_template, resolve_template
+from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec, text_encoder_config
-from utils.run.checks import machine_errors, model_errors, prompt_notes, tracker_errors
+from utils.run.checks import check_disk_space, machine_errors, model_errors, prompt_notes, tracker_errors
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
-from utils.run.plan import RunPlan, check_disk_space, make_plan
+from utils.run.plan import RunPlan, make_plan
 
-# So many clips that other mistakes are told before they are looked at.
-MANY_CLIPS = 1000
+# Scanning more clips than this takes minutes, so errors found before are reported first.
+MAX_CLIPS_WITH_ERRORS = 1000
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The checkpoint that is fine-tuned."""
+
+    folder: Path
+    spec: ModelSpec
+    text_encoder: dict[str, Any]
 
 
 def preflight(args: Args, num_processes: int) -> RunPlan:
-    """Checks everything; reads configs, line files, the headers of weights and the first frame of each clip.
-
+    """Checks everything, from configs and headers of weights to the first frame of each clip.
 
     Raises:
-        UserError: with every fault found.
+        UserError: with every error found.
     """
-    out_of_range = list(args.errors())
-    report = CheckReport(list(out_of_range))
-    model_dir = report.run(loading.resolve_model_dir, args.model.model_path)
-    spec = report.run(read_spec, model_dir) if model_dir is not None else None
-    resume_from = progress = zero = None
-    template = report.run(find_template)
-    if spec is not None and model_dir is not None:
-        args = resolve(args, spec, template is not None)
-        if template is not None:
-            zero = report.run(resolve_template, template, args, spec.width, num_processes)
-        report.errors += model_errors(args, spec, template is not None, num_processes)
-        report.errors += machine_errors(args, template is not None)
-        report.notes += [note for size in args.data.train_resolution for note in spec.frames_notes(size.frames)]
-        resume_from = report.run(choose_checkpoint, args)
-        if not report.errors:
-            text_encoder = text_encoder_config(model_dir)
-            if args.memory.vram_budget_gib is not None:
-                dictated = dictated_memory(resume_from)
-                fitted = report.run(fit_to_budget, args, spec, text_encoder, zero, num_processes, dictated)
-                args, note = fitted or (args, "")
-                report.notes.append(note)
-            else:
-                report.notes += report.run(check_fits, args, spec, text_encoder, zero, num_processes) or []
-        progress = Progress(
-            base=loading.fingerprint(model_dir / "transformer"),
-            zero_stage=zero["zero_optimization"]["stage"] if zero else 0,
-            num_processes=num_processes,
-        )
-        if resume_from is not None and (template is None) == (zero is None):
-            progress = report.run(read_progress, args, resume_from, progress)
-    report.errors += tracker_errors(args.output.report_to)
-    report.run(check_writable, args.output.output_dir, "--output_dir")
-    if args.checkpoint.resume_from_checkpoint == "latest" and resume_from is None:
-        report.notes.append(
-            f"--resume_from_checkpoint latest: {args.output.output_dir} has no checkpoint; starting anew."
-        )
+    report = CheckReport(list(args.errors()))
+    values_are_valid = not report.errors
 
-    samples = report.run(read_training_samples, args.data, args.model.model_type) or []
-    validation = report.run(read_validation_samples, args.data, args.validation, args.model.model_type) or []
-    if spec is not None:
-        report.notes += report.run(prompt_notes, model_dir, samples + validation, spec.max_text_seq_length) or []
-    plan = None
-    if spec is not None and samples and not out_of_range:
+    plan = context = progress = None
+    model = report.run(read_model, args)
+    if model is not None:
+        args, context = resolve_strategy(report, args, model, num_processes)
+    resume_from = check_output(report, args)
+    if context is not None and not report.errors:
+        context = fit_memory(report, context, resume_from)
+        args = context.args
+    if context is not None and model is not None:
+        progress = check_resume(report, context, model, resume_from)
+
+    samples, validation = read_samples(report, args)
+    if model is not None:
+        max_length = model.spec.max_text_seq_length
+        report.notes += report.run(prompt_notes, model.folder, samples + validation, max_length) or []
+    if model is not None and samples and values_are_valid:
         cache_dir = find_cache_dir(args.data, samples)
-        if report.errors and len(samples) > MANY_CLIPS:
-            raise UserError(report.errors)  # not after an hour
-        data = scan_data(args.data, samples, validation, cache_dir, not args.output.dry_run)
-        if (args.output.dry_run and not args.data.skip_bad_samples) or not data.samples:
-            report.errors += data.bad
-        if data.samples:
-            plan = report.run(
-                make_plan,
-                args,
-                model_dir,
-                spec,
-                data,
-                cache_dir,
-                resume_from,
-                progress,
-                num_processes,
-                zero,
-                report.notes,
-            )
-    if plan is not None and (lacking := plan.lacking_entries()):
-        report.run(check_writable, plan.cache_dir, "--cache_dir")
-        report.run(check_disk_space, plan, lacking)
+        scan = scan_samples(report, args, samples, validation, cache_dir)
+        if context is not None and progress is not None and scan.samples:
+            plan = make_plan(context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
+            check_cache(report, plan)
     if report.errors:
         raise UserError(report.errors)
     assert plan is not None
     return plan
+
+
+def read_model(args: Args) -> BaseModel:
+    """Reads the configs of the checkpoint, and downloads it if it is an id on the hub. Raises UserError."""
+    folder = loading.resolve_model_dir(args.model.model_path)
+    return BaseModel(folder, read_spec(folder), text_encoder_config(folder))
+
+
+def resolve_strategy(
+    report: CheckReport, args: Args, model: BaseModel, num_processes: int
+) -> tuple[Args, RunContext | None]:
+    """Fills in defaults and the DeepSpeed template, and checks them against the model and the machine.
+
+    Returns:
+        The resolved arguments, and the context of the run; None where the template is unusable.
+    """
+    template = report.run(find_template)
+    uses_deepspeed = template is not None
+    args = resolve(args, model.spec, uses_deepspeed)
+    zero = report.run(resolve_template, template, args, model.spec.width, num_processes) if template else None
+    report.errors += model_errors(args, model.spec, uses_deepspeed, num_processes)
+    report.errors += machine_errors(args, uses_deepspeed)
+    report.notes += [note for size in args.data.train_resolution for note in model.spec.frames_notes(size.frames)]
+    if uses_deepspeed and zero is None:
+        return args, None
+    return args, RunContext(args, model.spec, model.text_encoder, zero, num_processes)
 
 
 def resolve(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
@@ -124,3 +121,72 @@ def resolve(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
         checkpoint=replace(args.checkpoint, export_dtype=export_dtype),
         validation=replace(args.validation, gen_fps=args.validation.gen_fps or spec.fps),
     )
+
+
+def check_output(report: CheckReport, args: Args) -> Path | None:
+    """Checks trackers and output folder. Returns the checkpoint to resume from; None for a new run."""
+    report.errors += tracker_errors(args.output.report_to)
+    report.run(check_writable, args.output.output_dir, "--output_dir")
+    errors_before = len(report.errors)
+    resume_from = report.run(choose_checkpoint, args)
+    is_new = resume_from is None and len(report.errors) == errors_before
+    if is_new and args.checkpoint.resume_from_checkpoint == "latest":
+        report.notes.append(
+            f"--resume_from_checkpoint latest: {args.output.output_dir} has no checkpoint; starting new."
+        )
+    return resume_from
+
+
+def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | None) -> RunContext:
+    """Chooses settings for `--vram_budget_gib`, or else checks that the run fits the free memory of the GPU."""
+    machine = this_machine(try_compiler=context.args.memory.vram_budget_gib is not None)
+    if context.args.memory.vram_budget_gib is None:
+        if machine.gpu_gib is not None:
+            report.notes += report.run(run_in_subprocess, check_fits, context, machine) or []
+        return context
+    chosen = report.run(run_in_subprocess, fit_to_budget, context, machine, dictated_memory(resume_from))
+    if chosen is None:
+        return context
+    args, note = chosen
+    report.notes.append(note)
+    return replace(context, args=args)
+
+
+def check_resume(
+    report: CheckReport, context: RunContext, model: BaseModel, resume_from: Path | None
+) -> Progress | None:
+    """Returns where the run starts; None where the checkpoint does not fit it."""
+    start = Progress(
+        base=loading.fingerprint(model.folder / "transformer"),
+        zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
+        num_processes=context.num_processes,
+    )
+    if resume_from is None:
+        return start
+    return report.run(read_progress, context.args, resume_from, start)
+
+
+def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sample]]:
+    """Reads the lines of the training and validation folders."""
+    samples = report.run(read_training_samples, args.data, args.model.model_type) or []
+    validation = report.run(read_validation_samples, args.data, args.validation, args.model.model_type) or []
+    return samples, validation
+
+
+def scan_samples(
+    report: CheckReport, args: Args, samples: list[Sample], validation: list[Sample], cache_dir: Path
+) -> ScanResult:
+    """Scans all clips. Unusable ones are errors of a dry run, and wherever no sample is left."""
+    if report.errors and len(samples) > MAX_CLIPS_WITH_ERRORS:
+        raise UserError(report.errors)
+    scan = scan_data(args.data, samples, validation, cache_dir, not args.output.dry_run)
+    if (args.output.dry_run and not args.data.skip_bad_samples) or not scan.samples:
+        report.errors += scan.bad
+    return scan
+
+
+def check_cache(report: CheckReport, plan: RunPlan) -> None:
+    """Checks that the missing cache entries can be written and fit the disk."""
+    if missing := plan.missing_entries():
+        report.run(check_writable, plan.cache_dir, "--cache_dir")
+        report.run(check_disk_space, plan, missing)

@@ -1,8 +1,8 @@
-"""Sample videos and held-out loss while training goes on. Nothing here changes a weight or a random state.
+"""Held-out loss and sample videos during training. Validation changes no weight and no random state.
 
-The validation folder's lines are dealt out to the processes; each generates its own without talking to the others, and
-they meet when all are done. Under ZeRO-3 a forward pass is a collective call, since every process holds a part of each
-weight: all have the same number of turns, and one that is short of lines repeats the last of them for nothing.
+Ranks divide the lines of the validation folder, work without communication, and meet at the end. Under ZeRO-3 a forward
+pass is a collective, since every rank holds a part of each weight, so all ranks run the same number of items: a rank
+with fewer lines adds padding items and discards their results.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,33 +26,35 @@ from dataset.precompute import RankShard
 from dataset.video import Resolution, decode, load_image
 from utils.common.seeds import HELD_OUT, seed_for
 from utils.model import loading
-from utils.model.conditioning import predict_velocity
 from utils.run.plan import RunPlan
-from utils.training.loss import sample_inputs, velocity_loss
 from utils.training.metrics import QUARTERS, Metrics, quarter_means
+from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype
 
 
 def validate(
     accelerator: Accelerator,
     transformer: CogVideoXTransformer3DModel,
-    alphas_cumprod: torch.Tensor,
+    objective: DenoisingObjective,
     plan: RunPlan,
     step: int,
     metrics: Metrics,
 ) -> None:
-    """Held-out loss and videos after `step` updates. Called by every rank; a failure is told, and training goes on."""
+    """Logs the held-out loss and videos after `step` updates. Called by every rank.
+
+    A failure is printed, and training continues.
+    """
     failures: list[str] = []
     losses: list[tuple[float, int]] = []
     videos: list[tuple[Path, str]] = []
     items: list[ValidationItem] = []
     with eval_mode(transformer):
-        # What one process alone can fail at comes first: after such a failure none begins what all must take part in.
+        # Run rank-local steps before collectives: after a local failure, no rank enters a collective alone.
         with collect_failures(failures):
             items = read_items(plan, RankShard(accelerator.process_index, accelerator.num_processes))
         if not gather_object(failures):
             with collect_failures(failures):
-                losses = held_out_losses(transformer, alphas_cumprod, plan, items)
+                losses = held_out_losses(transformer, objective, items)
             with collect_failures(failures):
                 pipeline = load_pipeline(accelerator, transformer, plan, step)
             if not gather_object(failures):
@@ -64,20 +65,20 @@ def validate(
     accelerator.wait_for_everyone()
     failures, losses, videos = gather_object(failures), gather_object(losses), gather_object(videos)
     for failure in failures:
-        accelerator.print(f"Validation failed at step {step}; training goes on.\n{failure}")
+        accelerator.print(f"Validation failed at step {step}; training continues.\n{failure}")
     if losses:
         values, timesteps = torch.tensor([loss for loss, _ in losses]), torch.tensor([t for _, t in losses])
-        means = quarter_means(values, timesteps, len(alphas_cumprod), "held_out_loss")
+        means = quarter_means(values, timesteps, len(objective.alphas_cumprod), "held_out_loss")
         metrics.log(step, held_out_loss=values.mean().item(), **means)
     try:
         metrics.log_videos(step, sorted(videos), plan.gen_fps)
     except Exception:
-        accelerator.print(f"The trackers did not take the videos of step {step}.\n{traceback.format_exc()}")
+        accelerator.print(f"The trackers rejected the videos of step {step}.\n{traceback.format_exc()}")
 
 
 @contextmanager
 def collect_failures(failures: list[str]) -> Iterator[None]:
-    """Whatever fails inside the block must not cost the training run."""
+    """Appends the traceback of any exception in the block to `failures`; nothing may stop the training run."""
     try:
         yield
     except Exception:
@@ -86,7 +87,7 @@ def collect_failures(failures: list[str]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(transformer: torch.nn.Module) -> Iterator[None]:
-    """No gradients and evaluation mode inside the block."""
+    """Evaluation mode without gradients inside the block."""
     transformer.eval()
     try:
         with torch.no_grad():
@@ -97,95 +98,85 @@ def eval_mode(transformer: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ValidationItem:
-    """One line of the validation folder, with all that is read from the disk for it.
+    """One line of the validation folder, with everything that is read from disk for it.
 
     Attributes:
         prompt_embeds, empty_embeds: [1, S, D].
-        video, image: moments of clip and condition image, [1, ...] as in the cache, for the held-out loss.
+        moments: batch of one for the held-out loss, as the data loader yields it; None for a prompt without a clip.
         condition: image of i2v at `resolution`.
-        counts: False where the line is another process's, and this one only keeps it company.
+        is_padding: padding item; the result is discarded.
     """
 
     number: int
     prompt: str
     prompt_embeds: torch.Tensor
     empty_embeds: torch.Tensor
-    video: torch.Tensor | None
-    image: torch.Tensor | None
+    moments: dict[str, torch.Tensor] | None
     condition: Image.Image | None
     resolution: Resolution
     is_padding: bool
 
 
 def read_items(plan: RunPlan, shard: RankShard) -> list[ValidationItem]:
-    """This process's lines; under ZeRO-3 as many turns as every other process has."""
-    cache = LatentCache(plan.cache_dir)
-    numbers = [(number, True) for number in shard.select(range(len(plan.validation)))]
+    """Reads the items of this rank; under ZeRO-3, pads them to the same number on every rank."""
+    numbers = [(number, False) for number in shard.select(range(len(plan.validation)))]
     if plan.zero is not None and plan.zero["zero_optimization"]["stage"] == 3:
-        most = math.ceil(len(plan.validation) / shard.world_size)
-        numbers += [(len(plan.validation) - 1, False)] * (most - len(numbers))
-    items = []
-    for number, is_padding in numbers:
-        clip_sample, keys = plan.validation[number], plan.validation_keys[number]
-        items.append(
-            ValidationItem(
-                number,
-                clip_sample.sample.prompt,
-                cache.read(keys.prompt)[None],
-                cache.read(plan.empty_prompt)[None],
-                cache.read(keys.video[0])[None] if keys.video else None,
-                cache.read(keys.image[0])[None] if keys.image else None,
-                condition_image(clip_sample) if plan.spec.task == "i2v" else None,
-                clip_sample.resolution,
-                is_padding,
-            )
-        )
-    return items
+        max_items = math.ceil(len(plan.validation) / shard.world_size)
+        numbers += [(len(plan.validation) - 1, True)] * (max_items - len(numbers))
+    return [read_item(plan, number, is_padding) for number, is_padding in numbers]
+
+
+def read_item(plan: RunPlan, number: int, is_padding: bool) -> ValidationItem:
+    cache, clip_sample, keys = LatentCache(plan.cache_dir), plan.validation[number], plan.validation_keys[number]
+    prompt_embeds, moments = cache.read(keys.prompt)[None], None
+    if keys.video:
+        moments = {"video": cache.read(keys.video[0])[None], "prompt": prompt_embeds}
+        if keys.image:
+            moments["image"] = cache.read(keys.image[0])[None]
+    return ValidationItem(
+        number=number,
+        prompt=clip_sample.sample.prompt,
+        prompt_embeds=prompt_embeds,
+        empty_embeds=cache.read(plan.empty_prompt)[None],
+        moments=moments,
+        condition=condition_image(clip_sample) if plan.spec.task == "i2v" else None,
+        resolution=clip_sample.resolution,
+        is_padding=is_padding,
+    )
 
 
 def held_out_losses(
-    transformer: CogVideoXTransformer3DModel, alphas_cumprod: torch.Tensor, plan: RunPlan, items: list[ValidationItem]
+    transformer: CogVideoXTransformer3DModel, objective: DenoisingObjective, items: list[ValidationItem]
 ) -> list[tuple[float, int]]:
-    """(loss, timestep) of this rank's validation clips, at the middle of each quarter of the timesteps.
+    """Returns (loss, timestep) of this rank's clips at the middle of each quarter of the timesteps.
 
-    Noise and timesteps are the same at every validation, so that two of them differ by the weights alone.
+    Noise and timesteps are the same at every validation, so two validations differ by the weights alone.
     """
-    device, num_timesteps = alphas_cumprod.device, len(alphas_cumprod)
+    objective = replace(objective, image_dropout=0.0)
+    device, num_timesteps = objective.alphas_cumprod.device, len(objective.alphas_cumprod)
     results = []
     for item in items:
-        if item.video is None:
+        if item.moments is None:
             continue
-        video = item.video.to(device)
-        image = item.image.to(device) if item.image is not None else None
+        seeds = [seed_for(HELD_OUT, 0, item.number)]
         for quarter in range(QUARTERS):
             timestep = torch.tensor([(2 * quarter + 1) * num_timesteps // (2 * QUARTERS)], device=device)
-            seeds = [seed_for(HELD_OUT, 0, item.number)]
-            inputs = sample_inputs(plan.spec, video, image, seeds, num_timesteps, timesteps=timestep)
-            predict = partial(
-                predict_velocity,
-                transformer,
-                plan.spec,
-                prompt_embeds=item.prompt_embeds.to(device),
-                image_latents=inputs.image_latents,
-                dtype=compute_dtype(plan.args),
-            )
-            loss = velocity_loss(predict, alphas_cumprod, inputs.latents, timestep, inputs.noise)
-            if item.is_padding:
-                results.append((loss.item(), int(timestep)))
+            losses, _ = objective(transformer, item.moments, seeds, timestep)
+            if not item.is_padding:
+                results.append((losses.item(), int(timestep)))
     return results
 
 
 def load_pipeline(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, plan: RunPlan, step: int
 ) -> DiffusionPipeline:
-    """A pipeline around the transformer in training, and the folder for its videos.
+    """Builds a pipeline around the transformer in training, and creates the folder of its videos.
 
-    The prompts were encoded before training, so the text encoder is not needed; the VAE is read for the while.
+    Prompts were encoded before training, so the pipeline has no text encoder. The VAE is loaded for this validation.
     """
-    folder_for(plan, step).mkdir(parents=True, exist_ok=True)
+    video_folder(plan, step).mkdir(parents=True, exist_ok=True)
     system = plan.args.system
-    # the pipelines hand the VAE tensors of the prompt embeddings' dtype
-    dtype = compute_dtype(plan.args)
+    dtype = compute_dtype(plan.args)  # the pipelines pass latents to the VAE in the dtype of the prompt embeddings
     pipeline = loading.PIPELINES[plan.spec.task](
         tokenizer=None,
         text_encoder=None,
@@ -200,7 +191,7 @@ def load_pipeline(
 
 
 def generate(pipeline: DiffusionPipeline, plan: RunPlan, item: ValidationItem, step: int) -> list[tuple[Path, str]]:
-    """Generates one line of the validation folder; gives the mp4 and its prompt."""
+    """Generates the video of one item; returns its mp4 and prompt, or nothing for a padding item."""
     args, resolution, device = plan.args, item.resolution, pipeline.vae.device
     video = pipeline(
         prompt_embeds=item.prompt_embeds.to(device, compute_dtype(args)),
@@ -214,19 +205,19 @@ def generate(pipeline: DiffusionPipeline, plan: RunPlan, item: ValidationItem, s
         max_sequence_length=plan.spec.max_text_seq_length,
         **({} if item.condition is None else {"image": item.condition}),
     ).frames[0]
-    if not item.is_padding:
+    if item.is_padding:
         return []
-    path = folder_for(plan, step) / f"{item.number:03d}.mp4"
+    path = video_folder(plan, step) / f"{item.number:03d}.mp4"
     loading.write_video(video, path, plan.gen_fps)
     return [(path, item.prompt)]
 
 
-def folder_for(plan: RunPlan, step: int) -> Path:
+def video_folder(plan: RunPlan, step: int) -> Path:
     return plan.args.output.output_dir / "validation" / f"step-{step}"
 
 
 def condition_image(clip_sample: ClipSample) -> Image.Image:
-    """The image of a validation line, or its clip's first frame, at the resolution of the line."""
+    """The image of a validation line, or the first frame of its clip, at the resolution of the line."""
     selection = replace(clip_sample.selection, resolution=replace(clip_sample.resolution, frames=1))
     if clip_sample.sample.image is not None:
         pixels = load_image(Path(clip_sample.sample.image), selection.resolution, selection.mode)

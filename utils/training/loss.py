@@ -1,4 +1,4 @@
-"""The training objective. Pure: everything random comes from the generators that the caller passes.
+"""The training objective as pure functions. All randomness comes from seeds that the caller passes.
 
 Legend: B batch, K noise draws of the condition image, F latent frames, C latent channels, H W latent height and width.
 """
@@ -23,18 +23,18 @@ def velocity_loss(
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512, app. D).
 
-    The usual way to write CogVideoX's objective is (1 / (1 - abar)) ||x0_hat - x0||^2. With x0_hat = sqrt(abar) x_t -
-    sqrt(1 - abar) v_hat both differ from each other by nothing but rounding, and this one has no division by 1 - abar.
+    CogVideoX's objective is usually written as (1 / (1 - abar)) ||x0_hat - x0||^2. With x0_hat = sqrt(abar) x_t -
+    sqrt(1 - abar) v_hat, the two are equal up to rounding. This form avoids the division by 1 - abar.
 
     Args:
         predict: (x_t, timesteps) -> v_hat, in any dtype.
         alphas_cumprod: abar of every timestep [T].
         latents: x0 [B, F, C, H, W]; its dtype is that of the computation.
         timesteps: int64 [B].
-        noise: eps, like `latents`.
+        noise: eps, same shape and dtype as `latents`.
 
     Returns:
-        one loss a sample [B].
+        One loss per sample [B].
     """
     signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
     signal, sigma = signal.sqrt().to(latents), (1 - signal).sqrt().to(latents)
@@ -45,11 +45,11 @@ def velocity_loss(
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Everything of a training step that is decided by chance, and the latents it gives.
+    """Random inputs of one training step.
 
     Attributes:
         latents, noise: float32 [B, F, C, H, W].
-        image_latents: the same for i2v; None for t2v.
+        image_latents: float32 [B, F, C, H, W] for i2v; None for t2v.
         timesteps: int64 [B].
     """
 
@@ -68,40 +68,61 @@ def sample_inputs(
     image_dropout: float = 0.0,
     timesteps: torch.Tensor | None = None,
 ) -> StepInputs:
-    """Samples latents, noise and timesteps, each sample from a generator of its own.
+    """Samples latents, noise and timesteps. Each sample has its own generator, so it is independent of its batch.
 
     Args:
         video: moments of the clips [B, 2C, F, H, W].
         image: moments of the condition images [B, K, 2C, 1, H, W].
-        seeds: one a sample.
+        seeds: one per sample.
         num_timesteps: T; timesteps are uniform over 0 .. T - 1.
         image_dropout: share of samples whose image latents are set to zero.
-        timesteps: fixed timesteps [B] in place of drawn ones.
+        timesteps: fixed timesteps [B]; drawn by default.
     """
-    rows = []
-    for number, seed in enumerate(seeds):
-        generator = torch.Generator(video.device).manual_seed(seed)
-
-        def randn_like(moments: torch.Tensor, generator: torch.Generator = generator) -> torch.Tensor:
-            shape = (1, moments.shape[1] // 2, *moments.shape[2:])
-            return torch.randn(shape, generator=generator, device=moments.device)
-
-        one = video[number : number + 1]
-        timestep = torch.randint(num_timesteps, (1,), generator=generator, device=video.device)
-        latents = to_video_latents(sample_moments(one, randn_like(one)), spec)
-        noise = torch.randn(latents.shape, generator=generator, device=video.device)
-        image_latents = None
-        if image is not None:
-            level = torch.randint(image.shape[1], (1,), generator=generator, device=video.device)
-            picture = image[number, level]
-            image_latents = to_image_latents(sample_moments(picture, randn_like(picture)), spec, latents.shape[1])
-            kept = torch.rand((1,), generator=generator, device=video.device) >= image_dropout
-            image_latents = image_latents * kept
-        rows.append((latents, image_latents, noise, timestep))
-    all_latents, all_image_latents, all_noise, all_timesteps = zip(*rows, strict=True)
+    samples = [
+        _sample_one(
+            spec,
+            video[row : row + 1],
+            None if image is None else image[row],
+            torch.Generator(video.device).manual_seed(seed),
+            num_timesteps,
+            image_dropout,
+        )
+        for row, seed in enumerate(seeds)
+    ]
+    image_latents = [sample.image_latents for sample in samples if sample.image_latents is not None]
     return StepInputs(
-        torch.cat(all_latents),
-        None if image is None else torch.cat(all_image_latents),
-        torch.cat(all_noise),
-        torch.cat(all_timesteps) if timesteps is None else timesteps,
+        torch.cat([sample.latents for sample in samples]),
+        torch.cat(image_latents) if image_latents else None,
+        torch.cat([sample.noise for sample in samples]),
+        torch.cat([sample.timesteps for sample in samples]) if timesteps is None else timesteps,
     )
+
+
+def _sample_one(
+    spec: ModelSpec,
+    video: torch.Tensor,
+    image: torch.Tensor | None,
+    generator: torch.Generator,
+    num_timesteps: int,
+    image_dropout: float,
+) -> StepInputs:
+    """Samples a batch of one. The order of the draws is fixed: resumed runs repeat it.
+
+    Args:
+        video: [1, 2C, F, H, W].
+        image: [K, 2C, 1, H, W].
+    """
+
+    def posterior_sample(moments: torch.Tensor) -> torch.Tensor:
+        shape = (1, moments.shape[1] // 2, *moments.shape[2:])
+        return sample_moments(moments, torch.randn(shape, generator=generator, device=moments.device))
+
+    timestep = torch.randint(num_timesteps, (1,), generator=generator, device=video.device)
+    latents = to_video_latents(posterior_sample(video), spec)
+    noise = torch.randn(latents.shape, generator=generator, device=video.device)
+    if image is None:
+        return StepInputs(latents, None, noise, timestep)
+    noise_draw = torch.randint(len(image), (1,), generator=generator, device=video.device)
+    image_latents = to_image_latents(posterior_sample(image[noise_draw]), spec, latents.shape[1])
+    is_kept = torch.rand((1,), generator=generator, device=video.device) >= image_dropout
+    return StepInputs(latents, image_latents * is_kept, noise, timestep)

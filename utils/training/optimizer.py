@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, both counted in optimizer updates whatever the number of processes."""
+"""Optimizer, loss scale, clipping and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import math
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 
 from utils.config.args import Args, TrainingArgs
@@ -30,24 +27,25 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
             seed=training.seed,
             in_backward=args.memory.optimizer_in_backward,
         )
-    kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam  # accelerate gives DeepSpeed's of the same class
-    # Fused is one kernel, without the three temporary copies of all weights that the default makes. Not with torch's
-    # loss scale: it leaves the skipping of an update to a fused optimizer, and nobody learns of it.
-    return kind(parameters, **settings, fused=uses_deepspeed or training.mixed_precision != "fp16")
+    optimizer_class = torch.optim.AdamW if is_decoupled else torch.optim.Adam
+    # Under DeepSpeed, accelerate replaces this class with DeepSpeed's own counterpart. The fused implementation is one
+    # kernel; the default makes three temporary copies of all weights. With torch's loss scale, a fused optimizer skips
+    # updates itself and does not report them, so fp16 takes the default.
+    return optimizer_class(parameters, **settings, fused=uses_deepspeed or training.mixed_precision != "fp16")
 
 
 class LossScale(torch.amp.GradScaler):
-    """Torch's dynamic loss scale for fp16, also for gradients that are in fp16 themselves.
+    """Torch's dynamic loss scale for fp16, extended to gradients that are fp16 themselves.
 
-    Those it looks through and leaves as they are; `LowBitAdam` divides them in float32.
+    fp16 gradients are only checked for overflow here; `LowBitAdam` unscales them in float32.
 
     Args:
-        device: where the gradients are.
+        device: device type of the gradients.
     """
 
     def __init__(self, device: str, **options: Any) -> None:
         super().__init__(device, **options)
-        self._lazy_init_scale_growth_tracker(torch.device(device))  # later it would go to where the loss is
+        self._lazy_init_scale_growth_tracker(torch.device(device))  # the default is the device of the loss
 
     def _unscale_grads_(self, optimizer: Any, inv_scale: torch.Tensor, found_inf: Any, allow_fp16: bool) -> Any:
         if isinstance(optimizer, LowBitAdam):
@@ -59,19 +57,14 @@ def make_loss_scale(args: Args, device: torch.device) -> LossScale:
     return LossScale("cpu" if args.memory.offload_optimizer else device.type)
 
 
-def clip_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_norm: float) -> torch.Tensor:
-    """Clips the gradients to a norm, or not with 0; returns the norm they had, those that are gone already too."""
-    inner, scaler = optimizer.optimizer, accelerator.scaler
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.clip_grad_norm_((), max_norm or math.inf)
-    if scaler is None:
-        return clip(inner, max_norm)
-    scaler.unscale_(inner)
-    return clip(inner, max_norm, scaler.get_scale())
-
-
 def clip(optimizer: torch.optim.Optimizer, max_norm: float, scale: float = 1.0) -> torch.Tensor:
-    """The same for one process; `scale` as of `LowBitAdam.clip`."""
+    """Clips the gradients to a norm, or leaves them for 0; returns the norm before clipping.
+
+    The norm includes gradients that the optimizer has already consumed in the backward pass.
+
+    Args:
+        scale: loss scale that the gradients still carry, for `LowBitAdam.clip`.
+    """
     if isinstance(optimizer, LowBitAdam):
         return optimizer.clip(max_norm or math.inf, scale)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -90,16 +83,20 @@ def _settings(args: TrainingArgs) -> dict[str, Any]:
 def make_lr_scheduler(
     optimizer: Any, args: TrainingArgs, total_steps: int, step: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule from update `step` on; it is a function of the step alone. Takes the prepared optimizer.
+    """The learning-rate schedule from update `step` on, as a function of the step alone.
 
-    Is to be stepped once an update and not to be given to accelerate, which would step it once a process. Settings that
-    a resumed optimizer has brought along give way to those of the command line.
+    Step it once per update. Do not prepare it with accelerate, which steps it once per process. The command line
+    overrides the settings that a resumed optimizer restored.
+
+    Args:
+        optimizer: as prepared by the strategy.
+        step: updates done.
     """
-    while hasattr(optimizer, "optimizer"):  # out of the wrappers of accelerate and DeepSpeed
+    while hasattr(optimizer, "optimizer"):  # unwrap accelerate's and DeepSpeed's wrappers
         optimizer = optimizer.optimizer
     for group in optimizer.param_groups:
         group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate)
-        group["fused"] = optimizer.defaults.get("fused")  # by the precision of now
+        group["fused"] = optimizer.defaults.get("fused")  # the precision may have changed
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
