@@ -1,3 +1,3 @@
-"""What the toolkit needs and how long it takes, measured; the records lie beside the scripts."""
+"""Benchmarks of time and memory. Results are recorded next to the scripts."""
 
 import utils.common.torchvision_cpu  # noqa: F401

@@ -1,9 +1,9 @@
-"""How long a run over a large dataset takes to start: manifest, checks, cache lookup, first batch of an epoch.
+"""Measures the start of a run on a large dataset: manifest, checks, cache lookup, first batch of an epoch.
 
     python -m benchmarks.data_scale MODEL_PATH FOLDER --samples 100000
 
-Makes a data folder of hard links to the eight example clips, each with a caption of its own, and a full cache. The
-figures are those of the process that a user starts, with everything it imports.
+Creates a data folder of hard links to the eight example clips, each with its own caption, and a complete cache. The
+measured process is the one that a user starts, including its imports.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make(folder: Path, samples: int) -> None:
-    """A data folder of hard links; left as it is where it is there."""
+def make_data(folder: Path, samples: int) -> None:
+    """Creates a data folder of hard links. Does nothing if it exists."""
     if (folder / "prompts.txt").exists():
         return
     (folder / "videos").mkdir(parents=True)
@@ -50,8 +50,8 @@ def arguments(model: Path, folder: Path) -> list[str]:
 
 
 def start(model: Path, folder: Path, fill: bool) -> None:
-    """What a run does before its first step; `fill` writes the cache that is missing, with zeros."""
-    began = time.perf_counter()
+    """Performs and times the start of a run. With `fill`, writes a cache of zeros instead."""
+    started = time.perf_counter()
     from dataset.cached_dataset import CachedDataset, batches
     from dataset.latent_cache import LatentCache
     from dataset.precompute import RankShard, missing_jobs
@@ -59,10 +59,10 @@ def start(model: Path, folder: Path, fill: bool) -> None:
     from utils.config.args import parse_args
     from utils.run.preflight import preflight
 
-    imported, memory = time.perf_counter() - began, _peak_mb()
-    began = time.perf_counter()
+    import_s, import_mib = time.perf_counter() - started, peak_mib()
+    started = time.perf_counter()
     plan = preflight(parse_args(arguments(model, folder)), 1)
-    checked = time.perf_counter() - began
+    check_s = time.perf_counter() - started
     cache, prompts = LatentCache(plan.cache_dir), plan.prompts
     if fill:
         for name in {name for keys in plan.keys for name in keys.video}:
@@ -70,23 +70,23 @@ def start(model: Path, folder: Path, fill: bool) -> None:
         for name in prompts:
             cache.write(name, torch.zeros(26, 32))
         return
-    began = time.perf_counter()
+    started = time.perf_counter()
     missing = len(missing_jobs(cache, plan.samples, plan.keys, RankShard(0, 1), lambda: None))
     missing += sum(not cache.is_intact(name) for name in prompts)
-    looked = time.perf_counter() - began
+    lookup_s = time.perf_counter() - started
     assert missing == 0
-    print(f"imports {imported:.1f} s, {memory:.0f} MB")
-    print(f"manifest and checks {checked:.1f} s, cache lookup {looked:.1f} s for {len(plan.samples)} samples")
-    print(f"peak memory {_peak_mb():.0f} MB")
-    began = time.perf_counter()
+    print(f"imports {import_s:.1f} s, {import_mib:.0f} MiB")
+    print(f"manifest and checks {check_s:.1f} s, cache lookup {lookup_s:.1f} s for {len(plan.samples)} samples")
+    print(f"peak memory {peak_mib():.0f} MiB")
+    started = time.perf_counter()
     dataset = CachedDataset(cache, plan.keys, plan.empty_prompt, 0.0, 42)
     stream = SampleStream([clip_sample.resolution for clip_sample in plan.samples], 1, 1, 0, 1, 42, 0)
     next(batches(dataset, stream, 2, False))
-    first_batch = time.perf_counter() - began
-    print(f"first batch {first_batch:.2f} s; peak memory {_peak_mb():.0f} MB")
+    first_batch_s = time.perf_counter() - started
+    print(f"first batch {first_batch_s:.2f} s; peak memory {peak_mib():.0f} MiB")
 
 
-def _peak_mb() -> float:
+def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -95,14 +95,18 @@ if __name__ == "__main__":
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--stage", choices=["fill", "start"], help="in a process of its own; by default both, in turn")
+    parser.add_argument(
+        "--stage",
+        choices=["fill", "start"],
+        help="run only this stage, in this process; default: both, each in its own process",
+    )
     options = parser.parse_args()
     if options.stage:
         start(options.model, options.folder, options.stage == "fill")
     else:
-        make(options.folder, options.samples)
+        make_data(options.folder, options.samples)
         for stage in ("fill", "start"):
             command = [sys.executable, "-m", "benchmarks.data_scale", *map(str, (options.model, options.folder))]
-            began = time.perf_counter()
+            started = time.perf_counter()
             subprocess.run([*command, "--stage", stage], check=True, cwd=ROOT)
-            print(f"{stage}: {time.perf_counter() - began:.1f} s in all", flush=True)
+            print(f"{stage}: {time.perf_counter() - started:.1f} s in total", flush=True)

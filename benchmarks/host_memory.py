@@ -1,10 +1,10 @@
-"""Host memory of a run over a transformer of real size with random weights, sampled while it goes.
+"""Samples the host memory of a run with a full-size transformer of random weights.
 
     python -m benchmarks.host_memory --zero zero3 --processes 2 --layers 30 -- --training_type lora --rank 128
     python -m benchmarks.host_memory --load_only --processes 8
 
-Everything but the transformer is tiny, and so are the clips, so that what is measured are weights and optimizer.
-PSS counts a page that several processes share once in all; private is what a process has for itself alone.
+The encoders and the clips are tiny, so that the measured memory is that of weights and optimizer. PSS counts a page
+that several processes share once in the total. Private memory belongs to one process alone.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ GIB = 2**30
 
 
 def build(folder: Path, layers: int, dtype: torch.dtype) -> None:
-    """A 2b checkpoint with a transformer of 1.7 billion parameters (at 30 layers) and tiny encoders."""
+    """Writes a 2b checkpoint with a full-width transformer (1.7 billion parameters at 30 layers) and tiny encoders."""
     tiny_models.build("2b", folder, text_width=4096)
     torch.set_default_dtype(dtype)
     transformer = CogVideoXTransformer3DModel(num_attention_heads=30, num_layers=layers)
     torch.set_default_dtype(torch.float32)
     transformer.save_pretrained(folder / "transformer")
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-    print(
-        f"transformer: {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} G parameters, {size / GIB:.2f} GiB"
-    )
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    print(f"transformer: {parameters / 1e9:.2f} G parameters, {size / GIB:.2f} GiB")
 
 
 def load_and_read(folder: Path, ready: Any, done: Any) -> None:
-    """Loads a transformer as a rank under ZeRO does and reads each weight once, as the copy to a GPU would."""
+    """Loads a transformer like a rank under ZeRO, and reads each weight once, like a copy to a GPU."""
     transformer = loading.load_transformer(folder)
     for parameter in transformer.parameters():
         parameter.sum()
@@ -53,7 +52,7 @@ def load_and_read(folder: Path, ready: Any, done: Any) -> None:
 
 
 def measure_loads(folder: Path, processes: int) -> int:
-    """PSS of all processes that have loaded the transformer and still hold it, in bytes."""
+    """Returns the PSS in bytes of all processes together while they hold the transformer."""
     context = multiprocessing.get_context("spawn")
     ready, done = context.Semaphore(0), context.Event()
     workers = [context.Process(target=load_and_read, args=(folder, ready, done)) for _ in range(processes)]
@@ -70,36 +69,36 @@ def measure_loads(folder: Path, processes: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--zero", help="template; default: DDP")
+    parser.add_argument("--zero", help="DeepSpeed template; default: DDP")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--model", type=Path, help="folder of the checkpoint, made if it is not there")
-    parser.add_argument("--load_only", action="store_true", help="every process loads the transformer, and no more")
-    parser.add_argument("more", nargs="*", help="flags for train.py")
+    parser.add_argument("--model", type=Path, help="folder of the checkpoint; created if it does not exist")
+    parser.add_argument("--load_only", action="store_true", help="measure processes that only load the transformer")
+    parser.add_argument("flags", nargs="*", help="flags of train.py")
     args = parser.parse_args()
     model = args.model or Path(tempfile.mkdtemp()) / "model"
     if not model.exists():
         build(model, args.layers, torch.bfloat16)
     if args.load_only:
         total = measure_loads(model / "transformer", args.processes)
-        print(f"{args.processes} processes that hold the transformer: {total / GIB:.2f} GiB in all (PSS)")
+        print(f"{args.processes} processes that hold the transformer: {total / GIB:.2f} GiB in total (PSS)")
         return
     script = f"train_{'zero' if args.zero else 'ddp'}_t2v.sh"
     options = ["--model_path", model, "--data_root", ROOT / "examples/dataset", "--output_dir", tempfile.mkdtemp()]
     options += ["--train_resolution", "9x64x64", "--mixed_precision", "bf16", "--report_to", "none"]
-    options += ["--train_steps", 2, "--num_workers", 0, *args.more]
+    options += ["--train_steps", 2, "--num_workers", 0, *args.flags]
     environment = {**os.environ, "NUM_PROCESSES": str(args.processes), **({"ZERO": args.zero} if args.zero else {})}
     command = ["bash", str(ROOT / script), *map(str, options)]
     with subprocess.Popen(command, env=environment, stdout=sys.stderr) as process:
-        total, private = watch(process)
+        total, private = watch_memory(process)
     print(
-        f"{args.zero or 'ddp'}, {args.processes} processes, {' '.join(args.more)}: exit code {process.returncode}, "
-        f"peak of all processes {total / GIB:.2f} GiB (PSS), of one {private / GIB:.2f} GiB (private)"
+        f"{args.zero or 'ddp'}, {args.processes} processes, {' '.join(args.flags)}: exit code {process.returncode}, "
+        f"peak of all processes {total / GIB:.2f} GiB (PSS), of one process {private / GIB:.2f} GiB (private)"
     )
 
 
-def watch(process: subprocess.Popen) -> tuple[int, int]:
-    """The highest sum of PSS over the training processes, and the highest private memory of one."""
+def watch_memory(process: subprocess.Popen) -> tuple[int, int]:
+    """Returns the peaks in bytes of the total PSS of the training processes, and of the private memory of one."""
     total = private = 0
     while process.poll() is None:
         sizes = []
@@ -107,7 +106,7 @@ def watch(process: subprocess.Popen) -> tuple[int, int]:
             try:
                 if any(part.endswith("train.py") for part in child.cmdline()[:3]):
                     sizes.append(child.memory_full_info())
-            except psutil.Error:  # ended meanwhile
+            except psutil.Error:  # the process has ended
                 continue
         total = max(total, sum(size.pss for size in sizes))
         private = max([private, *(size.uss for size in sizes)])

@@ -1,10 +1,10 @@
-"""What a run takes beside its model: seconds from launch to the first update, and of each update.
+"""Measures the time of a run outside the model: from launch to the first update, and in each update.
 
     python -m benchmarks.overhead
 
-LoRA on the tiny model of the examples, through the launch script for the start: preflight, cache, weights. Of an update
-what is not the transformer's passes, clipping and optimizer: reading the cache, drawing noise, loss, logging.
-What was found is in results/overhead.json.
+The run trains a LoRA of a tiny model of the examples. The start goes through the launch script and includes preflight,
+cache and weights. The time of an update outside the model is that of reading the cache, drawing noise, the loss and
+logging; it excludes forward and backward passes, clipping and the optimizer. Writes results/overhead.json.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 from unittest.mock import patch
 
@@ -41,20 +42,20 @@ def flags(folder: Path, output: str, steps: int) -> list[str]:
 
 
 def launch(folder: Path, output: str) -> float:
-    """Seconds until a run has logged an update."""
+    """Returns the seconds from launch until a run has logged an update."""
     metrics = folder / output / "metrics.jsonl"
     command = ["bash", "train_ddp_t2v.sh", *flags(folder, output, 2)]
+    environment = os.environ | {"NUM_PROCESSES": "1"}
     start = time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"NUM_PROCESSES": "1"}, **quiet) as run:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=DEVNULL, stderr=DEVNULL) as run:
         while not metrics.is_file() and run.poll() is None:
             time.sleep(0.05)
         return time.perf_counter() - start
 
 
-def updates(folder: Path) -> tuple[float, float]:
-    """Medians in seconds: of an update, and of what of it is not the model and its optimizer."""
-    spent = [0.0]
+def time_updates(folder: Path) -> tuple[float, float]:
+    """Returns medians in seconds: of an update, and of its part outside the model and the optimizer."""
+    model_s = [0.0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -62,13 +63,13 @@ def updates(folder: Path) -> tuple[float, float]:
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[-1] += time.perf_counter() - start
+                model_s[-1] += time.perf_counter() - start
 
         return call
 
     def step(optimizer: Any, *args: Any) -> None:
         timed(original_step)(optimizer, *args)
-        spent.append(0.0)
+        model_s.append(0.0)
 
     original_step = AcceleratedOptimizer.step
     with ExitStack() as patches:
@@ -79,8 +80,8 @@ def updates(folder: Path) -> tuple[float, float]:
         train.main()
     lines = [json.loads(line) for line in (folder / "updates" / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["step_s"] for line in lines]
-    # the first is the one that makes everything
-    outside = [whole - model for whole, model in zip(seconds, spent, strict=False)][1:]
+    # the first update includes one-time setup
+    outside = [total - model for total, model in zip(seconds, model_s, strict=False)][1:]
     return statistics.median(seconds[1:]), statistics.median(outside)
 
 
@@ -90,15 +91,15 @@ def main() -> None:
         world = ["python", "-m", "examples.world", str(folder / "data"), "--known", str(CLIPS)]
         subprocess.run(world, cwd=ROOT, check=True)
         first, again = launch(folder, "first"), launch(folder, "again")
-        whole, outside = updates(folder)
-    found = {
+        total, outside = time_updates(folder)
+    result = {
         f"s_to_first_update_{CLIPS}_clips_to_encode": round(first, 1),
         "s_to_first_update_all_cached": round(again, 1),
-        "s_an_update": round(whole, 4),
+        "s_an_update": round(total, 4),
         "s_an_update_outside_the_model": round(outside, 4),
         "machine": f"{len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}",
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(RESULT.read_text())
 
 

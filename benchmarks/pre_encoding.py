@@ -1,8 +1,9 @@
-"""What decoding costs, what stands around it, and whether the VAE ever waits; how fast training reads the cache.
+"""Measures decoding, the overhead of pre-encoding, VAE utilisation, and reading the cache in training.
 
     python -m benchmarks.pre_encoding FOLDER [--clip CLIP.mp4]
 
-Makes FOLDER; CLIP is 49 frames of 480x720 or more, by default drawn by ffmpeg. Prints and saves after each figure.
+Creates FOLDER. CLIP has at least 49 frames of 480x720; ffmpeg draws one by default. Each figure is printed and saved
+as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import decord
@@ -31,12 +33,12 @@ from dataset.latent_cache import Encoding, LatentCache, SampleKeys
 from dataset.manifest import Sample
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips
 from dataset.sampler import SampleStream
-from dataset.scan import scan_and_sample
+from dataset.scan import ScanResult, scan_and_sample
 from dataset.video import FrameSelection, Resolution, decode
 from utils.model.encoders import encode_image, encode_video
 
 SIZE = Resolution(49, 480, 720)
-VIEW = FrameSelection(SIZE, 8.0, "stretch", 0, 49)
+SELECTION = FrameSelection(SIZE, 8.0, "stretch", 0, 49)
 MOMENTS = torch.zeros(32, 13, 60, 90, dtype=torch.bfloat16)
 ROUNDS = 3
 
@@ -44,40 +46,40 @@ ROUNDS = 3
 def main(folder: Path, clip: Path | None, count: int) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    clips = make_clips(folder, clip or draw(folder), count)
+    clips = make_clips(folder, clip or draw_clip(folder), count)
     report = Report(folder / "pre_encoding.txt")
     report.line(
         f"{len(clips)} clips of {SIZE}, {Path(clips[0]).stat().st_size / 2**20:.2f} MiB each; {os.cpu_count()} cores"
     )
 
-    bare = report.seconds("bare decord, one process", lambda: each(clips, bare_decode), len(clips))
-    buffer = torch.zeros(49, 480, 720, 3, dtype=torch.uint8)  # as a worker has it
-    ours = report.seconds(
-        "decode(), one process", lambda: each(clips, lambda c: decode(Path(c), VIEW, buffer)), len(clips)
+    decord_s = report.seconds("plain decord, one process", lambda: for_each(clips, decode_with_decord), len(clips))
+    buffer = torch.zeros(49, 480, 720, 3, dtype=torch.uint8)  # workers decode into such a buffer
+    decode_s = report.seconds(
+        "decode(), one process", lambda: for_each(clips, lambda c: decode(Path(c), SELECTION, buffer)), len(clips)
     )
-    report.line(f"  {ours / bare:.3f} of bare decord")
+    report.line(f"  {decode_s / decord_s:.3f} of plain decord")
 
     for workers in (n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)):
-        in_workers = report.seconds(
-            f"bare decord, {workers} processes", lambda n=workers: bare_in_processes(clips, n), len(clips)
+        parallel_s = report.seconds(
+            f"plain decord, {workers} processes", partial(decord_in_processes, clips, workers), len(clips)
         )
-        whole = report.seconds(
+        pre_encode_s = report.seconds(
             f"pre-encoding without a VAE, {workers} workers: decode, queue, write",
-            lambda n=workers: pre_encode(clips, folder / "cache", n),
+            partial(pre_encode, clips, folder / "cache", workers),
             len(clips),
         )
-        report.line(f"  {whole / in_workers:.3f} of bare decord in as many processes")
-    looked = report.seconds("look at a new clip: probe and digest", lambda: look(clips, folder), len(clips))
-    report.line(f"  {looked / bare:.1%} of decoding it")
-    written = report.seconds("write an entry", lambda: write(folder / "cache", len(clips)), len(clips))
-    report.line(f"  {written / bare:.1%} of decoding a clip")
+        report.line(f"  {pre_encode_s / parallel_s:.3f} of plain decord in as many processes")
+    scan_s = report.seconds("scan a new clip: probe and digest", lambda: scan(clips, folder), len(clips))
+    report.line(f"  {scan_s / decord_s:.1%} of decoding it")
+    write_s = report.seconds("write an entry", lambda: write(folder / "cache", len(clips)), len(clips))
+    report.line(f"  {write_s / decord_s:.1%} of decoding a clip")
 
-    busy(report, clips[:4], folder)
-    loading(report, folder)
+    measure_vae_utilisation(report, clips[:4], folder)
+    measure_loader(report, folder)
 
 
 class Report:
-    """Lines that are printed and kept."""
+    """Prints lines and writes them to a file."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w")
@@ -88,18 +90,18 @@ class Report:
         self.file.flush()
 
     def seconds(self, name: str, run: Callable[[], object], clips: int) -> float:
-        """Median over ROUNDS, seconds a clip."""
-        taken = []
+        """Reports the median over ROUNDS, and returns it in seconds per clip."""
+        times = []
         for _ in range(ROUNDS):
-            began = time.perf_counter()
+            started = time.perf_counter()
             run()
-            taken.append((time.perf_counter() - began) / clips)
-        median = statistics.median(taken)
-        self.line(f"{name}: {1000 * median:.1f} ms a clip ({1000 * min(taken):.1f} to {1000 * max(taken):.1f})")
+            times.append((time.perf_counter() - started) / clips)
+        median = statistics.median(times)
+        self.line(f"{name}: {1000 * median:.1f} ms per clip ({1000 * min(times):.1f} to {1000 * max(times):.1f})")
         return median
 
 
-def draw(folder: Path) -> Path:
+def draw_clip(folder: Path) -> Path:
     path = folder / "drawn.mp4"
     source = "mandelbrot=size=720x480:rate=8,trim=end_frame=49"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-f", "lavfi", "-i", source]
@@ -108,55 +110,58 @@ def draw(folder: Path) -> Path:
 
 
 def make_clips(folder: Path, clip: Path, count: int) -> list[str]:
-    """Copies that differ by a box at the end that decoders skip, so that each has an entry of its own."""
+    """Copies a clip `count` times. A trailing box that decoders skip makes each digest, and so each entry, distinct."""
     paths = [folder / f"{number:03d}.mp4" for number in range(count)]
     for number, path in enumerate(paths):
         path.write_bytes(clip.read_bytes() + (16).to_bytes(4) + b"free" + number.to_bytes(8))
     return [str(path) for path in paths]
 
 
-def each(clips: list[str], function: Callable[[str], object]) -> None:
+def for_each(clips: list[str], function: Callable[[str], object]) -> None:
     for clip in clips:
         function(clip)
 
 
-def bare_decode(clip: str) -> np.ndarray:
+def decode_with_decord(clip: str) -> np.ndarray:
     return decord.VideoReader(clip, num_threads=1).get_batch(range(49)).asnumpy()
 
 
-def bare_in_processes(clips: list[str], count: int) -> None:
+def decord_in_processes(clips: list[str], count: int) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=each, args=(clips[n::count], bare_decode)) for n in range(count)]
+    processes = [context.Process(target=for_each, args=(clips[n::count], decode_with_decord)) for n in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
 
 
-def found_in(clips: list[str], index: FileIndex) -> tuple[list, list]:
+def scan_clips(clips: list[str], index: FileIndex, resolution: Resolution = SIZE) -> ScanResult:
     samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
-    found = scan_and_sample(samples, [], index, SamplingPolicy((SIZE,), 8.0, "stretch"), 1, 60, False)
-    return found.samples, Encoding("vae", "text", None).keys(found.samples, found.facts)
+    return scan_and_sample(samples, [], index, SamplingPolicy((resolution,), 8.0, "stretch"), 1, 60, False)
 
 
 @contextmanager
-def nothing() -> Iterator[PixelEncoders]:
+def constant_encoders() -> Iterator[PixelEncoders]:
     yield PixelEncoders(lambda pixels: MOMENTS, lambda pixels, seed: MOMENTS)
 
 
+@cache
+def scan_once(clips: tuple[str, ...], folder: Path) -> ScanResult:
+    return scan_clips(list(clips), FileIndex(folder))
+
+
 def pre_encode(clips: list[str], folder: Path, workers: int) -> None:
-    if not hasattr(pre_encode, "known"):
-        pre_encode.known = found_in(clips, FileIndex(folder))  # type: ignore[attr-defined]
-    clip_samples, keys = pre_encode.known  # type: ignore[attr-defined]
+    scanned = scan_once(tuple(clips), folder)
+    keys = Encoding("vae", "text", None).keys(scanned.samples, scanned.facts)
     for path in folder.glob("*.safetensors"):
         path.unlink()
     assert not precompute_clips(
-        LatentCache(folder), clip_samples, keys, nothing, RankShard(0, 1), workers, 60, lambda: None
+        LatentCache(folder), scanned.samples, keys, constant_encoders, RankShard(0, 1), workers, 60, lambda: None
     )
 
 
-def look(clips: list[str], folder: Path) -> None:
-    found_in(clips, FileIndex(folder / "nothing"))
+def scan(clips: list[str], folder: Path) -> None:
+    scan_clips(clips, FileIndex(folder / "nothing"))
 
 
 def write(folder: Path, count: int) -> None:
@@ -164,34 +169,34 @@ def write(folder: Path, count: int) -> None:
         LatentCache(folder).write(f"written-{number}", MOMENTS)
 
 
-def busy(report: Report, clips: list[str], folder: Path) -> None:
-    """A VAE of real width at a small size: the share of the time after its first clip in which it works."""
-    vae = AutoencoderKLCogVideoX(scaling_factor=0.7).eval()  # the published widths
+def measure_vae_utilisation(report: Report, clips: list[str], folder: Path) -> None:
+    """Reports the share of time in which a VAE of published width works, from its first clip to its last."""
+    vae = AutoencoderKLCogVideoX(scaling_factor=0.7).eval()
     size = Resolution(17, 96, 160)
-    samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
-    how = SamplingPolicy((size,), 8.0, "stretch")
-    found = scan_and_sample(samples, [], FileIndex(folder / "nothing"), how, 1, 60, False)
+    scanned = scan_clips(clips, FileIndex(folder / "nothing"), size)
     spans: list[tuple[float, float]] = []
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        began = time.perf_counter()
+        started = time.perf_counter()
         moments = encode_video(vae, pixels)
-        spans.append((began, time.perf_counter()))
+        spans.append((started, time.perf_counter()))
         return moments
 
     @contextmanager
     def encoders() -> Iterator[PixelEncoders]:
         yield PixelEncoders(encode, lambda pixels, seed: encode_image(vae, pixels, seed))
 
-    keys = Encoding(f"busy {time.time()}", "text", None).keys(found.samples, found.facts)
-    precompute_clips(LatentCache(folder / "busy"), found.samples, keys, encoders, RankShard(0, 1), 1, 60, lambda: None)
-    after = spans[1:]
-    share = sum(end - began for began, end in after) / (after[-1][1] - spans[0][1])
-    report.line(f"VAE of real width, {size}: {statistics.mean(e - b for b, e in after):.1f} s a clip, busy {share:.1%}")
+    keys = Encoding(f"busy {time.time()}", "text", None).keys(scanned.samples, scanned.facts)
+    cache = LatentCache(folder / "busy")
+    precompute_clips(cache, scanned.samples, keys, encoders, RankShard(0, 1), 1, 60, lambda: None)
+    first, *others = spans
+    times = [end - start for start, end in others]
+    share = sum(times) / (others[-1][1] - first[1])
+    report.line(f"VAE of published width, {size}: {statistics.mean(times):.1f} s per clip, busy {share:.1%}")
 
 
-def loading(report: Report, folder: Path, count: int = 64) -> None:
-    """Batches of one sample, as training reads them, against bare reads of the same files."""
+def measure_loader(report: Report, folder: Path, count: int = 64) -> None:
+    """Reports the time to load batches of one sample, compared with plain reads of the same files."""
     cache = LatentCache(folder / "loading")
     latents, prompt = torch.randn(32, 13, 60, 90).bfloat16(), torch.randn(226, 4096).bfloat16()
     names = [(f"video-{number}", f"prompt-{number}") for number in range(count)]
@@ -200,13 +205,13 @@ def loading(report: Report, folder: Path, count: int = 64) -> None:
         cache.write(text, prompt)
     keys = [SampleKeys((video,), (), text) for video, text in names]
 
-    def bare() -> None:
+    def read() -> None:
         for pair in names:
             for name in pair:
                 with safe_open(cache.path(name), framework="pt") as entry:
-                    entry.get_tensor("data").clone()  # mapped until it is touched
+                    entry.get_tensor("data").clone()  # without a copy, the mapped file is not read
 
-    reads = report.seconds("bare safetensors reads of a sample (latents and prompt)", bare, count)
+    read_s = report.seconds("plain safetensors reads of a sample (latents and prompt)", read, count)
     for workers in (0, 1, 2, 4):
         loader = batches(
             CachedDataset(cache, keys, names[0][1], 0.0, 42),
@@ -214,14 +219,14 @@ def loading(report: Report, folder: Path, count: int = 64) -> None:
             workers,
             False,
         )
-        next(loader)  # the workers have started
+        next(loader)  # starts the workers
 
         def epoch(loader: Iterator = loader) -> None:
             for _ in range(count):
                 next(loader)
 
-        loaded = report.seconds(f"loader, {workers} workers", epoch, count)
-        report.line(f"  {1 / loaded:.0f} samples/s, {loaded / reads:.2f} of bare reads")
+        load_s = report.seconds(f"loader, {workers} workers", epoch, count)
+        report.line(f"  {1 / load_s:.0f} samples/s, {load_s / read_s:.2f} of plain reads")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rows of `real_size`: recipes with their settings, and the peaks in GiB that they are to stay below."""
+"""Rows of `real_size`: recipes, their flags, and the peak memory that they must not exceed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ SMALLEST_LORA = (
 SMALLEST_SFT = "--gradient_checkpointing selective --offload_activations true --offload_optimizer true --autocast false"
 SFT = "--training_type sft --mixed_precision bf16"
 WITHOUT_HOST = f"{SFT} --quantize_optimizer 8bit --optimizer_in_backward true --max_grad_norm 0 --autocast false"
-OF_4_BITS = WITHOUT_HOST.replace("8bit", "4bit")
+WITHOUT_HOST_4BIT = WITHOUT_HOST.replace("8bit", "4bit")
 PLAIN = "--gradient_checkpointing none --autocast false --compile_blocks true"
-KEPT = "--gradient_checkpointing selective --autocast false --compile_blocks true"
+SELECTIVE = "--gradient_checkpointing selective --autocast false --compile_blocks true"
 LONG = "--train_resolution 81x768x1360"
 
 
 @dataclass(frozen=True)
 class Row:
-    """
+    """A recipe at full size.
+
     Attributes:
-        flags: of train.py. Predictions do not know of compiled blocks.
-        goal: GiB; None where the time is what matters.
-        zero: template and number of processes, for rows that are only predicted.
+        flags: of train.py. Predictions ignore --compile_blocks.
+        goal: largest peak in GiB; None for recipes that are chosen for speed.
+        zero: DeepSpeed template and number of processes. These rows are only predicted.
     """
 
     name: str
@@ -40,13 +41,13 @@ ROWS = [
     Row("5b-lora", "CogVideoX-5b", "--offload_activations true --autocast false", 15.6),
     Row("5b-lora-smallest", "CogVideoX-5b", SMALLEST_LORA, 10.5),
     Row("5b-lora-fastest", "CogVideoX-5b", PLAIN),
-    Row("5b-lora-kept", "CogVideoX-5b", KEPT),
+    Row("5b-lora-kept", "CogVideoX-5b", SELECTIVE),
     Row("1.5-lora", "CogVideoX1.5-5B", f"{LONG} --offload_activations true --autocast false", 20.8),
     Row("1.5-lora-smallest", "CogVideoX1.5-5B", f"{LONG} {SMALLEST_LORA}", 14.5),
-    Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{LONG} {KEPT}"),
+    Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{LONG} {SELECTIVE}"),
     Row("2b-sft", "CogVideoX-2b", WITHOUT_HOST, 14.4),
     Row("2b-sft-smallest", "CogVideoX-2b", f"{SFT} {SMALLEST_SFT}", 8),
-    Row("5b-sft", "CogVideoX-5b", OF_4_BITS, 26),
+    Row("5b-sft", "CogVideoX-5b", WITHOUT_HOST_4BIT, 26),
     Row("5b-sft-smallest", "CogVideoX-5b", f"{SFT} {SMALLEST_SFT}", 17),
     Row("1.5-sft", "CogVideoX1.5-5B", f"{LONG} {WITHOUT_HOST} --offload_activations true", 30),
     Row("1.5-sft-smallest", "CogVideoX1.5-5B", f"{LONG} {SFT} {SMALLEST_SFT}", 22),
