@@ -12,7 +12,7 @@ from tests.conftest import ROOT, arguments
 from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE, Progress
 from utils.common.errors import UserError
 from utils.config.args import parse_args
-from utils.config.deepspeed_config import put
+from utils.config.deepspeed_config import set_key
 from utils.model.loading import fingerprint
 from utils.run.preflight import preflight
 
@@ -30,7 +30,7 @@ def plan_with(tiny, data, tmp_path, monkeypatch):
             file.write_text(changes)
         else:
             for key, value in changes.items():
-                put(template, key, value)
+                set_key(template, key, value)
             file.write_text(json.dumps(template))
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
@@ -76,15 +76,15 @@ def test_numbers_that_agree_may_be_stated(plan_with):
         ({"optimizer.type": "Adam"}, 'optimizer.type is "Adam", but --optimizer is adamw'),
         ({"optimizer.params.torch_adam": True}, "optimizer has torch_adam"),
         ({"scheduler.type": "WarmupLR"}, 'scheduler is "WarmupLR", but --lr_scheduler is constant_with_warmup'),
-        ({"zero_optimization.stage": 0}, "zero_optimization.stage must be 1, 2 or 3"),
+        ({"zero_optimization.stage": 0}, "zero_optimization.stage is 0; it must be 1, 2 or 3"),
         ({"zero_optimization.offload_param": {"device": "cpu"}}, "offload_param needs stage 3; stage is 2"),
-        ({"zero_optimization.stage3_max_live_parameters": "auto"}, "which nothing fills in"),
+        ({"zero_optimization.stage3_max_live_parameters": "auto"}, "which this key does not support"),
         ({"zero_optimization.overlap_comm": "perhaps"}, "zero_optimization.overlap_comm: .*perhaps"),
-        ({"gradient_cliping": 0.3}, "gradient_cliping is no key of DeepSpeed's; gradient_clipping is"),
+        ({"gradient_cliping": 0.3}, "gradient_cliping is not a DeepSpeed key; did you mean gradient_clipping"),
         ({"bf16": True}, "bf16 must be a section"),
         ({"zero_optimization.offload_optimizer": {"device": "nvme"}}, 'device is "nvme"; only "cpu" is supported'),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2; only data parallelism"),
-        ({"communication_data_type": "fp33"}, "DeepSpeed does not take it: .* Got: fp33"),
+        ({"communication_data_type": "fp33"}, "DeepSpeed rejects it: .* Got: fp33"),
         ("{", "cannot be read as JSON"),
     ],
 )

@@ -29,7 +29,8 @@ from dataset.video import SPREAD, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, remove_stale_temporaries
-from utils.config.args import DataArgs, ValidationArgs
+from utils.config.args import ValidationArgs
+from utils.config.data_args import DataArgs
 from utils.config.options import add_options, collect, make_parser, option
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec

@@ -1,4 +1,4 @@
-"""From a dataclass to a command line: every option is written once, as a field with its help, beside its check."""
+"""Builds a command line from dataclasses. Every option is declared once, as a field with its help."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from utils.common.errors import UserError
 Group = TypeVar("Group")
 Budget = float | Literal["auto"]
 
-
-# Flags that had another name -> what to write now.
+# Old flag -> its replacement.
 RENAMED_FLAGS = {
     "--keep_attention": "--gradient_checkpointing selective",
     "--release_gradients": "--optimizer_in_backward",
@@ -27,36 +26,38 @@ RENAMED_FLAGS = {
 
 
 def option(default: Any = MISSING, *, help: str, aliases: dict[str, str] | None = None) -> Any:
-    """Declares a field of a dataclass that is a flag.
+    """Declares a dataclass field that is a command-line flag.
 
     Args:
-        aliases: other spellings of a `Literal`'s values. The flag alone means what `true` stands for.
+        default: default value; the flag is required without one.
+        aliases: for a `Literal`, alternative spelling -> value. A flag without a value means the alias `true`.
     """
     return field(default=default, metadata={"help": help, "aliases": aliases})
 
 
-def positive(group: Any, *names: str) -> Iterator[str]:
-    """Yields a fault for each named field that is set and not above zero."""
+def require_positive(group: Any, *names: str) -> Iterator[str]:
+    """Yields an error for each named field that is set and is not a finite number above zero."""
     for name in names:
         value = getattr(group, name)
         if value is not None and not 0 < value < math.inf:
             yield f"--{name} is {value}; it must be above 0."
 
 
-def finite(group: Any, *names: str) -> Iterator[str]:
-    """Yields a fault for each named field that is no number."""
+def require_finite(group: Any, *names: str) -> Iterator[str]:
+    """Yields an error for each named field that is NaN or infinite."""
     for name in names:
         if not math.isfinite(getattr(group, name)):
             yield f"--{name} is {getattr(group, name)}; it must be a finite number."
 
 
 def seed_errors(seed: int) -> Iterator[str]:
+    """Yields an error if a seed is outside [0, 2^32)."""
     if not 0 <= seed < 2**32:
         yield f"--seed is {seed}; it must be at least 0 and below 2^32."
 
 
-def unit_interval(group: Any, *names: str) -> Iterator[str]:
-    """Yields a fault for each named field outside [0, 1)."""
+def require_unit_interval(group: Any, *names: str) -> Iterator[str]:
+    """Yields an error for each named field outside [0, 1)."""
     for name in names:
         if not 0 <= getattr(group, name) < 1:
             yield f"--{name} is {getattr(group, name)}; it must be at least 0 and below 1."
@@ -64,14 +65,15 @@ def unit_interval(group: Any, *names: str) -> Iterator[str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse would print the usage of sixty flags first, and the sentence that matters below it
+        # argparse would print the usage of sixty flags before the message
         renamed = [flag for flag in re.findall(r"--\w+", message) if flag in RENAMED_FLAGS]
         if renamed:
-            raise UserError([f"{flag} has a new name: {RENAMED_FLAGS[flag]}." for flag in renamed])
+            raise UserError([f"{flag} was renamed; use {RENAMED_FLAGS[flag]}." for flag in renamed])
         raise UserError(f"{message} (--help lists every flag)")
 
 
 def parse_bool(text: str) -> bool:
+    """Parses true or false in any case."""
     values = {"true": True, "false": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
@@ -86,6 +88,7 @@ def parse_resolution(text: str) -> Resolution:
 
 
 def parse_number_or(word: str, text: str) -> float | str:
+    """Parses a number, or returns `word` if the text equals it."""
     if text == word:
         return word
     try:
@@ -94,8 +97,8 @@ def parse_number_or(word: str, text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor {word}") from None
 
 
-def _how_to_parse(annotation: Any, aliases: dict[str, str] | None = None) -> dict[str, Any]:
-    """The argparse keywords of a field's type."""
+def _argparse_keywords(annotation: Any, aliases: dict[str, str] | None = None) -> dict[str, Any]:
+    """Returns the keyword arguments of `add_argument` for a field's type."""
     for union, word, metavar in ((Rate, SPREAD, "FPS"), (Budget, "auto", "GIB")):
         if set(typing.get_args(union)) <= set(typing.get_args(annotation)):
             return {"type": partial(parse_number_or, word), "metavar": f"{metavar}|{word}"}
@@ -117,12 +120,12 @@ def _how_to_parse(annotation: Any, aliases: dict[str, str] | None = None) -> dic
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:
-        return {"nargs": "+", **_how_to_parse(typing.get_args(annotation)[0])}
+        return {"nargs": "+", **_argparse_keywords(typing.get_args(annotation)[0])}
     return {"type": annotation}
 
 
 def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
-    """Adds one flag for each field of a dataclass of `option`s."""
+    """Adds one flag for each field of a dataclass whose fields are `option`s."""
     hints = typing.get_type_hints(group_type)
     for option_field in fields(group_type):
         default = {"required": True} if option_field.default is MISSING else {"default": option_field.default}
@@ -130,22 +133,27 @@ def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
             f"--{option_field.name}",
             help=option_field.metadata["help"],
             **default,
-            **_how_to_parse(hints[option_field.name], option_field.metadata["aliases"]),
+            **_argparse_keywords(hints[option_field.name], option_field.metadata["aliases"]),
         )
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser that raises UserError and does not accept abbreviated flags."""
     return _Parser(description=description, allow_abbrev=False)
 
 
 def collect(values: dict[str, Any], group_type: type) -> Any:
-    """A dataclass from the parsed values of its fields."""
-    chosen = {option_field.name: values[option_field.name] for option_field in fields(group_type)}
-    return group_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()})
+    """Creates a dataclass from parsed values, which may hold the fields of other dataclasses too."""
+    own_values = {option_field.name: values[option_field.name] for option_field in fields(group_type)}
+    return group_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in own_values.items()})
 
 
 def parse_group(parser: argparse.ArgumentParser, group_type: type[Group], argv: list[str] | None = None) -> Group:
-    """Parses a command line whose options are one dataclass. Raises UserError."""
+    """Parses and checks a command line whose options form one dataclass with an `errors` method.
+
+    Raises:
+        UserError: an unknown flag, or an invalid value.
+    """
     add_options(parser, group_type)
     group = collect(vars(parser.parse_args(argv)), group_type)
     if errors := list(group.errors()):
