@@ -1,5 +1,5 @@
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the model hub for anything
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may access the model hub
 
-import utils  # noqa: F401  (before any test imports diffusers: see utils/torchvision_cpu.py)
+import utils  # noqa: F401  (must precede any import of diffusers; see utils/common/torchvision_cpu.py)

@@ -1,4 +1,4 @@
-"""What the tests share: tiny checkpoints of all forms, a data folder, and a way to run the scripts as a user does."""
+"""Shared fixtures: tiny checkpoints, data folders, and helpers that run the scripts as a user does."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """form -> folder of a tiny checkpoint, made once."""
+    """Returns a function: variant -> folder of a tiny checkpoint. Each checkpoint is written once per session."""
     folder = tmp_path_factory.mktemp("models")
 
-    def get(form: str, sample: tuple[int, int, int] = (9, 64, 64)) -> Path:
-        path = folder / f"{form}-{'x'.join(map(str, sample))}"
-        return path if path.exists() else build(form, path, sample)
+    def get(variant: str, sample: tuple[int, int, int] = (9, 64, 64)) -> Path:
+        path = folder / f"{variant}-{'x'.join(map(str, sample))}"
+        return path if path.exists() else build(variant, path, sample)
 
     return get
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder of eight clips, free to be changed."""
+    """Returns a data folder of eight clips that a test may modify."""
     return shutil.copytree(ROOT / "examples" / "dataset", tmp_path / "data", ignore=shutil.ignore_patterns("latent"))
 
 
 @pytest.fixture
 def validation(tmp_path: Path) -> Path:
-    """A validation folder of two clips, free to be changed."""
+    """Returns a validation folder of two clips that a test may modify."""
     return shutil.copytree(
         ROOT / "examples" / "validation", tmp_path / "validation", ignore=shutil.ignore_patterns("latent")
     )
 
 
 def arguments(model: Path, data: Path, output: Path, *more: object, task: str = "t2v") -> list[str]:
-    """A short float32 LoRA run; `more` wins."""
+    """Returns the flags of a float32 LoRA run on tiny clips. Flags in `more` override them."""
     return [
         *("--model_path", str(model), "--model_type", task, "--data_root", str(data), "--output_dir", str(output)),
         *("--train_resolution", "9x64x64", "--mixed_precision", "no", "--rank", "8", "--num_workers", "1"),
@@ -57,18 +57,25 @@ def arguments(model: Path, data: Path, output: Path, *more: object, task: str = 
     ]
 
 
-def run(script: str, *args: str, processes: int | None = None, **settings: object) -> subprocess.CompletedProcess:
-    """Runs a script of the project from elsewhere, as a user would, and returns what it printed."""
-    return subprocess.run(command(script, *args), env=environment(processes, **settings), timeout=600, **AS_A_USER)
+def run(script: str, *args: str, processes: int | None = None, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script of the project from another folder and returns the finished process with its output."""
+    return subprocess.run(
+        command(script, *args),
+        env=environment(processes, **variables),
+        cwd="/",
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
 
 
 def patch_programs(folder: Path, module: str, code: str) -> dict[str, Path]:
-    """Variables with which the programs that are started execute `code` in a module once it is imported."""
-    (folder / "sitecustomize.py").write_text(PATCH.format(module=module, code=code))
+    """Returns environment variables that make started programs execute `code` in `module` after its import."""
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=module, code=code))
     return {"PYTHONPATH": folder}
 
 
-PATCH = """
+SITECUSTOMIZE = """
 import importlib.util, sys
 
 class Finder:
@@ -87,28 +94,26 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 
-AS_A_USER = {"cwd": "/", "text": True, "capture_output": True}
-
 
 def command(script: str, *args: str) -> list[str]:
     return ["bash" if script.endswith(".sh") else "python", str(ROOT / script), *args]
 
 
-def environment(processes: int | None, **settings: object) -> dict[str, str]:
-    """The environment of a script; `settings` are variables such as ZERO."""
+def environment(processes: int | None, **variables: object) -> dict[str, str]:
+    """Returns the environment of a script. `variables` are settings such as ZERO."""
     if processes:
-        settings |= {"NUM_PROCESSES": processes, "OMP_NUM_THREADS": 1}
-    return os.environ | {name: str(value) for name, value in settings.items()}
+        variables |= {"NUM_PROCESSES": processes, "OMP_NUM_THREADS": 1}
+    return os.environ | {name: str(value) for name, value in variables.items()}
 
 
-def succeed(script: str, *args: str, processes: int | None = None, **settings: object) -> str:
-    """Runs a script and returns its output; a failure shows all of it."""
-    done = run(script, *args, processes=processes, **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def succeed(script: str, *args: str, processes: int | None = None, **variables: object) -> str:
+    """Runs a script, asserts that it succeeds, and returns its standard output."""
+    result = run(script, *args, processes=processes, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def read_metrics(output: Path) -> list[dict]:
-    """The lines of a run's log without its timings, which no two runs share."""
+    """Returns the lines of metrics.jsonl without timings, which differ between runs."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "step_s"} for line in lines]
