@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Fine-tunes all weights of a CogVideoX image-to-video model under DeepSpeed ZeRO, one process a GPU.
+# Fine-tunes all weights of a CogVideoX image-to-video model with DeepSpeed ZeRO, one process per GPU.
 #
-#   bash train_zero_i2v.sh                                   with the values below and the template that
-#                                                            configs/accelerate_config.yaml names
-#   ZERO=zero3_offload bash train_zero_i2v.sh                another template: zero2, zero2_offload, zero3, zero3_offload;
-#                                                            configs/README.md says what each costs
-#   NUM_PROCESSES=2 bash train_zero_i2v.sh                   two processes instead of one a visible GPU
-#   bash train_zero_i2v.sh --learning_rate 2e-5              flags given here win over the lines below
-#   bash train_zero_i2v.sh --dry_run                         checks everything, prints the plan, trains nothing
+#   bash train_zero_i2v.sh                                   uses the values below and the template set in
+#                                                            configs/accelerate_config.yaml
+#   ZERO=zero3_offload bash train_zero_i2v.sh                another template: zero2, zero2_offload, zero3 or
+#                                                            zero3_offload; configs/README.md compares them
+#   NUM_PROCESSES=2 bash train_zero_i2v.sh                   two processes; default: one per visible GPU
+#   bash train_zero_i2v.sh --learning_rate 2e-5              flags given here override the values below
+#   bash train_zero_i2v.sh --dry_run                         runs all checks, prints the plan, trains nothing
 #
-# Several machines, the same command on each (here the second of two), with the same paths on a shared disk:
+# Several machines: run the same command on each, with the same paths on a shared disk. On the second of two:
 #   NUM_MACHINES=2 MACHINE_RANK=1 MAIN_PROCESS_IP=10.0.0.1 bash train_zero_i2v.sh
 #
 # `python train.py --help` explains every flag.
@@ -17,45 +17,46 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL_ARGS=(
-    --model_path "THUDM/CogVideoX-5b-I2V"  # folder or hub id; also: CogVideoX1.5-5B-I2V
-    --model_type "i2v"                      # must suit the checkpoint
-    --training_type "sft"                   # sft: all weights; lora: adapters, which train_ddp_i2v.sh does with less
+    --model_path "THUDM/CogVideoX-5b-I2V"   # folder or model hub id; also: CogVideoX1.5-5B-I2V
+    --model_type "i2v"                      # must match the checkpoint
+    --training_type "sft"                   # sft: all weights; lora: adapters, simpler with train_ddp_i2v.sh
 )
 
 OUTPUT_ARGS=(
-    --output_dir "outputs/i2v-sft"          # a new folder for every run; holds checkpoints, metrics.jsonl, videos
-    --report_to "tensorboard"               # tensorboard, wandb, all or none; metrics.jsonl is written in any case
+    --output_dir "outputs/i2v-sft"          # use a new folder per run; holds checkpoints, metrics.jsonl and videos
+    --report_to "tensorboard"               # tensorboard, wandb, all or none; metrics.jsonl is always written
 )
 
 DATA_ARGS=(
-    --data_root "data"                      # the data folder: the line files below and the clips they name
-    --caption_column "prompts.txt"          # one caption a line
-    --video_column "videos.txt"             # one clip a line, relative to the data folder
-    # --image_column "images.txt"           # one image a line; without it the clips' first frames are used
-    --id_token ""                           # a rare word put before every caption; helps to bind a new concept
+    --data_root "data"                      # data folder with the line files below and the clips
+    --caption_column "prompts.txt"          # one caption per line
+    --video_column "videos.txt"             # one clip per line, relative to the data folder
+    # --image_column "images.txt"           # one image per line; default: the first frame of each clip
+    --id_token ""                           # a rare word to put before every caption; helps to learn a new concept
     --train_resolution "49x480x720"         # frames x height x width; 81x768x1360 for CogVideoX1.5-5B-I2V
-                                            # several, "49x480x720" "49x720x480": each clip goes where most is kept
-    --resize_mode "stretch"                 # crop: keep the aspect ratio of clips of another shape
-    --clips_per_video 1                     # more: several samples of long clips, which do not overlap
-    --skip_bad_samples false                # true: go on without clips that cannot be used, in place of stopping
-    --caption_dropout 0.0                   # 0.1: keeps the model good without a prompt, at guidance above 1
+                                            # with several, such as "49x480x720" "49x720x480", each clip uses the
+                                            # resolution that preserves most of it
+    --resize_mode "stretch"                 # crop: keep the aspect ratio and crop the centre
+    --clips_per_video 1                     # 2 or more: several non-overlapping samples from a long clip
+    --skip_bad_samples false                # true: continue without unusable clips instead of stopping
+    --caption_dropout 0.0                   # 0.1 preserves the unconditional model, which guidance above 1 uses
 )
 
-TRAIN_ARGS=(                                # the templates say "auto" for what stands here
-    --train_epochs 10                       # passes over the clips; --train_steps N counts optimizer updates instead
-    --batch_size 1                          # samples a GPU; raise it only if memory is left over
-    --gradient_accumulation_steps 1         # 2-8: a larger effective batch at the same memory; smoother, slower updates
-    # --mixed_precision "bf16"              # default: fp16 for CogVideoX-2b on a GPU, bf16 for everything else
-    --learning_rate 1e-5                    # 1e-5 to 2e-5; more than that destroys what the model knows
-    --lr_scheduler "constant_with_warmup"   # cosine: goes to zero at the end, for runs of known length
-    --lr_warmup_steps 100                   # updates until the full learning rate; fewer for short runs
+TRAIN_ARGS=(                                # the templates have "auto" for these values
+    --train_epochs 10                       # passes over the clips; --train_steps N sets the number of updates instead
+    --batch_size 1                          # samples per GPU; raise it only if memory is left
+    --gradient_accumulation_steps 1         # 2-8: larger effective batch in the same memory; smoother, slower updates
+    # --mixed_precision "bf16"              # default: fp16 for CogVideoX-2b on a GPU, bf16 otherwise
+    --learning_rate 1e-5                    # 1e-5 to 2e-5; higher rates make the model forget
+    --lr_scheduler "constant_with_warmup"   # cosine: decays to zero at the end of the run
+    --lr_warmup_steps 100                   # updates until the full learning rate; use fewer for short runs
     --optimizer "adamw"
     --weight_decay 1e-4
     --max_grad_norm 1.0                     # lower it if the loss jumps
-    --gradient_checkpointing full           # selective: faster, for 2 GiB (2b) to 11 GiB (1.5) more; none: several times
-                                            # the memory
-    --offload_activations false             # true: what is kept waits in host memory; both true: fast and small
-    --seed 42                               # order of clips, noise and timesteps
+    --gradient_checkpointing full           # selective: faster, 2 GiB (2b) to 11 GiB (1.5) more memory; none: several
+                                            # times the memory
+    --offload_activations false             # true: keep checkpointed tensors in host memory; combines well with selective
+    --seed 42                               # for clip order, noise and timesteps
 )
 
 SYSTEM_ARGS=(
@@ -65,21 +66,21 @@ SYSTEM_ARGS=(
 )
 
 CHECKPOINT_ARGS=(
-    --checkpointing_steps 500               # updates between checkpoints, 14 bytes a parameter each; one at the end
-    --checkpointing_limit 2                 # checkpoints kept
-    --resume_from_checkpoint latest         # goes on where a stopped run was; starts anew if there is none
-    # --export_dtype "fp32"                 # of transformer/ in the last checkpoint; default: that of the training
+    --checkpointing_steps 500               # updates between checkpoints of 14 bytes per parameter; one at the end
+    --checkpointing_limit 2                 # maximum number of checkpoints to keep
+    --resume_from_checkpoint latest         # continues a stopped run; starts a new one if there is no checkpoint
+    # --export_dtype "fp32"                 # dtype of transformer/ in the last checkpoint; default: training precision
 )
 
 VALIDATION_ARGS=(
-    --do_validation false                   # true: sample videos and held-out loss; needs the memory of VAE and sampling
-    --validation_dir "data/validation"      # a folder of the same form as the data folder
+    --do_validation false                   # true: videos and held-out loss; needs memory for the VAE and sampling
+    --validation_dir "data/validation"      # same layout as the data folder
     --validation_steps 500                  # updates between validations
-    # --validation_images "images.txt"      # one image a line; without it the clips' first frames are used
-    --num_inference_steps 50                # of a validation video
+    # --validation_images "images.txt"      # one image per line; default: the first frame of each clip
+    --num_inference_steps 50                # denoising steps per validation video
 )
 
-# `accelerate launch`, without its stack trace when train.py ends with a sentence on what is wrong
+# Like `accelerate launch`, but without a stack trace when train.py reports a user error
 exec python "$HERE/utils/commands/launch.py" --config_file "$HERE/configs/accelerate_config.yaml" "$HERE/train.py" \
     "${MODEL_ARGS[@]}" "${OUTPUT_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAIN_ARGS[@]}" \
     "${SYSTEM_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${VALIDATION_ARGS[@]}" "$@"
