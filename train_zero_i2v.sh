@@ -55,7 +55,7 @@ TRAIN_ARGS=(                                # the templates have "auto" for thes
     --max_grad_norm 1.0                     # lower it if the loss jumps
     --gradient_checkpointing full           # selective: faster, 2 GiB (2b) to 11 GiB (1.5) more memory; none: several
                                             # times the memory
-    --offload_activations false             # true: keep checkpointed tensors in host memory; combines well with selective
+    --offload_activations false             # true: keep checkpointed tensors in host memory; works well with selective
     --seed 42                               # for clip order, noise and timesteps
 )
 
