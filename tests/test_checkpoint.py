@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, whatever happens while it is written."""
+"""Checkpoints are written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.training.optimizer import make_optimizer
 from utils.training.trainable import make_trainable, trained_parameters
 
 
-def test_a_save_that_is_cut_short_leaves_the_last_checkpoint(tiny, data, tmp_path, monkeypatch):
+def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, monkeypatch):
     args = parse_args(arguments(tiny("5b"), data, tmp_path, "--checkpointing_limit", 2))
     accelerator = Accelerator(cpu=True)
     transformer = loading.load_transformer(tiny("5b") / "transformer", torch.float32)
@@ -33,6 +33,6 @@ def test_a_save_that_is_cut_short_leaves_the_last_checkpoint(tiny, data, tmp_pat
             checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-1", "checkpoint-2"]
     checkpoints.save(Progress("base", 10), is_last=False)
-    assert names() == ["checkpoint-2", "checkpoint-10"]  # the oldest by number, not by name
+    assert names() == ["checkpoint-2", "checkpoint-10"]  # ordered by number, not by name
     assert not list(tmp_path.glob(".checkpoint-*"))
     checkpoints.load(tmp_path / "checkpoint-10")

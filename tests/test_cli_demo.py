@@ -1,4 +1,4 @@
-"""The demo beyond what the training tests run of it: video to video, sizes, and mistakes."""
+"""cli_demo.py: video to video, sizes and user errors. The tests of training runs cover its other uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ V2V = ["--generate_type", "v2v", "--image_or_video_path", CLIP]
 
 
 @pytest.mark.parametrize(
-    ("form", "more", "size"),
+    ("variant", "options", "size"),
     [
         ("2b", V2V, (9, 64, 64, 8)),
         ("1.5", V2V, (8, 64, 64, 16)),
@@ -23,23 +23,23 @@ V2V = ["--generate_type", "v2v", "--image_or_video_path", CLIP]
         ("5b", ["--height", "96", "--fps", "12", "--dtype", "bf16", "--enable_tiling", "false"], (9, 96, 64, 12)),
     ],
 )
-def test_videos_have_the_native_or_the_wanted_size(tiny, tmp_path, form, more, size):
+def test_videos_have_the_native_or_the_requested_size(tiny, tmp_path, variant, options, size):
     output = tmp_path / "new" / "demo.mp4"
-    options = ["--prompt", "a red circle", "--num_inference_steps", "3", "--output_path", str(output), *more]
-    succeed("cli_demo.py", "--model_path", str(tiny(form)), *options)
+    common = ["--prompt", "a red circle", "--num_inference_steps", "3", "--output_path", str(output)]
+    succeed("cli_demo.py", "--model_path", str(tiny(variant)), *common, *options)
     info = probe(output)
     assert (info.frames, info.height, info.width, info.fps) == size
 
 
-def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
-    """The published configs of 1.5 state 2400x2400, where the pipelines would run out of memory by default."""
+def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
+    """The published configs of 1.5 state 2400x2400, at which the pipelines run out of memory."""
     args = cli_demo.DemoArgs(prompt="", model_path="")
-    form = cli_demo.read_spec(tiny("1.5", (81, 2400, 2400)))
-    assert str(cli_demo.choose_resolution(args, form, "t2v")) == "81x768x1360"
+    spec = cli_demo.read_spec(tiny("1.5", (81, 2400, 2400)))
+    assert str(cli_demo.choose_resolution(args, spec, "t2v")) == "81x768x1360"
 
 
 @pytest.mark.parametrize(
-    ("form", "more", "message"),
+    ("variant", "options", "message"),
     [
         ("2b", ["--generate_type", "i2v"], "--generate_type i2v needs a i2v checkpoint"),
         ("5b-i2v", [], "i2v needs --image_or_video_path"),
@@ -59,24 +59,30 @@ def test_native_clip_of_1_5_is_not_its_square_bound(tiny):
         ("2b", ["--strength", "1.5"], "--strength is 1.5"),
     ],
 )
-def test_mistakes_are_told_before_weights_are_read(tiny, tmp_path, monkeypatch, capsys, form, more, message):
+def test_user_errors_are_reported_before_loading_weights(tiny, monkeypatch, capsys, variant, options, message):
     monkeypatch.setattr(loading, "load_transformer", None)
-    more = [text.format(**{name: tiny(name) for name in ("2b", "5b")}) for text in more]
-    monkeypatch.setattr("sys.argv", ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(form)), *more])
-    with pytest.raises(SystemExit) as ended, cli_demo.exit_on_user_error():
+    options = [text.format(**{name: tiny(name) for name in ("2b", "5b")}) for text in options]
+    argv = ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(variant)), *options]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stopped, cli_demo.exit_on_user_error():
         cli_demo.main()
-    assert ended.value.code == 2
+    assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_mistake_ends_the_demo_with_code_2(tiny):
-    done = run("cli_demo.py", "--model_path", str(tiny("2b")), "--promt", "x")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+def test_user_error_exits_with_code_2(tiny):
+    result = run("cli_demo.py", "--model_path", str(tiny("2b")), "--promt", "x")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_a_hub_id_is_downloaded_and_used(tiny, monkeypatch):
-    asked = []
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, **_: asked.append(name) or str(tiny("2b")))
+def test_hub_id_is_downloaded(tiny, monkeypatch):
+    requested = []
+
+    def snapshot_download(name, **_):
+        requested.append(name)
+        return str(tiny("2b"))
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
     assert loading.resolve_model_dir("THUDM/CogVideoX-2b") == tiny("2b")
-    assert asked == ["THUDM/CogVideoX-2b"]
+    assert requested == ["THUDM/CogVideoX-2b"]

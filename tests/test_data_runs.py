@@ -1,4 +1,4 @@
-"""Whole runs over data as people have it: several shapes and lengths, bad clips, killed while encoding."""
+"""Whole runs on realistic data: several shapes and lengths, damaged clips, interrupted encoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUCKETS = ("--train_resolution", "9x64x64", "9x64x96", "17x96x64")
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A data folder with a table, of eleven clips in three shapes, two of them long enough for two samples."""
+    """Returns a data folder with a table of eleven clips in three shapes. Two are long enough for two samples."""
     folder = tmp_path / "mixed"
     (folder / "clips").mkdir(parents=True)
     rows = []
@@ -38,7 +38,7 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_in_buckets_is_the_same_on_two_processes_and_in_two_parts(tiny, mixed, tmp_path):
+def test_run_with_buckets_is_the_same_on_two_processes_and_after_resuming(tiny, mixed, tmp_path):
     def train(out: str, steps: int, accumulation: int, processes: int) -> str:
         options = [*BUCKETS, "--clips_per_video", 2, "--flip", "--resize_mode", "crop", "--caption_dropout", 0.3]
         options += ["--train_steps", steps, "--gradient_accumulation_steps", accumulation]
@@ -46,23 +46,23 @@ def test_a_run_in_buckets_is_the_same_on_two_processes_and_in_two_parts(tiny, mi
         args = arguments(tiny("5b", (17, 96, 96)), mixed, tmp_path / out, *options)
         return succeed("train_ddp_t2v.sh", *args, processes=processes)
 
-    printed = train("one", 8, 4, 1)
+    output = train("one", 8, 4, 1)
     for line in (
         "9x64x96: 5 samples from 4 clips",
         "17x96x64: 4 samples from 4 clips",
         "9x64x64: 4 samples from 3 clips",
     ):
-        assert line in printed
+        assert line in output
     train("two", 4, 2, 2)
     train("two", 8, 2, 2)
     losses = [[line["loss"] for line in read_metrics(tmp_path / out)] for out in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 8
 
 
-def test_a_run_goes_on_without_bad_clips_if_told_to(tiny, data, tmp_path):
+def test_bad_clips_stop_the_run_unless_they_are_skipped(tiny, data, tmp_path):
     clips = (data / "videos.txt").read_text().split()
     whole = (data / clips[2]).read_bytes()
-    (data / clips[2]).write_bytes(whole[:1500] + bytes(len(whole) - 1600) + whole[-100:])  # damaged further inside
+    (data / clips[2]).write_bytes(whole[:1500] + bytes(len(whole) - 1600) + whole[-100:])  # damaged beyond the header
     shutil.copy(ROOT / "tests" / "first_frame.png", data / clips[5])
     out = tmp_path / "out"
     options = arguments(tiny("5b"), data, out, "--train_steps", 2, "--resume_from_checkpoint", "latest")
@@ -75,7 +75,7 @@ def test_a_run_goes_on_without_bad_clips_if_told_to(tiny, data, tmp_path):
     assert "Continuing without these" in printed and (out / "checkpoint-2").is_dir()
 
 
-def test_a_cache_that_was_killed_at_random_and_made_by_two_runs_at_a_time_is_the_same(tiny, data, tmp_path):
+def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
     def precompute(cache: str) -> list[str]:
         task = ["--precompute_only", "--cache_dir", tmp_path / cache, "--flip"]
         return command("train.py", *arguments(tiny("1.5-i2v"), data, tmp_path / "out", *task, task="i2v"))
@@ -100,7 +100,7 @@ def test_a_cache_that_was_killed_at_random_and_made_by_two_runs_at_a_time_is_the
     assert all((tmp_path / "killed" / name).read_bytes() == content for name, content in entries.items())
 
 
-def test_inspect_shows_what_training_sees_and_cares_for_the_cache(tiny, mixed, tmp_path):
+def test_inspect_dataset_shows_samples_and_removes_damaged_entries(tiny, mixed, tmp_path):
     options = ["--model_path", tiny("5b", (17, 96, 96)), *BUCKETS]
     succeed("train_ddp_t2v.sh", *arguments(options[1], mixed, tmp_path / "out", *BUCKETS, "--precompute_only"))
     cache = mixed / "clips" / "latent"
@@ -108,8 +108,10 @@ def test_inspect_shows_what_training_sees_and_cares_for_the_cache(tiny, mixed, t
     status, content = damaged.stat(), bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk would do it
-    done = subprocess.run(
+    os.utime(
+        damaged, ns=(status.st_atime_ns, status.st_mtime_ns)
+    )  # like a disk error, which does not change the modification time
+    result = subprocess.run(
         [
             "python",
             "-m",
@@ -125,6 +127,6 @@ def test_inspect_shows_what_training_sees_and_cares_for_the_cache(tiny, mixed, t
         text=True,
         check=True,
     )
-    assert "11 samples in" in done.stdout and "1 entries were damaged" in done.stdout and not damaged.exists()
+    assert "11 samples in" in result.stdout and "1 entries were damaged" in result.stdout and not damaged.exists()
     assert len((tmp_path / "seen" / "samples.csv").read_text().splitlines()) == 12
     assert (tmp_path / "seen" / "contact_sheet.png").stat().st_size > 10_000

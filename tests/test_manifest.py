@@ -1,0 +1,63 @@
+"""Reading the manifest of a data folder: line files, and JSONL and CSV tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dataset.manifest import Table, read_manifest
+from utils.common.errors import UserError
+
+ROWS = [{"video": "a.mp4", "prompt": 'a "red", circle'}, {"video": "b.mp4", "prompt": "two\nlines", "image": "b.png"}]
+TABLE = Table("metadata.jsonl", optional=("image",))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.mp4", "b.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_tables_list_the_samples(folder):
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    samples = read_manifest(folder, table=Table("metadata.jsonl"), id_token="SKS")
+    assert [(sample.line, sample.prompt) for sample in samples] == [(1, 'SKS a "red", circle'), (2, "SKS two\nlines")]
+    assert [sample.video for sample in samples] == [f"{folder}/a.mp4", f"{folder}/b.mp4"]
+    (folder / "metadata.csv").write_text('video,prompt,note\na.mp4,"a ""red"", circle",x\nb.mp4,"two\nlines",y\n')
+    rows = read_manifest(folder, table=Table("metadata.csv"), id_token="SKS")
+    assert [(sample.video, sample.prompt) for sample in rows] == [(sample.video, sample.prompt) for sample in samples]
+
+
+def test_absolute_paths_are_accepted(folder):
+    (folder / "prompts.txt").write_text("a\n")
+    (folder / "videos.txt").write_text(f"{folder / 'a.mp4'}\n")
+    assert read_manifest(folder, "prompts.txt", "videos.txt")[0].video == str(folder / "a.mp4")
+
+
+def test_unquoted_comma_does_not_truncate_a_prompt(folder):
+    (folder / "metadata.csv").write_text("video,prompt\na.mp4,a cat, sitting on a mat\n")
+    with pytest.raises(UserError, match="line 2: the row has more fields than the header"):
+        read_manifest(folder, table=Table("metadata.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"video": "a.mp4", "text": "x"}\n', "has no column 'prompt'; it has video, text"),
+        ('{"video": "a.mp4", "prompt": "x"}\n{"video": "b.mp4"}\n', "line 2: 'prompt' is missing or not a text"),
+        ('{"video": "a.mp4", "prompt": "x"}\n["b.mp4"]\n', "line 2: not a JSON object"),
+        ('{"video": "a.mp4", "prompt": "x"}\n\n{"video"\n', "line 3: not valid JSON ("),
+        ('{"video": "c.mp4", "prompt": " "}\n', "line 1: there is no file"),
+        ('{"video": "c.mp4", "prompt": " "}\n', "line 1: the prompt is empty"),
+        ('{"video": 7, "prompt": "x"}\n', "line 1: 'video' is missing or not a text"),
+        (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]), "line 1: 'image' is missing or not a text"),
+        ("", "the table is empty"),
+    ],
+)
+def test_errors_in_tables_name_the_line(folder, text, message):
+    (folder / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_manifest(folder, table=TABLE)
+    assert any(message in error for error in caught.value.errors), caught.value.errors
