@@ -1,8 +1,8 @@
-"""A fine-tuned transformer in the diffusers format, from any checkpoint of a full fine-tuning run.
+"""Exports a checkpoint of a full fine-tuning run to the diffusers format.
 
     python -m utils.commands.export --checkpoint outputs/t2v-sft/checkpoint-500 --dtype bf16
 
-The weights go from the checkpoint's files to the new ones shard by shard; no process holds the model.
+The weights are read and written one shard at a time; the whole model is never in memory.
 """
 
 from __future__ import annotations
@@ -14,57 +14,61 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils.checkpoint.stored_weights import StoredTensor, read_safetensors, read_zero, zero_folder
 from utils.common.errors import UserError
-from utils.model.loading import CogVideoXTransformer3DModel
 from utils.model.weight_files import check_shapes, read_config
 
-TRANSFORMER_CONFIG = "transformer_config.json"  # of a ZeRO checkpoint, whose weights are DeepSpeed's own files
+TRANSFORMER_CONFIG = "transformer_config.json"  # in a ZeRO checkpoint, next to DeepSpeed's files
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
 def open_checkpoint(checkpoint: Path) -> tuple[dict[str, StoredTensor], Path]:
-    """The trained weights of a checkpoint and the config of their transformer. Raises UserError."""
+    """Returns the trained weights of a checkpoint and the path of the transformer config.
+
+    Raises:
+        UserError: the checkpoint is damaged, holds adapters, or holds no weights.
+    """
     try:
         if zero_folder(checkpoint) is not None:
             weights, config_file = read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG
         else:
             folder = checkpoint / "transformer"
             weights, config_file = read_safetensors(sorted(folder.glob("*.safetensors"))), folder / "config.json"
-    except Exception as error:  # of zip files, pickles and safetensors
+    except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
         raise UserError(f"--checkpoint {checkpoint} is damaged ({error}).") from error
     if any(".lora_A." in name for name in weights):
-        raise UserError(f"--checkpoint {checkpoint} holds adapters; load it with --lora_path as it is.")
+        raise UserError(f"--checkpoint {checkpoint} holds adapters, which need no export; load it with --lora_path.")
     if not weights:
         raise UserError(f"--checkpoint {checkpoint} is not the folder checkpoint-N of a full fine-tuning run.")
     return weights, config_file
 
 
 def export(weights: Mapping[str, StoredTensor], config_file: Path, folder: Path, dtype: torch.dtype, flag: str) -> None:
-    """Writes config, shards of at most 5 GB and their index to a new folder, which is complete or absent.
+    """Writes the config, shards of at most 5 GB and their index to a new folder. The write is atomic.
 
     Args:
-        flag: what a fault is said to be of.
+        flag: the flag that error messages name.
 
     Raises:
-        UserError: names or shapes are not those of the config, or a value is not finite in `dtype`.
+        UserError: names or shapes do not match the config, or a value is not finite in `dtype`.
     """
-    kind = CogVideoXTransformer3DModel
-    config = read_config(config_file, kind, flag)
+    model_class = CogVideoXTransformer3DModel
+    config = read_config(config_file, model_class, flag)
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-    check_shapes(shapes, config_file.parent, flag, kind, config, strict=True)
+    check_shapes(shapes, config_file.parent, flag, model_class, config, strict=True)
     split = split_torch_state_dict_into_shards(
         {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()},
         filename_pattern=f"{WEIGHTS_NAME}{{suffix}}.safetensors",
         max_shard_size="5GB",
     )
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    tmp_dir = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(tmp_dir, ignore_errors=True)
+    tmp_dir.mkdir(parents=True)
     progress = tqdm(total=len(weights), desc="Exporting the transformer", unit="tensor", mininterval=1.0)
     try:
         for file, names in split.filename_to_tensors.items():
@@ -74,14 +78,14 @@ def export(weights: Mapping[str, StoredTensor], config_file: Path, folder: Path,
                 if not shard[name].isfinite().all():
                     raise UserError(f"{flag} {config_file.parent}: {name} holds values that are not finite in {dtype}.")
                 progress.update()
-            save_file(shard, aside / file, metadata={"format": "pt"})
+            save_file(shard, tmp_dir / file, metadata={"format": "pt"})
             del shard
             gc.collect()
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (aside / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        shutil.copy(config_file, aside / "config.json")
-        aside.rename(folder)
+            (tmp_dir / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        shutil.copy(config_file, tmp_dir / "config.json")
+        tmp_dir.rename(folder)
     finally:
         progress.close()
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)

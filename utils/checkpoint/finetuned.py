@@ -14,12 +14,12 @@ from utils.common.errors import UserError
 
 
 def find_transformer(path: Path) -> Path:
-    """The folder with the weights of a fine-tuned transformer that `path` is or holds.
+    """Returns the folder with the transformer's weights: `path` itself or `path`/transformer.
 
-    It is in the diffusers format, or holds what DeepSpeed's `zero_to_fp32.py` wrote: weights without a config.
+    The folder is in the diffusers format or is the output of DeepSpeed's `zero_to_fp32.py`, which has no config.
 
     Raises:
-        UserError: there is none, or there are only DeepSpeed's own files, which have to be merged first.
+        UserError: there are no weights, or only files of DeepSpeed that have to be merged first.
     """
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
@@ -35,16 +35,19 @@ def find_transformer(path: Path) -> Path:
             f"    python -m utils.commands.export --checkpoint {checkpoint}\n"
             "and give the same --transformer_path again."
         )
-    inside = sorted(found.name for found in path.glob("checkpoint-*")) if path.is_dir() else []
+    checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*")) if path.is_dir() else []
     raise UserError(
-        f"--transformer_path {path}: there are no weights of a transformer. Give the folder checkpoint-N of a full "
+        f"--transformer_path {path}: there are no transformer weights. Give the folder checkpoint-N of a full "
         "fine-tuning run, the output of zero_to_fp32.py, or a transformer in the diffusers format."
-        + (f" It has {', '.join(inside)}." if inside else "")
+        + (f" The folder has {', '.join(checkpoints)}." if checkpoints else "")
     )
 
 
 def load_merged(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The transformer of a config with the weights that `zero_to_fp32.py` wrote, cast one by one.
+    """Loads a transformer from the output of `zero_to_fp32.py`. Weights are read and cast one at a time.
+
+    Args:
+        config: config of the transformer.
 
     Raises:
         UserError: a value is not finite.

@@ -1,4 +1,4 @@
-"""LoRA files: written so that every loader gives the trained strength, read so that nothing is skipped in silence."""
+"""Writes LoRA files that every loader applies at the trained strength, and loads them without ignoring any tensor."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ ADAPTER = "lora"
 
 
 def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
-    """Writes adapters in the diffusers format, at the strength they were trained with.
+    """Writes adapters in the diffusers format at their trained strength.
 
-    The strength alpha / rank is multiplied into the B matrices, and the metadata state alpha = rank. So a loader that
-    reads the metadata and one that does not (older diffusers, ComfyUI: both take alpha = rank) apply the same weights;
-    `lora_scale` 1.0 is the trained strength everywhere. The alpha of the training is in the checkpoint's `args.json`.
+    The strength alpha / rank is multiplied into the B matrices, and the metadata sets alpha = rank. Loaders that read
+    the metadata and loaders that assume alpha = rank (older diffusers, ComfyUI) therefore apply the same weights, and
+    a LoRA scale of 1.0 is the trained strength everywhere. The original alpha is in the checkpoint's `args.json`.
 
     Args:
-        state: peft's names, `....lora_A.weight` [rank, in] and `....lora_B.weight` [out, rank], float32.
+        state: adapters under peft's names, `....lora_A.weight` [rank, in] and `....lora_B.weight` [out, rank], float32.
+        config: config of the adapters during training.
+        folder: folder of the new file.
     """
     strength = config.lora_alpha / config.r
     folded = {name: tensor * strength if ".lora_B." in name else tensor for name, tensor in state.items()}
@@ -33,11 +35,12 @@ def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, folder: Path) 
     CogVideoXPipeline.save_lora_weights(
         folder,
         transformer_lora_layers={name: tensor.contiguous() for name, tensor in folded.items()},
-        transformer_lora_adapter_metadata={name: value for name, value in metadata.items() if _is_plain(value)},
+        transformer_lora_adapter_metadata={name: value for name, value in metadata.items() if _is_json_value(value)},
     )
 
 
-def _is_plain(value: Any) -> bool:
+def _is_json_value(value: Any) -> bool:
+    """Whether diffusers can store a metadata value; it converts sets to lists."""
     return isinstance(value, bool | int | float | str | list | set)
 
 
@@ -45,19 +48,21 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, scale: float
     """Adds the adapters of a checkpoint folder or a .safetensors file to a transformer.
 
     Args:
-        scale: 1.0 is the strength stored in the file, 0 the base.
+        path: the folder or file.
+        scale: strength of the adapters; 1.0 is the strength stored in the file, 0 disables them.
 
     Returns:
-        the number of modules that got an adapter; it is that of the file.
+        the number of modules with an adapter, which equals the number in the file.
 
     Raises:
-        UserError: there is no such file, it holds no adapters, or some do not belong to this transformer.
+        UserError: the file is missing, holds no adapters or values that are not finite, or some adapters do not belong
+            to this transformer.
     """
     file = find_lora(path)
-    modules = _checked_modules(transformer, file)
+    modules = _adapter_modules(transformer, file)
     state, metadata = CogVideoXPipeline.lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
-    if broken := [name for name, weight in state.items() if not weight.isfinite().all()]:
-        raise UserError(f"--lora_path {file}: {broken[0]} holds values that are not finite.")
+    if not_finite := [name for name, weight in state.items() if not weight.isfinite().all()]:
+        raise UserError(f"--lora_path {file}: {not_finite[0]} holds values that are not finite.")
     CogVideoXPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
     matched = sum(isinstance(module, LoraLayer) and ADAPTER in module.lora_A for module in transformer.modules())
     assert matched == len(modules), f"{matched} of {len(modules)} adapter modules were loaded"
@@ -66,17 +71,25 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, scale: float
 
 
 def find_lora(path: Path) -> Path:
-    """The weights file that `path` is or holds. Raises UserError where there is none."""
+    """Returns the path of the weights file: `path` itself, or the file in the folder `path`.
+
+    Raises:
+        UserError: there is no such file.
+    """
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.is_file():
         return file
-    inside = sorted(found.parent.name for found in path.glob(f"checkpoint-*/{WEIGHTS_FILE}")) if path.is_dir() else []
-    hint = f"; it has {', '.join(inside)}" if inside else ""
+    found = sorted(file.parent.name for file in path.glob(f"checkpoint-*/{WEIGHTS_FILE}")) if path.is_dir() else []
+    hint = f"; it has {', '.join(found)}" if found else ""
     raise UserError(f"--lora_path {path}: there is no {WEIGHTS_FILE}{hint}. Give the folder checkpoint-N of a run.")
 
 
-def _checked_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> set[str]:
-    """Names of the modules for which the file has adapters; all are in the transformer, with fitting shapes."""
+def _adapter_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> set[str]:
+    """Returns the names of the modules for which a file has adapters.
+
+    Raises:
+        UserError: the file cannot be read, or a tensor does not match a linear layer of the transformer.
+    """
     try:
         with safe_open(file, framework="pt") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
@@ -88,13 +101,13 @@ def _checked_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> se
         module, _, matrix = name.removeprefix("transformer.").rpartition(".lora_")
         pair = [shapes.get(f"transformer.{module}.lora_{side}.weight", [0, 0]) for side in "AB"]
         layer = layers.get(module)
-        fits = (
+        matches = (
             name.startswith("transformer.")
             and matrix in ("A.weight", "B.weight")
             and isinstance(layer, torch.nn.Linear)
             and pair == [[pair[0][0], layer.in_features], [layer.out_features, pair[0][0]]]
         )
-        if fits:
+        if matches:
             modules.add(module)
         else:
             unexpected.append(f"{name} {list(shape)}")

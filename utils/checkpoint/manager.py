@@ -1,17 +1,17 @@
-"""Checkpoints that are complete or absent.
+"""Saves and loads checkpoints atomically.
 
-checkpoint-N/                            N optimizer updates
+checkpoint-N/                            state after N optimizer updates
     pytorch_lora_weights.safetensors     LoRA: the adapters, for `load_lora_weights` of diffusers
-    transformer/                         SFT: the whole transformer, for `from_pretrained`; under ZeRO only at the end
-    args.json                            the resolved arguments
-    progress.json                        steps done, place in the sample stream, which base it was
-    training_state/                      what only resuming needs: adapters as trained, optimizer, random states
+    transformer/                         SFT: the transformer, for `from_pretrained`; under ZeRO only in the last one
+    args.json                            resolved arguments
+    progress.json                        updates done, position in the sample stream, fingerprint of the base
+    training_state/                      for resuming only: adapters as trained, optimizer, random states
 
-Under ZeRO, in place of training_state/:
-    pytorch_model/, latest               DeepSpeed's files, some a process: weights, optimizer, loss scale
-    zero_to_fp32.py                      DeepSpeed's own: python zero_to_fp32.py . merged
-    transformer_config.json              of the transformer whose weights these are
-    random_states_N.pkl                  of process N
+Under ZeRO, instead of training_state/:
+    pytorch_model/, latest               DeepSpeed's files, several per process: weights, optimizer, loss scale
+    zero_to_fp32.py                      DeepSpeed's merge script: python zero_to_fp32.py . merged
+    transformer_config.json              config of the transformer
+    random_states_N.pkl                  random states of process N
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ ADAPTERS_AS_TRAINED = "adapters.safetensors"
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         base: fingerprint of the transformer that is fine-tuned.
-        step: optimizer updates done.
-        samples_seen: place in the sample stream, over all ranks.
-        zero_stage, num_processes: how the training state is divided; 0 for DDP.
-        data: digest of the samples, in whose order the run goes on exactly.
+        step: number of optimizer updates done.
+        samples_seen: position in the sample stream, over all ranks.
+        zero_stage: ZeRO stage of the training state; 0 for DDP.
+        num_processes: number of processes that share the training state.
+        data: digest of the samples. With the same data, a resumed run continues in the same order.
     """
 
     base: str
@@ -65,81 +66,92 @@ class Progress:
 
 
 class Checkpoints:
-    """Saves to and loads from the output folder of one run."""
+    """Saves and loads the checkpoints in the output folder of a run."""
 
     def __init__(self, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, args: Args) -> None:
         self.accelerator, self.transformer, self.args = accelerator, transformer, args
         self.is_lora = args.model.training_type == "lora"
         self.uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        # The weights are written below in the formats that users load; accelerate would add a copy, frozen base and all
+        # `_save_weights` writes the weights in the formats that users load. accelerate would add a copy of the whole
+        # model, including the frozen base.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     def save(self, progress: Progress, is_last: bool) -> None:
-        """Called by every rank. Writes aside, renames when all are done, then drops the oldest beyond the limit."""
+        """Saves a checkpoint and removes the oldest ones beyond --checkpointing_limit. Every rank must call this.
+
+        The files are written to a temporary folder, which is renamed when all ranks are done.
+
+        Raises:
+            UserError: files of other machines are not visible on this one.
+        """
         output_dir = self.args.output.output_dir
         final = output_dir / f"checkpoint-{progress.step}"
-        aside = output_dir / f".{final.name}.tmp"
+        tmp_dir = output_dir / f".{final.name}.tmp"
         if self.accelerator.is_main_process:
-            for left_by_a_killed_run in output_dir.glob(".checkpoint-*"):
-                shutil.rmtree(left_by_a_killed_run)
-            aside.mkdir(parents=True)
+            for stale in output_dir.glob(".checkpoint-*"):  # from killed runs
+                shutil.rmtree(stale)
+            tmp_dir.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        if self.uses_deepspeed:  # DeepSpeed's merge script stands beside the weights it merges
-            self.accelerator.save_state(str(aside), exclude_frozen_parameters=True)
+        if self.uses_deepspeed:  # at the top level, where DeepSpeed's merge script expects its files
+            self.accelerator.save_state(str(tmp_dir), exclude_frozen_parameters=True)
         else:
-            self.accelerator.save_state(str(aside / TRAINING_STATE))
+            self.accelerator.save_state(str(tmp_dir / TRAINING_STATE))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            if self.uses_deepspeed and (lacking := damaged_zero_files(aside, self.accelerator.num_processes)):
+            if self.uses_deepspeed and (missing := damaged_zero_files(tmp_dir, self.accelerator.num_processes)):
                 raise UserError(
-                    f"{aside} lacks {', '.join(lacking)} of other machines; --output_dir must be on a disk that all "
-                    "machines share.",
+                    f"--output_dir {output_dir}: {tmp_dir.name} lacks files of other machines: {', '.join(missing)}. "
+                    "The folder must be on a disk that all machines share.",
                     on_every_rank=False,
                 )
-            self._save_weights(aside)
-            write_args(self.args, aside)
-            (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
-            aside.rename(final)
+            self._save_weights(tmp_dir)
+            write_args(self.args, tmp_dir)
+            (tmp_dir / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
+            tmp_dir.rename(final)
             if is_last:
                 complete_last(final, self.args)
             limit = self.args.checkpoint.checkpointing_limit
             for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
-                # out of sight before it is incomplete
+                # renamed first, so that an interrupted deletion does not leave an incomplete checkpoint
                 shutil.rmtree(old.rename(output_dir / f".{old.name}.old"))
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        """Restores trained weights, optimizer and this rank's random states.
+        """Restores the trained weights, the optimizer and the random states of this rank.
 
-        The weights of a full fine-tuning under DDP are not restored; the transformer was read from the checkpoint.
+        Under DDP, full fine-tuning restores no weights here: the transformer was loaded from the checkpoint already.
 
         Raises:
             UserError: a file is damaged.
         """
         try:
             if self.uses_deepspeed:
-                self.accelerator.load_state(str(folder), load_module_strict=not self.is_lora)  # without a frozen base
+                # not strict for LoRA, whose files lack the frozen base
+                self.accelerator.load_state(str(folder), load_module_strict=not self.is_lora)
             else:
                 if self.is_lora:
                     state = load_file(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
                     set_peft_model_state_dict(self.transformer, state)
                 scaler = self.accelerator.scaler
-                if not (folder / TRAINING_STATE / SCALER_NAME).is_file():  # trained in another precision so far
+                if not (folder / TRAINING_STATE / SCALER_NAME).is_file():  # saved in another precision
                     self.accelerator.scaler = None
                 self.accelerator.load_state(str(folder / TRAINING_STATE))
                 self.accelerator.scaler = scaler
         except Exception as error:
             raise UserError(
-                f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); go on from another checkpoint.",
+                f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); use another checkpoint.",
                 on_every_rank=False,
             ) from error
-        # accelerate restores its count of micro-batches on the ranks that saved one; a checkpoint is made after a whole
-        # update, so it begins anew, whatever the number of ranks and of micro-batches is now
+        # accelerate restores its micro-batch count, but only on ranks that saved one. Checkpoints follow complete
+        # updates, so the count restarts on all ranks, even if their number or the accumulation has changed.
         self.accelerator.step = 0
 
     def _save_weights(self, folder: Path) -> None:
-        """On the main process, and from the files of all where ZeRO has divided the adapters."""
+        """Writes the trained weights in the formats that users load. Runs on the main process only.
+
+        Under ZeRO, adapters are read back from the files of all ranks.
+        """
         if self.uses_deepspeed:
             self.transformer.save_config(folder)
             (folder / "config.json").rename(folder / TRANSFORMER_CONFIG)
@@ -152,7 +164,7 @@ class Checkpoints:
             self.transformer.save_pretrained(folder / "transformer")
 
     def _adapters(self, folder: Path) -> dict[str, torch.Tensor]:
-        """The adapters under peft's names, float32."""
+        """Returns the float32 adapters under peft's names."""
         if self.uses_deepspeed:
             named = {name.replace(".default.", "."): stored for name, stored in read_zero(folder).items()}
             return {name: stored.read() for name, stored in named.items() if ".lora_" in name}
@@ -160,7 +172,7 @@ class Checkpoints:
 
 
 def complete_last(checkpoint: Path, args: Args) -> None:
-    """Writes the transformer/ of a run's last checkpoint where its weights are in DeepSpeed's files alone."""
+    """Exports transformer/ into the last checkpoint of a run if only DeepSpeed's files hold its weights."""
     if args.model.training_type == "sft" and not (checkpoint / "transformer").exists():
         dtype = DTYPES[args.checkpoint.export_dtype or "bf16"]
         export(
@@ -173,12 +185,13 @@ def _first_line(error: Exception) -> str:
 
 
 def write_args(args: Args, folder: Path) -> None:
+    """Writes the resolved arguments to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ARGS_FILE).write_text(json.dumps(args.as_dict(), indent=2) + "\n")
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first."""
     found = []
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -188,12 +201,14 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def damaged_zero_files(folder: Path, num_processes: int) -> list[str]:
-    """Names of the files of DeepSpeed's that are missing or cut short in a checkpoint."""
-    found = zero_folder(folder)
-    if found is None or not (folder / LATEST).is_file():
+    """Returns the names of DeepSpeed files that are missing or truncated in a checkpoint."""
+    zero_files = zero_folder(folder)
+    if zero_files is None or not (folder / LATEST).is_file():
         return [f"{LATEST}, pytorch_model/"]
-    files = [*rank_files(found, "optim"), *rank_files(found, "model")]
+    files = [*rank_files(zero_files, "optim"), *rank_files(zero_files, "model")]
     states = [folder / f"random_states_{rank}.pkl" for rank in range(num_processes)]
-    damaged = [path.name for path in files + states if not zipfile.is_zipfile(path)]  # its directory is at its end
+    damaged = [
+        path.name for path in files + states if not zipfile.is_zipfile(path)
+    ]  # a zip file ends with its directory
     ranks = {int(number) for path in files for number in re.findall(r"zero_pp_rank_(\d+)", path.name)}
     return damaged + [f"*_zero_pp_rank_{rank}_*" for rank in range(num_processes) if rank not in ranks]
