@@ -123,7 +123,7 @@ class LatentCache:
 def _mtime_marker(name: str, size: int) -> int:
     """Returns the nanoseconds that mark the modification time of an unmodified entry.
 
-    Any later write sets other nanoseconds, with a probability of 1 in 10^9 of a false match.
+    A later write leaves different nanoseconds, except with a probability of 10^-9.
     """
     return zlib.crc32(f"{name} {size}".encode()) % 10**9
 

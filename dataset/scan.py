@@ -147,7 +147,7 @@ class _BucketStats:
 
 
 def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
-    """Describes the clips, and for each bucket how much of its clips is used, as lines for the log.
+    """Returns log lines that describe the clips and how much of them each bucket uses.
 
     Args:
         clip_samples: samples of one clip must be adjacent.
