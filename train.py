@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from dataset.cached_dataset import CachedDataset, batches
 from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
-from utils.checkpoint.manager import ARGS_FILE, Checkpoints, complete_last, write_args
+from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, write_args
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
 from utils.common.heartbeat import HeartbeatBarrier
@@ -87,7 +87,7 @@ def finish(processes: PartialState, plan: RunPlan) -> None:
     """Completes the last checkpoint of a run that was killed after its last step."""
     assert plan.resume_from is not None
     if processes.is_main_process:
-        complete_last(plan.resume_from, plan.args)
+        export_last_checkpoint(plan.resume_from, plan.args)
     processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
 
 

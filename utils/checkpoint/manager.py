@@ -110,7 +110,7 @@ class Checkpoints:
             (tmp_dir / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
             tmp_dir.rename(final)
             if is_last:
-                complete_last(final, self.args)
+                export_last_checkpoint(final, self.args)
             limit = self.args.checkpoint.checkpointing_limit
             for old in find_checkpoints(output_dir)[: -limit if limit else 0]:
                 # renamed first, so that an interrupted deletion does not leave an incomplete checkpoint
@@ -171,7 +171,7 @@ class Checkpoints:
         return {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.transformer).items()}
 
 
-def complete_last(checkpoint: Path, args: Args) -> None:
+def export_last_checkpoint(checkpoint: Path, args: Args) -> None:
     """Exports transformer/ into the last checkpoint of a run if only DeepSpeed's files hold its weights."""
     if args.model.training_type == "sft" and not (checkpoint / "transformer").exists():
         dtype = DTYPES[args.checkpoint.export_dtype or "bf16"]

@@ -58,7 +58,7 @@ def choose_checkpoint(args: Args) -> Path | None:
     return existing[-1] if requested == "latest" else Path(requested)
 
 
-def dictated_memory(folder: Path | None) -> dict[str, Any]:
+def fixed_memory_options(folder: Path | None) -> dict[str, Any]:
     """Returns the memory options that a checkpoint fixes. Empty if it cannot be read; `read_progress` reports that."""
     try:
         saved = json.loads((folder / ARGS_FILE).read_text())["memory"] if folder is not None else {}

@@ -84,8 +84,8 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, codebook: Codebook) -> torc
     return (codebook.values[codes.int()].view(-1, BLOCK) * scale).flatten()
 
 
-# Half-precision dtype -> mantissa bits fewer than float32, and the factor that maps its smallest normal number to that
-# of float32, so that subnormal numbers round correctly too.
+# Half-precision dtype -> number of mantissa bits to drop from float32, and the factor that maps the dtype's smallest
+# normal number to that of float32, so that subnormal numbers round correctly too.
 ROUNDED_BITS = {torch.bfloat16: (16, 1.0), torch.float16: (13, 2.0**-112)}
 
 

@@ -130,7 +130,7 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
     section 3.3).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the class name; configs of the DDIM scheduler have the same fields
+        warnings.simplefilter("ignore")  # harmless: configs of the DDIM scheduler have the same fields
         return CogVideoXDPMScheduler.from_pretrained(model_dir / "scheduler", timestep_spacing="trailing")
 
 

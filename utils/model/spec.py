@@ -107,7 +107,7 @@ class ModelSpec:
 
     @property
     def trained_in_fp16(self) -> bool:
-        """Whether the model runs in fp16: CogVideoX-2b, recognized by its sincos positions. Other models overflow."""
+        """Whether the model was trained in fp16 (2b, recognized by its sincos positions). Others overflow in fp16."""
         return not self.has_rotary_positions
 
     @property
@@ -180,7 +180,7 @@ class ModelSpec:
         return []
 
 
-# Component -> name of its config file, and its diffusers class.
+# Component -> name of its config file, and its diffusers class or None for other libraries.
 CONFIGS = {
     "transformer": ("config.json", CogVideoXTransformer3DModel),
     "vae": ("config.json", AutoencoderKLCogVideoX),

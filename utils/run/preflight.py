@@ -15,7 +15,7 @@ import torch
 from dataset.manifest import Sample
 from dataset.scan import ScanResult
 from utils.checkpoint.manager import Progress
-from utils.checkpoint.resume import choose_checkpoint, dictated_memory, read_progress
+from utils.checkpoint.resume import choose_checkpoint, fixed_memory_options, read_progress
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import check_writable
 from utils.common.subprocesses import run_in_subprocess
@@ -144,7 +144,7 @@ def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | Non
         if machine.gpu_gib is not None:
             report.notes += report.run(run_in_subprocess, check_fits, context, machine) or []
         return context
-    chosen = report.run(run_in_subprocess, fit_to_budget, context, machine, dictated_memory(resume_from))
+    chosen = report.run(run_in_subprocess, fit_to_budget, context, machine, fixed_memory_options(resume_from))
     if chosen is None:
         return context
     args, note = chosen
