@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dataset.video import ClipError, FrameSelection, Resolution, decode, frames_available, load_image, probe
+from dataset.images import load_image
+from dataset.video import ClipError, FrameSelection, Resolution, decode, frames_available, probe
 from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
 from dataset.file_index import combine_signatures, stat_signature
+from dataset.images import load_image
 from dataset.latent_cache import LatentCache, SampleKeys
-from dataset.video import ClipError, FrameSelection, decode, load_image
+from dataset.video import ClipError, FrameSelection, decode
 from dataset.worker_pool import Failure, run_in_workers
 
 EncodePrompt = Callable[[str], torch.Tensor]

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
+from dataset.images import image_size
 from dataset.manifest import Sample
-from dataset.video import SPREAD, ClipInfo, Rate, Resolution, cropped, image_size, probe, stretch
+from dataset.video import SPREAD, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
 # Clips that are stretched or cropped by more than this share are reported.

@@ -14,6 +14,7 @@ import torch
 from imageio.v3 import imwrite
 from PIL import Image
 
+from dataset.images import load_image
 from dataset.video import (
     SPREAD,
     ClipError,
@@ -24,7 +25,6 @@ from dataset.video import (
     decode,
     frame_times,
     frames_available,
-    load_image,
     open_clip,
     probe,
     resize,

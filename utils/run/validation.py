@@ -21,9 +21,10 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from PIL import Image
 
 from dataset.bucketing import ClipSample
+from dataset.images import load_image
 from dataset.latent_cache import LatentCache
 from dataset.precompute import RankShard
-from dataset.video import Resolution, decode, load_image
+from dataset.video import Resolution, decode
 from utils.common.seeds import HELD_OUT, seed_for
 from utils.model import loading
 from utils.run.plan import RunPlan

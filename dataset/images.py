@@ -1,0 +1,53 @@
+"""Reads image files as pixels.
+
+Legend: C channels (RGB), H W height and width of a sample, h w height and width of the source, in pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from dataset.video import ClipError, Resolution, resize
+
+
+def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
+    """Reads an image and resizes it to the training resolution: uint8 [H, W, C].
+
+    Applies the EXIF rotation, scales 16 bits to 8 and composites transparency over white.
+
+    Raises:
+        ClipError: the file cannot be read as an image.
+    """
+    pixels = torch.from_numpy(_read_image(path)).movedim(-1, 0)
+    return resize(pixels, resolution, mode).movedim(0, -1)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Returns height and width of an image after EXIF rotation. Decodes the whole image to verify it.
+
+    Raises:
+        ClipError: the file cannot be read as an image.
+    """
+    height, width, _ = _read_image(path).shape
+    return height, width
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """Returns uint8 [h, w, C]."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = Image.fromarray(
+                    (np.array(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+                )
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except Exception as error:
+        raise ClipError("cannot be read as an image") from error
