@@ -71,8 +71,8 @@ def test_bad_clips_stop_the_run_unless_they_are_skipped(tiny, data, tmp_path):
     assert len(list((data / "videos" / "latent").glob("video-*"))) == 6
     listed = (out / "bad_samples.txt").read_text()
     assert f"{data / clips[2]} (line 3)" in listed and f"{data / clips[5]} (line 6) is an image" in listed
-    printed = succeed("train_ddp_t2v.sh", *options, "--skip_bad_samples", "true", processes=2)
-    assert "Continuing without these" in printed and (out / "checkpoint-2").is_dir()
+    output = succeed("train_ddp_t2v.sh", *options, "--skip_bad_samples", "true", processes=2)
+    assert "Continuing without these" in output and (out / "checkpoint-2").is_dir()
 
 
 def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
@@ -108,25 +108,11 @@ def test_inspect_dataset_shows_samples_and_removes_damaged_entries(tiny, mixed, 
     status, content = damaged.stat(), bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    os.utime(
-        damaged, ns=(status.st_atime_ns, status.st_mtime_ns)
-    )  # like a disk error, which does not change the modification time
-    result = subprocess.run(
-        [
-            "python",
-            "-m",
-            "utils.commands.inspect_dataset",
-            mixed,
-            *map(str, options),
-            "--inspect_dir",
-            tmp_path / "seen",
-            "--verify_cache",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    # a disk error does not change the modification time
+    os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))
+    inspect = ["python", "-m", "utils.commands.inspect_dataset", mixed, *map(str, options)]
+    inspect += ["--inspect_dir", tmp_path / "seen", "--verify_cache"]
+    result = subprocess.run(inspect, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "11 samples in" in result.stdout and "1 entries were damaged" in result.stdout and not damaged.exists()
     assert len((tmp_path / "seen" / "samples.csv").read_text().splitlines()) == 12
     assert (tmp_path / "seen" / "contact_sheet.png").stat().st_size > 10_000

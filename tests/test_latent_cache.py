@@ -1,11 +1,14 @@
-"""The latent cache: what is in it, what makes a new entry, and how it survives damage."""
+"""The latent cache: content of entries, cache keys, damaged entries, and division among ranks."""
 
 from __future__ import annotations
 
 import gc
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from dataset.file_index import FileIndex
 from dataset.latent_cache import DamagedEntry, Encoding, LatentCache, SampleKeys
 from dataset.manifest import read_manifest
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips, precompute_prompts
-from dataset.scan import scan_and_sample
+from dataset.scan import ScanResult, scan_and_sample
 from dataset.video import Resolution, decode
 from utils.model import encoders, loading
 from utils.model.encoders import to_model_range
@@ -26,24 +29,24 @@ SIZE = Resolution(9, 64, 64)
 CPU = torch.device("cpu")
 
 
-def alive():
-    """Nobody waits."""
+def no_heartbeat():
+    """No other rank waits."""
 
 
-def look(data: Path, **how):
-    """What there is in a data folder, at the tests' resolution."""
+def scan(data: Path, **policy: Any) -> ScanResult:
+    """Scans a data folder, by default at the resolution of the tests."""
     samples = read_manifest(data, "prompts.txt", "videos.txt", None)
-    cutting = SamplingPolicy(**{"buckets": (SIZE,), "rate": 8.0, "mode": "stretch", **how})
-    return scan_and_sample(samples, [], FileIndex(data / "latent"), cutting, 1, 60, True)
+    default = SamplingPolicy((SIZE,), 8.0, "stretch")
+    return scan_and_sample(samples, [], FileIndex(data / "latent"), replace(default, **policy), 1, 60, True)
 
 
-def keys_of(found, flip=False, **facts) -> list[SampleKeys]:
+def keys_of(scanned, flip=False, **facts) -> list[SampleKeys]:
     encoding = Encoding(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts})
-    return encoding.keys(found.samples, found.facts, flip)
+    return encoding.keys(scanned.samples, scanned.facts, flip)
 
 
 def fill(cache, clip_samples, keys, load_encoders, share=RankShard(0, 1), workers=0):  # noqa: B008
-    return precompute_clips(cache, clip_samples, keys, load_encoders, share, workers, 60, alive)
+    return precompute_clips(cache, clip_samples, keys, load_encoders, share, workers, 60, no_heartbeat)
 
 
 @contextmanager
@@ -51,44 +54,44 @@ def constant_encoders():
     yield PixelEncoders(lambda pixels: pixels[0].float(), lambda pixels, seed: pixels.float())
 
 
-def test_entries_are_the_vaes_moments(tiny, data, tmp_path):
-    model_dir, found, cache = tiny("1.5-i2v"), look(data), LatentCache(tmp_path / "cache")
-    keys = keys_of(found)
-    assert (
-        fill(cache, found.samples, keys, lambda: encoders.pixel_encoders(model_dir, CPU, True, True), workers=2) == {}
-    )
+def test_entries_hold_the_moments_of_the_vae(tiny, data, tmp_path):
+    model_dir, scanned, cache = tiny("1.5-i2v"), scan(data), LatentCache(tmp_path / "cache")
+    keys = keys_of(scanned)
+    load_encoders = partial(encoders.pixel_encoders, model_dir, CPU, True, True)
+    assert fill(cache, scanned.samples, keys, load_encoders, workers=2) == {}
     vae = loading.load_vae(model_dir, CPU, True, True)
-    pixels = to_model_range(decode(Path(found.samples[3].sample.clip), found.samples[3].selection)).permute(3, 0, 1, 2)
+    clip_sample = scanned.samples[3]
+    pixels = to_model_range(decode(Path(clip_sample.sample.clip), clip_sample.selection)).permute(3, 0, 1, 2)
     expected = vae.encode(pixels[None]).latent_dist.parameters[0]
     assert torch.equal(cache.read(keys[3].video[0]), expected)
     images = cache.read(keys[3].image[0])
     assert images.shape == (encoders.IMAGE_NOISE_DRAWS, 32, 1, 8, 8)
-    # noised by sigma about exp(-3): near the clean picture's moments, and each a little different
+    # noise of sigma near exp(-3): close to the moments of the clean image, and different in each draw
     clean = vae.encode(pixels[None, :, :1]).latent_dist.parameters[0]
     distances = (images - clean).abs().mean((1, 2, 3, 4)) / clean.abs().mean()
     assert 0 < distances.min() < distances.max() < 1 and len(set(distances.tolist())) == len(distances)
 
 
-def test_encoders_work_in_the_dtype_they_are_stored_in_and_are_released(tiny, tmp_path):
+def test_encoders_keep_their_stored_dtype_and_are_released(tiny, tmp_path):
     model_dir = shutil.copytree(tiny("5b"), tmp_path / "model")
     for name, kind in {"vae": AutoencoderKLCogVideoX, "text_encoder": T5EncoderModel}.items():
         kind.from_pretrained(model_dir / name, dtype=torch.bfloat16).save_pretrained(model_dir / name)
     with encoders.pixel_encoders(model_dir, CPU, True, True) as encode:
         assert encode.video(torch.zeros(9, 64, 64, 3, dtype=torch.uint8)).dtype == torch.bfloat16
-    with encoders.prompt_encoder(model_dir, CPU, 26, offload=False) as encode:
-        assert encode("a circle").dtype == torch.bfloat16
-    del encode
-    models = [thing for thing in gc.get_objects() if isinstance(thing, AutoencoderKLCogVideoX | T5EncoderModel)]
+    with encoders.prompt_encoder(model_dir, CPU, 26, offload=False) as encode_prompt:
+        assert encode_prompt("a circle").dtype == torch.bfloat16
+    del encode, encode_prompt
+    models = [item for item in gc.get_objects() if isinstance(item, AutoencoderKLCogVideoX | T5EncoderModel)]
     assert all(parameter.is_meta for model in models for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path, offload):
     model_dir, cache = tiny("5b"), LatentCache(tmp_path)
-    device = torch.device("cpu", 0)  # what a process of accelerate's has
+    device = torch.device("cpu", 0)  # the device of an accelerate process has an index
     prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
     precompute_prompts(
-        cache, prompts, lambda: encoders.prompt_encoder(model_dir, device, 26, offload), RankShard(0, 1), alive
+        cache, prompts, lambda: encoders.prompt_encoder(model_dir, device, 26, offload), RankShard(0, 1), no_heartbeat
     )
     pipeline = CogVideoXPipeline.from_pretrained(model_dir)
     for name, text in prompts.items():
@@ -96,30 +99,32 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path, offload):
         torch.testing.assert_close(cache.read(name), expected[0], rtol=0, atol=1e-5)
 
 
-def test_keys_cover_what_changes_the_bytes(data):
-    found = look(data)
-    first = keys_of(found)
+def test_keys_depend_on_everything_that_changes_the_bytes(data):
+    scanned = scan(data)
+    first = keys_of(scanned)
+    changes: list[tuple[dict[str, Any], dict[str, str]]]
     changes = [({}, {"vae": "w"}), ({"mode": "crop"}, {}), ({"buckets": (Resolution(9, 64, 80),)}, {})]
-    for how, facts in changes:
-        other = keys_of(look(data, **how), **facts)
+    for policy, facts in changes:
+        other = keys_of(scan(data, **policy), **facts)
         assert all(a.video != b.video and a.image != b.image for a, b in zip(first, other, strict=True))
-    for how in ({"rate": 4.0}, {"buckets": (Resolution(17, 64, 64),)}):  # do not touch the first frame
-        other = keys_of(look(data, **how))
+    for policy in ({"rate": 4.0}, {"buckets": (Resolution(17, 64, 64),)}):  # these leave the first frame unchanged
+        other = keys_of(scan(data, **policy))
         assert all(a.video != b.video and a.image == b.image for a, b in zip(first, other, strict=True))
-    assert keys_of(found, text_encoder="u")[0].prompt != first[0].prompt
-    mirrored = keys_of(found, flip=True)[0]
+    assert keys_of(scanned, text_encoder="u")[0].prompt != first[0].prompt
+    mirrored = keys_of(scanned, flip=True)[0]
     assert (mirrored.video[0], mirrored.image[0]) == (first[0].video[0], first[0].image[0])
     assert len({*mirrored.video, *mirrored.image}) == 4
-    windows = keys_of(look(data, rate=16.0, clips_per_video=3))  # the first window is the one there was without
+    windows = keys_of(scan(data, rate=16.0, clips_per_video=3))
     assert len({key.video for key in windows}) == 3 * len(first)
-    assert windows[0].video == keys_of(look(data, rate=16.0))[0].video
-    clips = [Path(clip_sample.sample.clip) for clip_sample in found.samples]
-    clips[0].write_bytes(clips[1].read_bytes())  # the content counts, not the name
-    changed = keys_of(look(data))
+    # the first window does not depend on the number of windows
+    assert windows[0].video == keys_of(scan(data, rate=16.0))[0].video
+    clips = [Path(clip_sample.sample.clip) for clip_sample in scanned.samples]
+    clips[0].write_bytes(clips[1].read_bytes())  # the key depends on the content, not on the name
+    changed = keys_of(scan(data))
     assert changed[0].video == first[1].video and changed[2:] == first[2:]
 
 
-def test_identity_follows_weights_and_settings(tiny, tmp_path):
+def test_fingerprint_depends_on_weights_and_settings(tiny, tmp_path):
     folder = shutil.copytree(tiny("5b") / "vae", tmp_path / "vae")
     first = loading.fingerprint(folder, tiling=True)
     assert first == loading.fingerprint(tiny("5b") / "vae", tiling=True) != loading.fingerprint(folder, tiling=False)
@@ -129,10 +134,10 @@ def test_identity_follows_weights_and_settings(tiny, tmp_path):
     assert loading.fingerprint(folder, tiling=True) != first
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "another's"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "swapped"])
 def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
-    found, cache = look(data), LatentCache(tmp_path / "cache")
-    samples, keys = found.samples, keys_of(found)
+    scanned, cache = scan(data), LatentCache(tmp_path / "cache")
+    samples, keys = scanned.samples, keys_of(scanned)
     fill(cache, samples, keys, constant_encoders)
     path = cache.path(keys[2].video[0])
     whole = path.read_bytes()
@@ -140,13 +145,13 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
         path.unlink()
     else:
         flipped = whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
-        others = cache.path(keys[3].video[0]).read_bytes()
+        other_entry = cache.path(keys[3].video[0]).read_bytes()
         damages = {
             "truncated": whole[:-5],
             "flipped": flipped,
             "emptied": b"",
             "garbage": b"x" * 99,
-            "another's": others,
+            "swapped": other_entry,
         }
         path.write_bytes(damages[damage])
     with pytest.raises(DamagedEntry):
@@ -157,16 +162,16 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
     assert cache.path(keys[1].video[0]).stat().st_mtime_ns == untouched
 
 
-def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
-    found, cache = look(data), LatentCache(tmp_path / "cache")
-    samples, keys = found.samples, keys_of(found)
-    whole = Path(samples[1].sample.clip).read_bytes()  # after the look at them
+def test_bad_clips_are_reported_and_the_others_encoded(data, tmp_path):
+    scanned, cache = scan(data), LatentCache(tmp_path / "cache")
+    samples, keys = scanned.samples, keys_of(scanned)
+    whole = Path(samples[1].sample.clip).read_bytes()
     Path(samples[1].sample.clip).write_bytes(whole[: len(whole) // 2])
     Path(samples[4].sample.clip).write_bytes(b"nothing")
 
     @contextmanager
     def overflowing():
-        def video(pixels):  # clip 6 is given latents that are not finite
+        def video(pixels):  # clip 6 gets latents that are not finite
             value = torch.inf if pixels.equal(decode(Path(samples[6].sample.clip), samples[6].selection)) else 1.0
             return torch.full((1, 1), value)
 
@@ -174,38 +179,38 @@ def test_bad_clips_are_listed_and_the_rest_is_encoded(data, tmp_path):
 
     errors = fill(cache, samples, keys, overflowing, workers=1)
     assert errors.keys() >= {keys[number].video[0] for number in (1, 4, 6)}
-    assert len(errors) == 5  # of the sixth the image is sound
+    assert len(errors) == 5  # the image of clip 6 can be encoded
     assert "not finite" in errors[keys[6].video[0]]
     intact = [cache.is_intact(key.video[0]) for key in keys]
     assert intact == [True, False, True, True, False, True, False, True]
 
 
-def test_a_clip_that_is_replaced_while_the_run_works_is_not_encoded_under_its_old_content(data, tmp_path):
-    found, cache = look(data), LatentCache(tmp_path / "cache")
-    shutil.copy(found.samples[1].sample.clip, found.samples[0].sample.clip)
-    errors = fill(cache, found.samples, keys_of(found), constant_encoders)
-    assert errors.keys() == {*keys_of(found)[0].video, *keys_of(found)[0].image}
-    assert all("was changed during the run" in fault for fault in errors.values())
+def test_clip_replaced_during_the_run_is_not_encoded_under_its_old_key(data, tmp_path):
+    scanned, cache = scan(data), LatentCache(tmp_path / "cache")
+    shutil.copy(scanned.samples[1].sample.clip, scanned.samples[0].sample.clip)
+    errors = fill(cache, scanned.samples, keys_of(scanned), constant_encoders)
+    assert errors.keys() == {*keys_of(scanned)[0].video, *keys_of(scanned)[0].image}
+    assert all("was changed during the run" in error for error in errors.values())
 
 
-def test_only_entries_are_taken_for_entries(tmp_path):
+def test_foreign_files_are_not_entries(tmp_path):
     cache = LatentCache(tmp_path)
     cache.write("video-" + "0" * 32, torch.zeros(1))
     (tmp_path / "model.safetensors").touch()
     assert list(cache.names()) == ["video-" + "0" * 32]
 
 
-def test_ranks_share_the_work_and_idle_ones_read_no_encoder(data, tmp_path):
-    found, cache = look(data), LatentCache(tmp_path / "cache")
-    samples, keys = found.samples, keys_of(found)
+def test_ranks_share_the_work_and_idle_ranks_load_no_encoder(data, tmp_path):
+    scanned, cache = scan(data), LatentCache(tmp_path / "cache")
+    samples, keys = scanned.samples, keys_of(scanned)
     for rank in range(3):
         fill(cache, samples, keys, constant_encoders, RankShard(rank, 3))
     assert all(cache.is_intact(key.video[0]) and cache.is_intact(key.image[0]) for key in keys)
 
     def never():
-        raise AssertionError("an encoder was read for nothing")
+        raise AssertionError("an encoder was loaded without need")
 
-    for rank in range(12):  # more ranks than clips, and nothing left to do
+    for rank in range(12):  # more ranks than clips, and no work left
         assert fill(cache, samples, keys, never, RankShard(rank, 12)) == {}
-        precompute_prompts(cache, {}, never, RankShard(rank, 12), alive)
-    assert not list(cache.folder.glob(".*"))  # nothing is left lying aside
+        precompute_prompts(cache, {}, never, RankShard(rank, 12), no_heartbeat)
+    assert not list(cache.folder.glob(".*"))  # no temporary files remain

@@ -1,4 +1,4 @@
-"""The strength of a LoRA is that of its training, wherever it is loaded; what does not match is refused."""
+"""LoRA files: every loader applies the strength of the training, and files that do not match are refused."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from utils.training.trainable import lora_config, make_trainable
 
 @pytest.fixture
 def trained(tiny, data, tmp_path):
-    """(form name, alpha) -> base folder, form, transformer as trained (its adapters do something), LoRA folder."""
+    """Returns a function: (variant, alpha) -> base folder, spec, transformer with nonzero adapters, LoRA folder."""
 
-    def train(form_name: str, alpha: float):
-        model_dir = tiny(form_name)
-        form = read_spec(model_dir)
-        args = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, task=form.task)
-        args = resolve(parse_args(args), form)
+    def train(variant: str, alpha: float):
+        model_dir = tiny(variant)
+        spec = read_spec(model_dir)
+        argv = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, task=spec.task)
+        args = resolve(parse_args(argv), spec)
         transformer = loading.load_transformer(model_dir / "transformer", torch.float32)
         make_trainable(transformer, args)
         with torch.no_grad():
@@ -36,47 +36,47 @@ def trained(tiny, data, tmp_path):
                 if ".lora_B." in name:
                     weight.normal_(std=0.5)
         save_lora(get_peft_model_state_dict(transformer), lora_config(args), tmp_path / "lora")
-        return model_dir, form, transformer.eval(), tmp_path / "lora"
+        return model_dir, spec, transformer.eval(), tmp_path / "lora"
 
     return train
 
 
-def answer(transformer, form) -> torch.Tensor:
-    """For one latent, timestep and prompt."""
+def predict(transformer, spec) -> torch.Tensor:
+    """Returns the prediction for a fixed latent, timestep and prompt."""
     generator = torch.Generator().manual_seed(0)
-    frames = 3 + form.frames_to_pad(3)
+    frames = 3 + spec.frames_to_pad(3)
     noisy, image = torch.randn(2, 1, frames, 16, 8, 8, generator=generator)
-    prompt = torch.randn(1, form.max_text_seq_length, 32, generator=generator)
+    prompt = torch.randn(1, spec.max_text_seq_length, 32, generator=generator)
     with torch.no_grad():
-        image = image if form.task == "i2v" else None
-        return predict_velocity(transformer, form, noisy, torch.tensor([500]), prompt, image, torch.float32)
+        image = image if spec.task == "i2v" else None
+        return predict_velocity(transformer, spec, noisy, torch.tensor([500]), prompt, image, torch.float32)
 
 
-@pytest.mark.parametrize(("form_name", "alpha"), [("2b", 3), ("5b", 24), ("1.5-i2v", 4)])
+@pytest.mark.parametrize(("variant", "alpha"), [("2b", 3), ("5b", 24), ("1.5-i2v", 4)])
 @pytest.mark.parametrize("metadata", [True, False])
-def test_the_pipeline_applies_the_strength_of_the_training(trained, form_name, alpha, metadata):
-    """Also a loader that knows nothing of metadata and takes alpha = rank, as older diffusers and ComfyUI do."""
-    model_dir, form, transformer, folder = trained(form_name, alpha)
+def test_pipeline_applies_the_trained_strength(trained, variant, alpha, metadata):
+    """Without metadata, a loader assumes alpha = rank, as older diffusers versions and ComfyUI do."""
+    model_dir, spec, transformer, folder = trained(variant, alpha)
     if not metadata:
         save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
-    pipeline = loading.PIPELINES[form.task].from_pretrained(model_dir)
-    base = answer(pipeline.transformer, form)
+    pipeline = loading.PIPELINES[spec.task].from_pretrained(model_dir)
+    base = predict(pipeline.transformer, spec)
     pipeline.load_lora_weights(folder)
-    in_training, loaded = answer(transformer, form), answer(pipeline.transformer, form)
+    in_training, loaded = predict(transformer, spec), predict(pipeline.transformer, spec)
     assert (in_training - base).abs().max() > 0.1
     torch.testing.assert_close(loaded, in_training, rtol=0, atol=1e-5)
 
 
-def test_the_demo_applies_any_scale(trained):
-    model_dir, form, transformer, folder = trained("5b", 4)
+def test_load_lora_applies_any_scale(trained):
+    model_dir, spec, transformer, folder = trained("5b", 4)
 
     def at_scale(scale):
-        fresh = loading.load_transformer(model_dir / "transformer", torch.float32)
-        assert load_lora(fresh, folder, scale) == 2 * 4  # blocks x target modules
-        return answer(fresh, form)
+        base = loading.load_transformer(model_dir / "transformer", torch.float32)
+        assert load_lora(base, folder, scale) == 2 * 4  # blocks x target modules
+        return predict(base, spec)
 
-    torch.testing.assert_close(at_scale(1.0), answer(transformer, form), rtol=0, atol=1e-5)
-    base = answer(loading.load_transformer(model_dir / "transformer", torch.float32), form)
+    torch.testing.assert_close(at_scale(1.0), predict(transformer, spec), rtol=0, atol=1e-5)
+    base = predict(loading.load_transformer(model_dir / "transformer", torch.float32), spec)
     torch.testing.assert_close(at_scale(0.0), base, rtol=0, atol=1e-6)
     assert (at_scale(0.5) - at_scale(1.0)).abs().max() > 0.01
 
@@ -97,26 +97,24 @@ def renamed(state: dict, count: int) -> dict:
         (lambda state: {name: weight * torch.nan for name, weight in state.items()}, "not finite"),
     ],
 )
-def test_files_that_do_not_match_are_refused(trained, change, message):
+def test_mismatched_files_are_refused(trained, change, message):
     model_dir, _, _, folder = trained("5b", 4)
-    save_file(
-        {name: weight.contiguous() for name, weight in change(load_file(folder / WEIGHTS_FILE)).items()},
-        folder / WEIGHTS_FILE,
-    )
-    fresh = loading.load_transformer(model_dir / "transformer", torch.float32)
+    changed = change(load_file(folder / WEIGHTS_FILE))
+    save_file({name: weight.contiguous() for name, weight in changed.items()}, folder / WEIGHTS_FILE)
+    base = loading.load_transformer(model_dir / "transformer", torch.float32)
     with pytest.raises(UserError, match=message):
-        load_lora(fresh, folder, 1.0)
+        load_lora(base, folder, 1.0)
 
 
-def test_a_missing_file_names_the_checkpoints_there_are(trained, tmp_path: Path):
+def test_error_for_a_missing_file_lists_the_checkpoints(trained, tmp_path: Path):
     model_dir, _, _, folder = trained("5b", 4)
     folder.rename(tmp_path / "checkpoint-40")
-    fresh = loading.load_transformer(model_dir / "transformer", torch.float32)
+    base = loading.load_transformer(model_dir / "transformer", torch.float32)
     with pytest.raises(UserError, match="it has checkpoint-40"):
-        load_lora(fresh, tmp_path, 1.0)
+        load_lora(base, tmp_path, 1.0)
 
 
-def test_adapters_are_float32_over_a_half_precision_base(tiny, data, tmp_path):
+def test_adapters_are_float32_on_a_half_precision_base(tiny, data, tmp_path):
     args = arguments(tiny("5b"), data, tmp_path, "--mixed_precision", "bf16")
     transformer = loading.load_transformer(tiny("5b") / "transformer", torch.bfloat16)
     make_trainable(transformer, parse_args(args))

@@ -1,6 +1,6 @@
-"""What training feeds the transformer is what the installed diffusers pipelines feed it, for every form and geometry.
+"""Training calls the transformer with the inputs that the installed diffusers pipelines use.
 
-The pipelines run for real up to their call of the transformer, which is recorded in place of being computed.
+The pipelines run up to their call of the transformer, which is recorded instead of computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from utils.model import encoders, loading
 from utils.model.conditioning import predict_velocity, sample_moments, to_image_latents, to_video_latents
 from utils.model.spec import read_spec
 
-# sample size of the checkpoint's config, and the size generated
+# sample size in the checkpoint's config, and resolution of the generated clip
 NATIVE_1_0, NATIVE_1_5 = (49, 480, 720), (81, 2400, 2400)
 GEOMETRIES = {
     "2b": [(NATIVE_1_0, "49x480x720"), (NATIVE_1_0, "81x480x720"), (NATIVE_1_0, "17x256x384")],
@@ -25,11 +25,11 @@ GEOMETRIES = {
     "1.5": [(NATIVE_1_5, "81x768x1360"), (NATIVE_1_5, "49x480x720"), (NATIVE_1_5, "17x256x384")],
     "1.5-i2v": [(NATIVE_1_5, "81x768x1360"), (NATIVE_1_5, "49x480x720"), (NATIVE_1_5, "17x256x384")],
 }
-CASES = [(form, sample, size) for form, geometries in GEOMETRIES.items() for sample, size in geometries]
+CASES = [(variant, sample, size) for variant, geometries in GEOMETRIES.items() for sample, size in geometries]
 
 
 def record_calls(module):
-    """Replaces a transformer's forward: the arguments of every call are kept, the answer is zeros."""
+    """Replaces the forward method of a transformer. Returns a list that receives the arguments of each call."""
     calls = []
 
     def forward(hidden_states, **kwargs):
@@ -40,43 +40,48 @@ def record_calls(module):
     return calls
 
 
-@pytest.mark.parametrize(("form_name", "sample", "size"), CASES)
-def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample, size):
-    model_dir, size = tiny(form_name, sample), Resolution.parse(size)
-    form = read_spec(model_dir)
-    pipeline = loading.PIPELINES[form.task].from_pretrained(model_dir)
+@pytest.mark.parametrize(("variant", "sample", "size"), CASES)
+def test_transformer_inputs_match_the_pipeline(tiny, variant, sample, size):
+    model_dir, size = tiny(variant, sample), Resolution.parse(size)
+    spec = read_spec(model_dir)
+    pipeline = loading.PIPELINES[spec.task].from_pretrained(model_dir)
     calls = record_calls(pipeline.transformer)
     decoded = []
-    pipeline.decode_latents = lambda latents: decoded.append(latents) or torch.zeros(1, 3, 1, 8, 8)
+
+    def decode_latents(latents):
+        decoded.append(latents)
+        return torch.zeros(1, 3, 1, 8, 8)
+
+    pipeline.decode_latents = decode_latents
     image = Image.effect_noise((size.width, size.height), 60).convert("RGB")
     prompt = "a red circle moves left"
     pipeline(
         prompt=prompt,
-        **({"image": image} if form.task == "i2v" else {}),
+        **({"image": image} if spec.task == "i2v" else {}),
         height=size.height,
         width=size.width,
         num_frames=size.frames,
         num_inference_steps=1,
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(3),
-        max_sequence_length=form.max_text_seq_length,
+        max_sequence_length=spec.max_text_seq_length,
     )
     theirs = calls.pop()
 
-    # ours, from a clip of the same size; the noisy latents are the pipeline's own
-    frames, height, width = form.latent_size(size)
-    clip = to_video_latents(torch.randn(1, form.latent_channels, frames, height, width), form)
-    noisy = theirs["hidden_states"][:, :, : form.latent_channels]
+    # training inputs from a clip of the same size, with the noisy latents of the pipeline
+    frames, height, width = spec.latent_size(size)
+    clip = to_video_latents(torch.randn(1, spec.latent_channels, frames, height, width), spec)
+    noisy = theirs["hidden_states"][:, :, : spec.latent_channels]
     assert clip.shape == noisy.shape
     image_latents = None
-    if form.task == "i2v":
+    if spec.task == "i2v":
         pixels = torch.from_numpy(np.array(image))
         moments = encoders.encode_video(pipeline.vae, pixels[None])[None]
-        noise = torch.randn(1, form.latent_channels, 1, height, width, generator=torch.Generator().manual_seed(3))
-        image_latents = to_image_latents(sample_moments(moments, noise), form, clip.shape[1])
-    embedding = encoders.encode_prompt(pipeline.tokenizer, pipeline.text_encoder, form.max_text_seq_length, prompt)
+        noise = torch.randn(1, spec.latent_channels, 1, height, width, generator=torch.Generator().manual_seed(3))
+        image_latents = to_image_latents(sample_moments(moments, noise), spec, clip.shape[1])
+    embedding = encoders.encode_prompt(pipeline.tokenizer, pipeline.text_encoder, spec.max_text_seq_length, prompt)
     predict_velocity(
-        pipeline.transformer, form, noisy, theirs["timestep"], embedding[None], image_latents, torch.float32
+        pipeline.transformer, spec, noisy, theirs["timestep"], embedding[None], image_latents, torch.float32
     )
     ours = calls.pop()
 
@@ -91,31 +96,31 @@ def test_transformer_is_called_as_the_pipeline_calls_it(tiny, form_name, sample,
     else:
         for table, expected in zip(ours["image_rotary_emb"], theirs["image_rotary_emb"], strict=True):
             assert torch.equal(table, expected)
-    # the padding frames, which training puts in front, are the ones that the pipeline drops before decoding
-    padding = form.frames_to_pad(frames)
+    # training pads at the front, with the frames that the pipeline drops before decoding
+    padding = spec.frames_to_pad(frames)
     assert decoded[0].shape[1] == clip.shape[1] - padding == frames
     assert torch.equal(clip[:, :padding], clip[:, padding : 2 * padding])
 
 
-@pytest.mark.parametrize("form_name", VARIANTS)
-def test_forms_are_told_apart_by_their_configs(tiny, form_name):
-    form = read_spec(tiny(form_name))
-    assert form.task == ("i2v" if "i2v" in form_name else "t2v")
-    assert form.is_v1_5 == form_name.startswith("1.5")
-    assert form.fps == (16 if form_name.startswith("1.5") else 8)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_spec_identifies_the_variant_by_its_configs(tiny, variant):
+    spec = read_spec(tiny(variant))
+    assert spec.task == ("i2v" if "i2v" in variant else "t2v")
+    assert spec.is_v1_5 == variant.startswith("1.5")
+    assert spec.fps == (16 if variant.startswith("1.5") else 8)
 
 
-def test_tokens_of_the_published_models(tiny):
-    """The counts of the CogVideoX papers' native clips."""
+def test_token_counts_of_the_published_models(tiny):
+    """The counts for native clips in the CogVideoX papers."""
     assert read_spec(tiny("5b", NATIVE_1_0)).tokens(Resolution(49, 480, 720))[0] == 17_550
     assert read_spec(tiny("1.5", NATIVE_1_5)).tokens(Resolution(81, 768, 1360))[0] == 44_880
     assert read_spec(tiny("1.5", NATIVE_1_5)).native == Resolution(81, 768, 1360)
 
 
-def test_posterior_sample_is_the_vaes_own():
+def test_posterior_sample_matches_diffusers():
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    moments = torch.randn(2, 32, 3, 4, 4) * 20  # beyond the clamp of the log-variance on both sides
+    moments = torch.randn(2, 32, 3, 4, 4) * 20  # exceeds the clamp of the log-variance in both directions
     theirs = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(0))
     noise = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(sample_moments(moments, noise), theirs, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Mistakes of many kinds: each is a sentence that names the flag or the file and line; all come together."""
+"""User errors: each is one sentence that names the flag, or the file and line, and all are reported together."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from utils.config.args import parse_args
 from utils.run.preflight import preflight
 
 
-def faults_of(*args) -> list[str]:
+def errors_of(*args) -> list[str]:
     with pytest.raises(UserError) as caught:
         preflight(parse_args(list(map(str, args))), 1)
     return caught.value.errors
 
 
 @pytest.mark.parametrize(
-    ("form", "more", "message"),
+    ("variant", "options", "message"),
     [
         ("2b", ["--model_type", "i2v"], "--model_type i2v: .* is a t2v checkpoint .* use --model_type t2v"),
         ("5b-i2v", ["--model_type", "t2v"], "--model_type t2v: .* is a i2v checkpoint"),
@@ -67,14 +67,14 @@ def faults_of(*args) -> list[str]:
         ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),
     ],
 )
-def test_each_mistake_is_told_in_one_sentence(tiny, data, tmp_path, form, more, message):
+def test_each_error_is_one_sentence(tiny, data, tmp_path, variant, options, message):
     (data / "long.txt").write_text(f"{'word ' * 100}\n" * 8)
-    errors = faults_of(*arguments(tiny(form), data, tmp_path / "out", *more))
-    assert any(re.search(message, fault) for fault in errors), errors
-    assert all("\n" not in fault for fault in errors)
+    errors = errors_of(*arguments(tiny(variant), data, tmp_path / "out", *options))
+    assert any(re.search(message, error) for error in errors), errors
+    assert all("\n" not in error for error in errors)
 
 
-def test_all_mistakes_come_together(tiny, data, tmp_path):
+def test_all_errors_are_reported_together(tiny, data, tmp_path):
     (data / "prompts.txt").write_text("one\n\nthree\n")
     (data / "videos.txt").write_text("videos/red_circle_left_white.mp4\nvideos/none.mp4\nprompts.txt\nx.mp4\n")
     wrong = {
@@ -85,36 +85,36 @@ def test_all_mistakes_come_together(tiny, data, tmp_path):
         "rank": 0,
     }
     options = [text for name, value in wrong.items() for text in (f"--{name}", value)]
-    errors = faults_of(*arguments(tiny("2b"), data, tmp_path, *options))
+    errors = errors_of(*arguments(tiny("2b"), data, tmp_path, *options))
     for part in (*(f"--{name} " for name in wrong), "same number of lines"):
-        assert any(part in fault for fault in errors), part
-    assert any("prompts.txt, line 2: the line is empty" in fault for fault in errors)
-    assert any("videos.txt, line 2: there is no file" in fault for fault in errors)
-    assert any("videos.txt, line 4: there is no file" in fault for fault in errors)
+        assert any(part in error for error in errors), part
+    assert any("prompts.txt, line 2: the line is empty" in error for error in errors)
+    assert any("videos.txt, line 2: there is no file" in error for error in errors)
+    assert any("videos.txt, line 4: there is no file" in error for error in errors)
 
 
-def test_unreadable_clips_and_images_are_told_by_line(tiny, data, validation, tmp_path):
+def test_errors_of_unreadable_clips_and_images_name_the_line(tiny, data, validation, tmp_path):
     (data / "videos" / "red_circle_left_white.mp4").write_bytes(b"no video")
-    clip = data / "videos" / "green_circle_right_black.mp4"  # a sound container around damaged frames
+    clip = data / "videos" / "green_circle_right_black.mp4"  # an intact container with damaged frames
     clip.write_bytes(bytes(~b & 255 if 60 < n < 2000 else b for n, b in enumerate(clip.read_bytes())))
     (data / "images.txt").write_text("prompts.txt\n" * 8)
     options = ["--image_column", "images.txt", "--dry_run"]
-    errors = faults_of(*arguments(tiny("5b-i2v"), data, tmp_path, *options, task="i2v"))
-    assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in fault for fault in errors)
-    assert any("green_circle_right_black.mp4 (line 2)" in fault for fault in errors)
-    assert sum("prompts.txt" in fault and "cannot be read as an image" in fault for fault in errors) == 8
+    errors = errors_of(*arguments(tiny("5b-i2v"), data, tmp_path, *options, task="i2v"))
+    assert any("red_circle_left_white.mp4 (line 1) cannot be read as a video" in error for error in errors)
+    assert any("green_circle_right_black.mp4 (line 2)" in error for error in errors)
+    assert sum("prompts.txt" in error and "cannot be read as an image" in error for error in errors) == 8
     (validation / "videos.txt").unlink()
-    errors = faults_of(
+    errors = errors_of(
         *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation
     )
-    assert any("needs an image a prompt" in fault for fault in errors)
+    assert any("needs an image a prompt" in error for error in errors)
 
 
-def edit(path: Path, **changes: object) -> None:
+def edit_config(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -133,41 +133,44 @@ def cut(path: Path) -> None:
         (lambda model: (model / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
         (lambda model: (model / "vae" / "config.json").write_text("[]"), "is not a config"),
         (
-            lambda model: edit(model / "transformer" / "config.json", in_channels=20),
+            lambda model: edit_config(model / "transformer" / "config.json", in_channels=20),
             "patch_embed.proj.weight, which is",
         ),
-        (lambda model: edit(model / "transformer" / "config.json", text_embed_dim=64), "text_proj.weight, which is"),
-        (lambda model: edit(model / "text_encoder" / "config.json", d_model=64), "text encoder's width is 64"),
-        (lambda model: edit(model / "transformer" / "config.json", num_layers=3), "transformer_blocks.2"),
         (
-            lambda model: edit(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon"),
+            lambda model: edit_config(model / "transformer" / "config.json", text_embed_dim=64),
+            "text_proj.weight, which is",
+        ),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", d_model=64), "text encoder's width is 64"),
+        (lambda model: edit_config(model / "transformer" / "config.json", num_layers=3), "transformer_blocks.2"),
+        (
+            lambda model: edit_config(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon"),
             "predicts epsilon",
         ),
         (
-            lambda model: cut(model / "transformer" / "diffusion_pytorch_model.safetensors"),
+            lambda model: truncate(model / "transformer" / "diffusion_pytorch_model.safetensors"),
             "diffusion_pytorch_model.safetensors is damaged",
         ),
     ],
 )
-def test_incomplete_checkpoints_are_told_before_weights_are_read(tiny, data, tmp_path, damage, message):
+def test_incomplete_checkpoints_are_reported(tiny, data, tmp_path, damage, message):
     model = shutil.copytree(tiny("2b"), tmp_path / "model")
     damage(model)
-    assert any(message in fault for fault in faults_of(*arguments(model, data, tmp_path / "out")))
+    assert any(message in error for error in errors_of(*arguments(model, data, tmp_path / "out")))
 
 
-def test_no_space_for_the_cache_is_told(tiny, data, tmp_path, monkeypatch):
+def test_missing_disk_space_for_the_cache_is_reported(tiny, data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    assert "the latent cache needs" in faults_of(*arguments(tiny("2b"), data, tmp_path))[0]
+    assert "the latent cache needs" in errors_of(*arguments(tiny("2b"), data, tmp_path))[0]
 
 
-def test_a_machine_that_cannot_compile_is_told(tiny, data, tmp_path):
+def test_machine_without_a_compiler_is_reported(tiny, data, tmp_path):
     argv = arguments(tiny("2b"), data, tmp_path / "out", "--dry_run", "--compile_blocks")
-    done = run("train_ddp_t2v.sh", *argv, processes=1, CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "graphs")
-    assert done.returncode == 2, done.stdout
-    assert "--compile_blocks: torch.compile does not work on this machine (" in done.stderr
+    result = run("train_ddp_t2v.sh", *argv, processes=1, CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "graphs")
+    assert result.returncode == 2, result.stdout
+    assert "--compile_blocks: torch.compile does not work on this machine (" in result.stderr
 
 
-def test_booleans_mean_what_they_say(tiny, data, tmp_path):
+def test_boolean_flags(tiny, data, tmp_path):
     for text, value in (("False", False), ("false", False), ("TRUE", True), ("true", True)):
         args = parse_args(arguments(tiny("2b"), data, tmp_path, "--pin_memory", text))
         assert args.system.pin_memory is value
@@ -183,21 +186,21 @@ def test_defaults_follow_the_model(tiny, data, tmp_path):
     assert plan.total_steps == 40  # 10 epochs of 8 clips, 2 a step
 
 
-def test_a_dry_run_shows_the_plan_and_leaves_no_trace(tiny, data, tmp_path):
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, data, tmp_path):
     out = tmp_path / "out"
     args = arguments(tiny("5b"), data, out, "--id_token", "SKS", "--train_steps", "5", "--dry_run")
-    done = run("train_ddp_t2v.sh", *args, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert "5 steps of 2 samples" in done.stdout and "48 video and 26 text tokens" in done.stdout
-    assert "8 samples, 8 distinct prompts" in done.stdout
-    shown = json.loads(done.stdout[done.stdout.index("{\n") :])
+    result = run("train_ddp_t2v.sh", *args, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "5 steps of 2 samples" in result.stdout and "48 video and 26 text tokens" in result.stdout
+    assert "8 samples, 8 distinct prompts" in result.stdout
+    shown = json.loads(result.stdout[result.stdout.index("{\n") :])
     assert shown["lora"]["lora_alpha"] == 8 and shown["data"]["id_token"] == "SKS"
     assert not out.exists() and not (data / "videos" / "latent").exists()
 
 
-@pytest.mark.parametrize(("processes", "more"), [(1, ["--rank", "many"]), (2, ["--train_resolution", "9x60x60"])])
-def test_scripts_end_with_a_sentence_and_code_2(tiny, data, tmp_path, processes, more):
-    done = run("train_ddp_t2v.sh", *arguments(tiny("5b"), data, tmp_path, *more), processes=processes)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr + done.stdout
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+@pytest.mark.parametrize(("processes", "options"), [(1, ["--rank", "many"]), (2, ["--train_resolution", "9x60x60"])])
+def test_scripts_report_user_errors_with_exit_code_2(tiny, data, tmp_path, processes, options):
+    result = run("train_ddp_t2v.sh", *arguments(tiny("5b"), data, tmp_path, *options), processes=processes)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr + result.stdout
+    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1

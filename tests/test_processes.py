@@ -1,4 +1,4 @@
-"""How a training process ends."""
+"""The end of a training process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# A thread inside of torch when the interpreter goes away, as gloo's may be; for certain here.
+# A thread that is still inside of torch when the interpreter exits, as a gloo thread may be.
 THREAD_IN_TORCH = """
 import atexit, sys, threading, torch
 from utils.common.errors import UserError, exit_on_user_error
@@ -28,9 +28,9 @@ with exit_without_teardown(), exit_on_user_error():
 
 
 @pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("raise UserError('wrong')", 2)])
-def test_a_thread_in_torch_does_not_change_how_a_process_ends(ending, code):
+def test_thread_in_torch_does_not_change_the_exit_code(ending, code):
     program = THREAD_IN_TORCH.format(ending=ending)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "registered" in done.stdout
-    assert ("error: wrong" in done.stderr) == (code == 2)
-    assert done.returncode == code, done.stderr
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "registered" in result.stdout
+    assert ("error: wrong" in result.stderr) == (code == 2)
+    assert result.returncode == code, result.stderr

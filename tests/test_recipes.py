@@ -9,47 +9,43 @@ from pathlib import Path
 import pytest
 from diffusers import CogVideoXTransformer3DModel
 
+from examples.tiny_configs import VARIANTS
 from tests.conftest import ROOT, run
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 
-FORM_OF = {
-    "CogVideoX-2b": "2b",
-    "CogVideoX-5b": "5b",
-    "CogVideoX-5b-I2V": "5b-i2v",
-    "CogVideoX1.5-5B": "1.5",
-    "CogVideoX1.5-5B-I2V": "1.5-i2v",
-}
+VARIANT_OF = {model: variant for variant, model in VARIANTS.items()}
 README = (ROOT / "README.md").read_text()
-RECIPES = [
-    pytest.param(command, id=f"{name}-{'i2v' if '_i2v' in command else 't2v'}")
+RECIPES = {
+    f"{name}-{'i2v' if '_i2v' in command else 't2v'}": command
     for name, commands in re.findall(r"^\| ([\w.-]+) \| (`.*?`) \|", README, re.MULTILINE)
     for command in re.findall(r"`(.*?)`", commands)
     if "bash train_" in command
-]
+}
 
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory) -> Path:
-    """Clips whose latents one recipe encodes and the others find."""
+    """Returns a data folder that all recipes share, so that only one has to encode it."""
     return shutil.copytree(ROOT / "examples" / "dataset", tmp_path_factory.mktemp("recipes") / "data")
 
 
-def test_the_table_has_every_row():
-    assert len(RECIPES) == 26 and len({param.id[:-4] for param in RECIPES}) == 16
+def test_table_has_every_row():
+    assert len(RECIPES) == 26 and len({name[:-4] for name in RECIPES}) == 16
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recipe(tiny, shared_data, tmp_path, recipe):
-    settings, script, flags = re.fullmatch(r"((?:\w+=\w+ )*)bash (\S+) (.*)", recipe).groups()
+    parts, model = re.fullmatch(r"((?:\w+=\w+ )*)bash (\S+) (.*)", recipe), re.search(r"THUDM/(\S+)", recipe)
+    assert parts and model
+    settings, script, flags = parts.groups()
     environment = dict(setting.split("=") for setting in settings.split())
     processes = min(int(environment.pop("NUM_PROCESSES", 2)), 2)
-    model = re.search(r"--model_path THUDM/(\S+)", flags)[1]
-    smaller = ["--model_path", tiny(FORM_OF[model]), "--data_root", shared_data, "--output_dir", tmp_path]
+    smaller = ["--model_path", tiny(VARIANT_OF[model[1]]), "--data_root", shared_data, "--output_dir", tmp_path]
     smaller += ["--train_resolution", "9x64x64", "--train_steps", 1, "--num_workers", 0, "--report_to", "none"]
-    done = run(script, *flags.split(), *map(str, smaller), processes=processes, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = tmp_path / "checkpoint-1"
-    if "Training: lora" in done.stdout:
-        assert (result / WEIGHTS_FILE).is_file()
+    result = run(script, *flags.split(), *map(str, smaller), processes=processes, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    checkpoint = tmp_path / "checkpoint-1"
+    if "Training: lora" in result.stdout:
+        assert (checkpoint / WEIGHTS_FILE).is_file()
     else:
-        CogVideoXTransformer3DModel.from_pretrained(result / "transformer")
+        CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer")

@@ -13,56 +13,56 @@ ONE_BUCKET = ["a"] * 5
 THREE_BUCKETS = ["a", "b", "a", "c", "b", "a", "a", "b", "a", "a", "a"]
 
 
-def places(batch_size, rank, world_size, start=0, count=12, buckets=ONE_BUCKET, accumulation=1):
+def positions(batch_size, rank, world_size, start=0, count=12, buckets=ONE_BUCKET, accumulation=1):
     update = batch_size * world_size * accumulation
     stream = SampleStream(buckets, batch_size, update, rank, world_size, 3, start)
     return list(islice(iter(stream), count))
 
 
 def test_each_epoch_has_every_sample_once_in_a_new_order():
-    flat = [place for (place,) in places(1, 0, 1, count=15)]
-    epochs = [[place.index for place in flat[start : start + 5]] for start in (0, 5, 10)]
+    flat = [position for (position,) in positions(1, 0, 1, count=15)]
+    epochs = [[position.index for position in flat[start : start + 5]] for start in (0, 5, 10)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert [place.number for place in flat] == list(range(15))
+    assert [position.number for position in flat] == list(range(15))
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 2), (2, 1), (3, 2)])
 def test_stream_does_not_depend_on_batch_size_and_ranks(batch_size, world_size):
-    ranks = [places(batch_size, rank, world_size, count=6) for rank in range(world_size)]
-    flat = [place for step in zip(*ranks, strict=True) for batch in step for place in batch]
-    assert flat == [place for (place,) in places(1, 0, 1, count=len(flat))]
+    ranks = [positions(batch_size, rank, world_size, count=6) for rank in range(world_size)]
+    flat = [position for step in zip(*ranks, strict=True) for batch in step for position in batch]
+    assert flat == [position for (position,) in positions(1, 0, 1, count=len(flat))]
 
 
 def test_stream_resumes_at_any_sample():
-    whole = places(2, 1, 2, count=8)
-    assert whole[3:] == places(2, 1, 2, start=3 * 4, count=5)
+    whole = positions(2, 1, 2, count=8)
+    assert whole[3:] == positions(2, 1, 2, start=3 * 4, count=5)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), [(4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 4)])
 def test_each_update_has_one_bucket_and_each_epoch_every_sample(batch_size, world_size, accumulation):
     """Updates do not depend on ranks and accumulation. Samples that do not fill an update move to the next epoch."""
     shape = {"buckets": THREE_BUCKETS, "accumulation": accumulation, "count": 30 * accumulation}
-    ranks = [places(batch_size, rank, world_size, **shape) for rank in range(world_size)]
-    flat = [place for step in zip(*ranks, strict=True) for batch in step for place in batch]
-    assert flat == [place for batch in places(4, 0, 1, buckets=THREE_BUCKETS, count=30) for place in batch]
+    ranks = [positions(batch_size, rank, world_size, **shape) for rank in range(world_size)]
+    flat = [position for step in zip(*ranks, strict=True) for batch in step for position in batch]
+    assert flat == [position for batch in positions(4, 0, 1, buckets=THREE_BUCKETS, count=30) for position in batch]
     updates = [flat[start : start + 4] for start in range(0, len(flat), 4)]
-    assert all(len({THREE_BUCKETS[place.index] for place in update}) == 1 for update in updates)
+    assert all(len({THREE_BUCKETS[position.index] for position in update}) == 1 for update in updates)
     assert len({THREE_BUCKETS[update[0].index] for update in updates}) == 3
-    assert len({place.number for place in flat}) == len(flat)
+    assert len({position.number for position in flat}) == len(flat)
     for epoch in range(8):
-        seen = [place.index for place in flat if place.number // len(THREE_BUCKETS) == epoch]
+        seen = [position.index for position in flat if position.number // len(THREE_BUCKETS) == epoch]
         assert sorted(seen) == list(range(len(THREE_BUCKETS)))
     assert (
-        places(2, 0, 2, start=4 * 9, buckets=THREE_BUCKETS, count=5)
-        == places(2, 0, 2, buckets=THREE_BUCKETS, count=14)[9:]
+        positions(2, 0, 2, start=4 * 9, buckets=THREE_BUCKETS, count=5)
+        == positions(2, 0, 2, buckets=THREE_BUCKETS, count=14)[9:]
     )
 
 
 def test_changed_update_size_continues_with_the_remaining_samples():
-    before = [place for batch in places(3, 0, 1, count=4, buckets=ONE_BUCKET) for place in batch]
-    after = [place for batch in places(2, 0, 1, start=12, count=4, buckets=ONE_BUCKET) for place in batch]
-    assert [place.number for place in before + after] == list(range(20))
+    before = [position for batch in positions(3, 0, 1, count=4, buckets=ONE_BUCKET) for position in batch]
+    after = [position for batch in positions(2, 0, 1, start=12, count=4, buckets=ONE_BUCKET) for position in batch]
+    assert [position.number for position in before + after] == list(range(20))
 
 
 def test_seeds_are_distinct():

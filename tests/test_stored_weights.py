@@ -1,4 +1,4 @@
-"""What zero_to_fp32.py leaves in a folder is read as one merge, whole, or refused in a sentence."""
+"""Reading the output of zero_to_fp32.py: one complete merge, or an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.model.spec import read_spec
 
 @pytest.fixture
 def merged(tiny, tmp_path):
-    """(tensors) -> folder with two shards of them and an index, and the form of the base."""
+    """Returns a function: tensors -> folder with the tensors in two shards and an index, and the spec of the base."""
     base = tiny("5b")
     weights = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
 
@@ -34,18 +34,18 @@ def merged(tiny, tmp_path):
     return write
 
 
-def test_one_merge_is_read_whole(merged):
-    folder, form = merged({})
-    check_transformer(folder, form)
-    transformer = load_merged(folder, form.transformer, torch.bfloat16)
+def test_sharded_merge_is_loaded(merged):
+    folder, spec = merged({})
+    check_transformer(folder, spec)
+    transformer = load_merged(folder, spec.transformer, torch.bfloat16)
     assert {weight.dtype for weight in transformer.parameters()} == {torch.bfloat16}
 
 
-def test_what_is_left_of_another_merge_is_not_mixed_in(merged):
-    folder, form = merged({})
+def test_files_of_another_merge_are_refused(merged):
+    folder, spec = merged({})
     save_file({"proj_out.weight": torch.zeros(2)}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model.safetensors and model.safetensors.index.json, where one merge"):
-        check_transformer(folder, form)
+        check_transformer(folder, spec)
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_what_is_left_of_another_merge_is_not_mixed_in(merged):
         ({"proj_out.bias": torch.zeros(3)}, "such as proj_out.bias, which is \\[3\\] and should be"),
     ],
 )
-def test_other_names_and_shapes_are_refused(merged, changes, message):
-    folder, form = merged(changes)
+def test_unexpected_names_and_shapes_are_refused(merged, changes, message):
+    folder, spec = merged(changes)
     with pytest.raises(UserError, match=message):
-        check_transformer(folder, form)
+        check_transformer(folder, spec)
 
 
-def test_shards_that_are_missing_or_not_finite_are_refused(merged):
-    folder, form = merged({"norm_final.weight": torch.full((64,), torch.nan)})
+def test_missing_shards_and_nonfinite_values_are_refused(merged):
+    folder, spec = merged({"norm_final.weight": torch.full((64,), torch.nan)})
     with pytest.raises(UserError, match=r"norm_final.weight holds values that are not finite"):
-        load_merged(folder, form.transformer, torch.float32)
+        load_merged(folder, spec.transformer, torch.float32)
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors is missing\); merge the checkpoint again"):
-        check_transformer(folder, form)
+        check_transformer(folder, spec)

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import time
+from collections.abc import Generator
 
 import psutil
 import pytest
@@ -67,6 +68,7 @@ def test_jobs_are_consumed_only_as_fast_as_results():
         time.sleep(0.01)  # a slow consumer: workers must not overwrite a buffer in use
         assert bytes(done.buffer.tolist()) == content
         assert len(taken) <= count + 2 * JOBS_PER_WORKER
+    assert isinstance(results, Generator)
     results.close()
     assert not psutil.Process().children()
 
