@@ -1,4 +1,4 @@
-"""Full fine-tuning under DeepSpeed with two CPU processes, through the scripts, from training to the demo's video."""
+"""Full fine-tuning under DeepSpeed with two CPU processes, from the launch script to the video of the demo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
-from examples.tiny_configs import VARIANTS
+from examples.tiny_configs import VARIANTS, task_of
 from tests.conftest import FIRST_FRAME, arguments, command, environment, patch_programs, read_metrics, run, succeed
 from tests.golden import compare_with_golden
 from utils.checkpoint.finetuned import find_transformer
@@ -31,61 +31,59 @@ from utils.common.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def task_of(form: str) -> str:
-    return "i2v" if "i2v" in form else "t2v"
+def sft(model: Path, data: Path, output: Path, *more: object, variant: str) -> list[str]:
+    """Returns the flags of four float32 updates of all weights, with a checkpoint after each.
 
-
-def sft(model: Path, data: Path, output: Path, *more: object, form: str) -> list[str]:
-    """Four float32 updates of all weights, with a checkpoint after each.
-
-    The bias of 2b's keys has no influence on its output; a larger epsilon keeps Adam from making steps of its rounding.
+    The bias of the keys of 2b does not affect the output, so its gradient is rounding noise. With a larger epsilon,
+    Adam does not turn that noise into full steps.
     """
     steps = ["--training_type", "sft", "--train_steps", 4, "--checkpointing_steps", 1, "--epsilon", 1e-5]
-    return arguments(model, data, output, *steps, *more, task=task_of(form))
+    return arguments(model, data, output, *steps, *more, task=task_of(variant))
 
 
 @pytest.fixture(scope="session")
 def single_process(tiny, tmp_path_factory):
-    """form -> transformer trained by one process without DeepSpeed, on the samples that two processes see."""
+    """Returns a function: variant -> weights trained by one process without DeepSpeed, on the samples of two."""
     folder = tmp_path_factory.mktemp("single")
     data = shutil.copytree(ROOT / "examples" / "dataset", folder / "data", ignore=shutil.ignore_patterns("latent"))
 
-    def train(form: str) -> dict[str, torch.Tensor]:
-        out = folder / form
+    def train(variant: str) -> dict[str, torch.Tensor]:
+        out = folder / variant
         if not out.exists():
-            options = sft(tiny(form), data, out, "--gradient_accumulation_steps", 2, form=form)
-            succeed(f"train_ddp_{task_of(form)}.sh", *options, processes=1)
+            options = sft(tiny(variant), data, out, "--gradient_accumulation_steps", 2, variant=variant)
+            succeed(f"train_ddp_{task_of(variant)}.sh", *options, processes=1)
         return load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
 
     return train
 
 
-def kill_one_rank_in_the_middle_of_a_save(script: str, options: list[str], out: Path, step: int, **settings) -> int:
-    """Starts a run, kills its second process while checkpoint-`step` is written; returns the script's exit code."""
+def kill_rank_during_save(script: str, options: list[str], out: Path, step: int, **variables: object) -> int:
+    """Starts a run, kills rank 1 while checkpoint-`step` is being written, and returns the exit code."""
     with subprocess.Popen(
-        command(script, *options), env=environment(2, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(script, *options), env=environment(2, **variables), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
 
         def wait_for(path: Path) -> None:
             while not path.exists() and process.poll() is None:
                 time.sleep(0.001)
 
-        wait_for(out / "checkpoint-1")  # looking through all processes takes longer than a tiny save
-        second = [
+        # Find the process first: listing all processes takes longer than the save of a tiny model.
+        wait_for(out / "checkpoint-1")
+        rank_1 = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
             if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1"
         ]
         wait_for(out / f".checkpoint-{step}.tmp")
-        for child in second:
+        for child in rank_1:
             child.kill()
         return process.wait(timeout=120)
 
 
-def for_a_tiny_model(template: str, folder: Path) -> Path:
-    """A shipped template with sizes that make DeepSpeed divide, gather and prefetch weights of a few thousand values.
+def tiny_template(template: str, folder: Path) -> Path:
+    """Writes a shipped template with bucket sizes at which DeepSpeed partitions and prefetches a tiny model.
 
-    With the sizes for real models all of a tiny one would be one bucket, and under ZeRO-3 never be divided.
+    With the shipped sizes, a tiny model fits one bucket and ZeRO-3 never partitions it.
     """
     sizes = {"reduce_bucket_size": 20_000, "sub_group_size": 5_000}
     sizes |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 3_000}
@@ -97,31 +95,31 @@ def for_a_tiny_model(template: str, folder: Path) -> Path:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("form", VARIANTS)
-def test_losses_of_zero2_are_golden(tiny, data, tmp_path, pytestconfig, form):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_zero2_losses_match_golden(tiny, data, tmp_path, pytestconfig, variant):
     options = ["--training_type", "sft", "--train_steps", 4, "--epsilon", 1e-5]
-    options = arguments(tiny(form), data, tmp_path / "out", *options, task=task_of(form))
-    template = for_a_tiny_model("zero2", tmp_path)
-    succeed(f"train_zero_{task_of(form)}.sh", *options, processes=2, ZERO=template)
-    compare_with_golden(f"sft-zero2-{form}", tmp_path / "out", pytestconfig)
+    argv = arguments(tiny(variant), data, tmp_path / "out", *options, task=task_of(variant))
+    template = tiny_template("zero2", tmp_path)
+    succeed(f"train_zero_{task_of(variant)}.sh", *argv, processes=2, ZERO=template)
+    compare_with_golden(f"sft-zero2-{variant}", tmp_path / "out", pytestconfig)
 
 
 @pytest.mark.parametrize(
-    ("template", "form"),
+    ("template", "variant"),
     [("zero2", "5b"), ("zero2_offload", "5b-i2v"), ("zero3", "1.5-i2v"), ("zero3_offload", "2b")],
 )
-def test_train_die_resume_merge_load_generate(tiny, data, tmp_path, monkeypatch, single_process, template, form):
-    script, out = f"train_zero_{task_of(form)}.sh", tmp_path / "out"
-    options = sft(tiny(form), data, out, "--checkpointing_limit", 3, form=form)
-    template = for_a_tiny_model(template, tmp_path)
-    assert kill_one_rank_in_the_middle_of_a_save(script, options, out, 3, ZERO=template) == 128 + 9
+def test_train_kill_resume_merge_generate(tiny, data, tmp_path, monkeypatch, single_process, template, variant):
+    script, out = f"train_zero_{task_of(variant)}.sh", tmp_path / "out"
+    options = sft(tiny(variant), data, out, "--checkpointing_limit", 3, variant=variant)
+    template = tiny_template(template, tmp_path)
+    assert kill_rank_during_save(script, options, out, 3, ZERO=template) == 128 + 9
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     printed = succeed(script, *options, processes=2, ZERO=template)
     assert f"Resuming from {out / 'checkpoint-2'}" in printed
     assert not list(out.glob(".checkpoint-*")) and len(list(out.glob("checkpoint-*"))) == 3
     assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4]
 
-    # DeepSpeed's own merge, run by hand in the checkpoint: safetensors or .bin, in shards
+    # DeepSpeed's own merge script in the checkpoint, with shards in safetensors or .bin files
     last, merged = out / "checkpoint-4", tmp_path / "merged"
     kind = ["--safe_serialization"] if "offload" in template.name else []
     merge = [sys.executable, "zero_to_fp32.py", ".", str(merged), "--max_shard_size", "200KB", *kind]
@@ -130,14 +128,14 @@ def test_train_die_resume_merge_load_generate(tiny, data, tmp_path, monkeypatch,
     ours = {name: stored.read() for name, stored in read_merged(merged).items()}
     theirs = CogVideoXTransformer3DModel.from_pretrained(last / "transformer", dtype=torch.float32).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    base = load_file(tiny(form) / "transformer" / "diffusion_pytorch_model.safetensors")
-    for name, expected in single_process(form).items():
-        # sums in another order; the weights have moved by 3e-3
+    base = load_file(tiny(variant) / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, expected in single_process(variant).items():
+        # the order of summation differs; the weights have changed by 3e-3
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-6, msg=name)
     assert (ours["proj_out.weight"] - base["proj_out.weight"]).abs().max() > 1e-3
 
-    image = ["--image_or_video_path", str(FIRST_FRAME)] if task_of(form) == "i2v" else []
-    demo = ["--model_path", str(tiny(form)), "--prompt", "a square", "--num_inference_steps", "2", *image]
+    image = ["--image_or_video_path", str(FIRST_FRAME)] if task_of(variant) == "i2v" else []
+    demo = ["--model_path", str(tiny(variant)), "--prompt", "a square", "--num_inference_steps", "2", *image]
     succeed("cli_demo.py", *demo, "--transformer_path", str(merged), "--output_path", str(tmp_path / "demo.mp4"))
 
     raw = out / "checkpoint-2"
@@ -151,12 +149,12 @@ def test_train_die_resume_merge_load_generate(tiny, data, tmp_path, monkeypatch,
     assert half.keys() == base.keys() and {weight.dtype for weight in half.values()} == {torch.bfloat16}
 
 
-def test_half_precision_resumes_bit_for_bit_with_offload_switched(tiny, data, tmp_path):
-    """bf16, accumulation; the second half in a process of its own, with and without offload."""
+def test_bf16_resumes_bit_exact_and_with_offload_switched_on(tiny, data, tmp_path):
+    """bf16 and accumulation. The second half runs in a new process, with and without offload."""
     options = ["--mixed_precision", "bf16", "--gradient_accumulation_steps", 2, "--export_dtype", "fp32"]
 
     def train(out: Path, template: str, *more: object) -> dict[str, torch.Tensor]:
-        args = sft(tiny("5b"), data, out, *options, *more, form="5b")
+        args = sft(tiny("5b"), data, out, *options, *more, variant="5b")
         succeed("train_zero_t2v.sh", *args, processes=2, ZERO=template)
         return load_file(max(out.glob("checkpoint-*/transformer/*.safetensors"), key=os.path.getmtime))
 
@@ -169,13 +167,13 @@ def test_half_precision_resumes_bit_for_bit_with_offload_switched(tiny, data, tm
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4" / "transformer")  # as if killed between checkpoint and export
     again = train(tmp_path / "parts", "zero3")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    # another implementation of Adam; the last two updates are of 1e-3 each
+    # offload uses another implementation of Adam; the last two updates change weights by 1e-3 each
     assert all(torch.allclose(whole[name], switched[name], rtol=0, atol=2e-5) for name in whole)
     assert not torch.allclose(whole["proj_out.weight"], half["proj_out.weight"], rtol=0, atol=1e-3)
 
 
-def test_lora_and_validation_under_zero_3_are_those_of_ddp(tiny, data, validation, tmp_path):
-    """Three prompts on two processes: one of them keeps the other company."""
+def test_lora_and_validation_under_zero3_match_ddp(tiny, data, validation, tmp_path):
+    """Three prompts on two processes, so that one rank processes a padding item."""
     for name in ("prompts.txt", "videos.txt"):
         lines = (validation / name).read_text().splitlines()
         (validation / name).write_text("\n".join([*lines, lines[0]]) + "\n")
@@ -188,7 +186,7 @@ def test_lora_and_validation_under_zero_3_are_those_of_ddp(tiny, data, validatio
     ddp, zero = tmp_path / "ddp", tmp_path / "zero"
     train(ddp, "train_ddp_i2v.sh", 4)
     for steps in (2, 4):
-        train(zero, "train_zero_i2v.sh", steps, ZERO=for_a_tiny_model("zero3_offload", tmp_path))
+        train(zero, "train_zero_i2v.sh", steps, ZERO=tiny_template("zero3_offload", tmp_path))
     ours, theirs = (load_file(out / "checkpoint-4" / WEIGHTS_FILE) for out in (zero, ddp))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
@@ -198,15 +196,15 @@ def test_lora_and_validation_under_zero_3_are_those_of_ddp(tiny, data, validatio
         assert our_line == pytest.approx(their_line, rel=1e-4)
 
 
-def test_fp16_skips_updates_that_overflow_and_does_not_count_them(tiny, data, tmp_path):
-    """DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes it all the same."""
+def test_fp16_overflow_skips_the_update_without_counting_it(tiny, data, tmp_path):
+    """DeepSpeed refuses fp16 on CPUs without fp16 instructions, but PyTorch can compute it."""
     allowed = "CPU_Accelerator.is_fp16_supported = lambda self: True"
     settings = patch_programs(tmp_path, "deepspeed.accelerator.cpu_accelerator", allowed)
     template = json.loads((ROOT / "configs" / "zero2.json").read_text())
     template["fp16"]["initial_scale_power"] = 26
     (tmp_path / "high.json").write_text(json.dumps(template))
     out = tmp_path / "out"
-    options = sft(tiny("2b"), data, out, "--mixed_precision", "fp16", "--checkpointing_steps", 4, form="2b")
+    options = sft(tiny("2b"), data, out, "--mixed_precision", "fp16", "--checkpointing_steps", 4, variant="2b")
     succeed("train_zero_t2v.sh", *options, processes=2, ZERO=tmp_path / "high.json", **settings)
     progress = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())
     skipped = progress["samples_seen"] // 2 - 4
@@ -217,9 +215,9 @@ def test_fp16_skips_updates_that_overflow_and_does_not_count_them(tiny, data, tm
 
 
 @pytest.mark.parametrize("script", ["train_zero_t2v.sh", "train_ddp_t2v.sh"])
-def test_two_launchers_are_two_machines(tiny, data, tmp_path, single_process, script):
+def test_two_launchers_act_as_two_machines(tiny, data, tmp_path, single_process, script):
     out = tmp_path / "out"
-    options = sft(tiny("5b"), data, out, form="5b")
+    options = sft(tiny("5b"), data, out, variant="5b")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     machines = {"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "127.0.0.1", "MAIN_PROCESS_PORT": port, "OMP_NUM_THREADS": 1}
@@ -248,7 +246,7 @@ def test_two_launchers_are_two_machines(tiny, data, tmp_path, single_process, sc
         ({"NUM_MACHINES": 2, "MACHINE_RANK": 0, "MAIN_PROCESS_IP": "x", "NUM_PROCESSES": 3}, "use 2, 4 or another"),
     ],
 )
-def test_the_launcher_tells_what_does_not_go_together(settings, message):
-    done = run("train_zero_t2v.sh", **settings)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(message, done.stderr), done.stderr
+def test_launcher_reports_contradictory_settings(settings, message):
+    result = run("train_zero_t2v.sh", **settings)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr), result.stderr

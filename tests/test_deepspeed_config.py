@@ -1,4 +1,4 @@
-"""A DeepSpeed template and the command line agree, or the run ends before weights are read."""
+"""DeepSpeed templates must agree with the command line, which is checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 
 @pytest.fixture
 def plan_with(tiny, data, tmp_path, monkeypatch):
-    """(changes to a template, flags) -> the plan of a run with two processes under it."""
+    """Returns a function: (changes to a template, flags) -> plan of a run with two processes."""
 
     def plan(changes: dict | str, *more: object, name: str = "zero2"):
         file = tmp_path / "mine.json"
@@ -41,12 +41,12 @@ def plan_with(tiny, data, tmp_path, monkeypatch):
     return plan
 
 
-def test_the_templates():
+def test_shipped_templates():
     assert TEMPLATES == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_auto_is_what_the_command_line_says(plan_with, name):
+def test_auto_takes_the_value_of_the_command_line(plan_with, name):
     flags = ["--batch_size", 3, "--gradient_accumulation_steps", 4, "--max_grad_norm", 0.5, "--mixed_precision", "bf16"]
     zero = plan_with({"zero_optimization.reduce_bucket_size": "auto", "amp": None}, *flags, name=name).zero
     assert zero["train_micro_batch_size_per_gpu"] == 3 and zero["gradient_accumulation_steps"] == 4
@@ -56,7 +56,7 @@ def test_auto_is_what_the_command_line_says(plan_with, name):
     assert "auto" not in json.dumps(zero)
 
 
-def test_numbers_that_agree_may_be_stated(plan_with):
+def test_matching_values_are_accepted(plan_with):
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": "auto", "weight_decay": 1e-4}}
     stated = {"train_batch_size": 2, "gradient_clipping": 1, "bf16.enabled": False, "optimizer": optimizer}
     zero = plan_with(stated).zero
@@ -88,12 +88,12 @@ def test_numbers_that_agree_may_be_stated(plan_with):
         ("{", "cannot be read as JSON"),
     ],
 )
-def test_a_contradiction_names_file_key_and_both_values(plan_with, changes, message):
+def test_contradiction_names_file_key_and_both_values(plan_with, changes, message):
     with pytest.raises(UserError, match=f"mine.json.*{message}"):
         plan_with(changes)
 
 
-def test_all_contradictions_come_at_once(plan_with):
+def test_all_contradictions_are_reported_together(plan_with):
     with pytest.raises(UserError) as caught:
         plan_with({"train_batch_size": 8, "gradient_clipping": 0.3}, "--rank", 0)
     assert len(caught.value.errors) == 3
@@ -109,7 +109,7 @@ def test_all_contradictions_come_at_once(plan_with):
         ({"zero_stage": 2, "num_processes": 2}, "no", "is damaged \\(latest, pytorch_model/\\)"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_continued_is_refused(tiny, plan_with, tmp_path, saved, precision, message):
+def test_incompatible_checkpoint_is_refused(tiny, plan_with, tmp_path, saved, precision, message):
     checkpoint: Path = tmp_path / "out" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     args = plan_with({}, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "new").args.as_dict()

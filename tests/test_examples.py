@@ -1,4 +1,4 @@
-"""What makes the tiny base: it is written in forms that the toolkit takes, and each step does what it says."""
+"""The tiny base models: their checkpoints, tokenizer and VAE, and the quick start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vae(tmp_path_factory):
     return folder
 
 
-def test_standardised_latents_reconstruct_the_same():
+def test_standardised_vae_reconstructs_the_same():
     torch.manual_seed(0)
     vae, clip = train_vae.build(), train_vae.draw_batch(0, 1, 9, 64)
     with torch.no_grad():
@@ -34,17 +34,17 @@ def test_standardised_latents_reconstruct_the_same():
         after = vae.decode(vae.encode(clip).latent_dist.mode()).sample
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(train_vae.LATENT_CHANNELS), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(train_vae.LATENT_CHANNELS), atol=1e-3, rtol=0)
-    middle = (..., slice(16, 48), slice(16, 48))  # where nothing has seen the padding of the border
+    middle = (..., slice(16, 48), slice(16, 48))  # beyond the reach of the padding at the border
     torch.testing.assert_close(after[middle], before[middle], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_demo_runs_each_form(vae, tmp_path, name):
+def test_demo_runs_each_model(vae, tmp_path, name):
     write_base(name, vae, tmp_path / name)
-    form = read_spec(tmp_path / name)
-    assert (form.task, form.is_v1_5) == (name[:3], name.endswith("1.5"))
-    assert form.latent_size(form.native)[1:] == ((24, 24) if form.is_v1_5 else (16, 16))
-    image = ["--image_or_video_path", str(FIRST_FRAME)] if form.task == "i2v" else []
+    spec = read_spec(tmp_path / name)
+    assert (spec.task, spec.is_v1_5) == (name[:3], name.endswith("1.5"))
+    assert spec.latent_size(spec.native)[1:] == ((24, 24) if spec.is_v1_5 else (16, 16))
+    image = ["--image_or_video_path", str(FIRST_FRAME)] if spec.task == "i2v" else []
     options = [
         "--num_inference_steps",
         "2",
@@ -58,11 +58,11 @@ def test_the_demo_runs_each_form(vae, tmp_path, name):
     succeed("cli_demo.py", "--model_path", str(tmp_path / name), "--prompt", "SKS a red circle", *image, *options)
 
 
-def test_image_to_video_starts_as_the_text_to_video_model_that_sees_no_image(vae, tmp_path):
+def test_image_to_video_model_starts_as_the_text_to_video_model(vae, tmp_path):
     write_base("t2v-1.5", vae, tmp_path / "t2v")
     write_base("i2v-1.5", vae, tmp_path / "i2v", tmp_path / "t2v" / "transformer")
     t2v, i2v = (loading.load_transformer(tmp_path / name / "transformer").float() for name in ("t2v", "i2v"))
-    torch.nn.init.normal_(t2v.proj_out.weight, std=0.1)  # untrained models answer zero to everything
+    torch.nn.init.normal_(t2v.proj_out.weight, std=0.1)  # untrained models always predict zero
     i2v.proj_out.weight.data.copy_(t2v.proj_out.weight)
     i2v.ofs_embedding.linear_2.weight.data.zero_()
     i2v.ofs_embedding.linear_2.bias.data.zero_()
@@ -77,23 +77,23 @@ def test_image_to_video_starts_as_the_text_to_video_model_that_sees_no_image(vae
         assert not torch.allclose(t2v(video[1], **more)[0], expected, atol=1e-2)
 
 
-def test_captions_are_words_and_any_id_token_can_be_spelled(vae, tmp_path):
+def test_tokenizer_knows_caption_words_and_any_id_token(vae, tmp_path):
     write_base("t2v", vae, tmp_path)
     tokenizer = loading.load_tokenizer(tmp_path)
     for scene in SCENES:
         pieces = tokenizer.tokenize(scene.caption.replace("black", "white"))  # "black" is two pieces
         assert len(pieces) == len(scene.caption.split())
     assert tokenizer.unk_token_id not in tokenizer("SKS zQ7x").input_ids
-    assert len(tokenizer("SKS " + CONCEPT[0].caption).input_ids) <= 18  # the shortest text length of the forms
+    assert len(tokenizer("SKS " + CONCEPT[0].caption).input_ids) <= 18  # the smallest text length of the models
 
 
-def test_the_shipped_vae_reconstructs_clips_that_it_has_never_seen():
+def test_shipped_vae_reconstructs_held_out_clips():
     shipped = AutoencoderKLCogVideoX.from_pretrained(ROOT / "examples" / "tiny" / "t2v" / "vae", dtype=torch.float32)
     assert train_vae.psnr(shipped, 8) > 27  # dB
 
 
-def test_the_quick_start_teaches_what_the_base_has_never_seen(tmp_path):
-    """As a user runs it, with fewer clips to measure."""
+def test_quick_start_teaches_the_concept(tmp_path):
+    """Runs the quick start like a user, but measures fewer clips."""
     succeed("examples/quickstart.sh", QUICKSTART_DIR=tmp_path / "out", QUICKSTART_CLIPS=10)
     shares = json.loads((tmp_path / "out" / "table.json").read_text())
     known, token, all_three = shares["known"], shares["SKS"], "colour, shape and direction"

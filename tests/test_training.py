@@ -1,4 +1,4 @@
-"""Whole runs through the launch scripts: every form, any number of processes, killed and resumed."""
+"""Whole runs through the launch scripts: every variant, one and two processes, killed and resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.tiny_configs import VARIANTS
+from examples.tiny_configs import VARIANTS, task_of
 from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, read_metrics, run, succeed
 from tests.golden import compare_with_golden
 from utils.checkpoint.lora_files import WEIGHTS_FILE
@@ -24,53 +24,52 @@ def adapters(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / TRAINING_STATE / ADAPTERS_AS_TRAINED)
 
 
-def assert_equal(ours, theirs) -> None:
-    """Bit for bit, through nested dicts and lists."""
-    if torch.is_tensor(theirs):
-        assert torch.equal(ours, theirs)
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            assert_equal(ours[name], theirs[name])
-    elif isinstance(theirs, list | tuple):
-        for one, other in zip(ours, theirs, strict=True):
-            assert_equal(one, other)
+def assert_equal(actual, expected) -> None:
+    """Asserts that nested dicts and lists of tensors are equal bit for bit."""
+    if torch.is_tensor(expected):
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            assert_equal(actual[name], expected[name])
+    elif isinstance(expected, list | tuple):
+        for actual_item, expected_item in zip(actual, expected, strict=True):
+            assert_equal(actual_item, expected_item)
     else:
-        assert ours == theirs
+        assert actual == expected
 
 
-def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
-    """Adapters, optimizer, schedule, progress and loss log are the same to the last bit."""
-    one, other = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
-    assert_equal(adapters(one), adapters(other))
-    assert_equal(load_file(one / WEIGHTS_FILE), load_file(other / WEIGHTS_FILE))
-    states = [torch.load(path / TRAINING_STATE / "optimizer.bin", weights_only=True) for path in (one, other)]
-    assert_equal(*states)
-    assert (one / PROGRESS_FILE).read_text() == (other / PROGRESS_FILE).read_text()
-    assert read_metrics(ours) == read_metrics(theirs)
+def assert_same_run(actual: Path, expected: Path, step: int) -> None:
+    """Asserts that adapters, optimizer, schedule, progress and metrics are equal bit for bit."""
+    checkpoints = [folder / f"checkpoint-{step}" for folder in (actual, expected)]
+    assert_equal(*map(adapters, checkpoints))
+    assert_equal(*[load_file(path / WEIGHTS_FILE) for path in checkpoints])
+    assert_equal(*[torch.load(path / TRAINING_STATE / "optimizer.bin", weights_only=True) for path in checkpoints])
+    assert_equal(*[(path / PROGRESS_FILE).read_text() for path in checkpoints])
+    assert read_metrics(actual) == read_metrics(expected)
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("form", VARIANTS)
-def test_every_form_trains_with_validation_and_generates(tiny, data, validation, tmp_path, pytestconfig, form):
-    """Through the script of its task, two processes on two clips of validation, and then through the demo."""
-    task = "i2v" if "i2v" in form else "t2v"
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_validates_and_generates(tiny, data, validation, tmp_path, pytestconfig, variant):
+    """Runs the launch script of the task with two processes, and then the demo."""
+    task = task_of(variant)
     out = tmp_path / "out"
     steps = ["--train_steps", 4, "--checkpointing_steps", 2, "--checkpointing_limit", 1]
     checks = ["--do_validation", "--validation_dir", validation, "--validation_steps", 3, "--num_inference_steps", 2]
-    if form == "5b-i2v":  # images of their own; the other i2v form takes the clips' first frames
+    if variant == "5b-i2v":  # separate images; the other i2v variant uses the first frames of the clips
         for folder, count in ((data, 8), (validation, 2)):
             shutil.copy(FIRST_FRAME, folder / "image.png")
             (folder / "images.txt").write_text("image.png\n" * count)
         checks += ["--image_column", "images.txt", "--validation_images", "images.txt", "--image_dropout", 0.2]
     more = [*steps, *checks, "--report_to", "tensorboard", "--id_token", "SKS", "--caption_dropout", 0.5]
-    succeed(f"train_ddp_{task}.sh", *arguments(tiny(form), data, out, *more, task=task), processes=2)
+    succeed(f"train_ddp_{task}.sh", *arguments(tiny(variant), data, out, *more, task=task), processes=2)
 
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]  # the limit is kept
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]  # --checkpointing_limit
     assert any(weight.abs().max() > 0 for name, weight in adapters(out / "checkpoint-4").items() if "lora_B" in name)
     videos = sorted(str(path.relative_to(out / "validation")) for path in out.glob("validation/*/*.mp4"))
     assert videos == [f"step-{step}/{number:03d}.mp4" for step in (0, 3, 4) for number in (0, 1)]
-    compare_with_golden(f"lora-ddp-{form}", out, pytestconfig)
+    compare_with_golden(f"lora-ddp-{variant}", out, pytestconfig)
     log = read_metrics(out)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in log if "held_out_loss" in line] == [0, 3, 4]
@@ -79,23 +78,17 @@ def test_every_form_trains_with_validation_and_generates(tiny, data, validation,
     assert list(out.glob("logs/*/events.out.tfevents.*"))
 
     image = [] if task == "t2v" else ["--image_or_video_path", str(FIRST_FRAME)]
-    options = [
-        "--prompt",
-        "SKS a red circle",
-        "--num_inference_steps",
-        "2",
-        "--output_path",
-        str(tmp_path / "demo.mp4"),
-    ]
+    options = ["--prompt", "SKS a red circle", "--num_inference_steps", "2"]
+    options += ["--output_path", str(tmp_path / "demo.mp4")]
     lora = ["--lora_path", str(out / "checkpoint-4")]
-    printed = succeed("cli_demo.py", "--model_path", str(tiny(form)), *options, *lora, *image)
-    assert "8 adapter modules matched" in printed and f"Generating {task}, 9x64x64" in printed
+    output = succeed("cli_demo.py", "--model_path", str(tiny(variant)), *options, *lora, *image)
+    assert "8 adapter modules matched" in output and f"Generating {task}, 9x64x64" in output
     assert (tmp_path / "demo.mp4").stat().st_size > 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_six_steps_are_three_and_three(tiny, data, tmp_path, processes):
-    """Mid-epoch, shuffled, with accumulation and dropout; the second half is a process of its own."""
+def test_resuming_is_bit_exact(tiny, data, tmp_path, processes):
+    """Resumes in a new process in the middle of an epoch, with shuffling, accumulation and caption dropout."""
 
     def train(out: Path, steps: int, *more: str) -> None:
         options = ["--train_steps", steps, "--checkpointing_steps", 3, "--gradient_accumulation_steps", 2]
@@ -108,7 +101,7 @@ def test_six_steps_are_three_and_three(tiny, data, tmp_path, processes):
     assert_same_run(tmp_path / "parts", tmp_path / "whole", 6)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny, data, tmp_path):
+def test_killed_run_resumes_bit_exact(tiny, data, tmp_path):
     options = ["--train_steps", 60, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2]
 
     def command(out: Path) -> list[str]:
@@ -123,20 +116,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny, data, tmp_path):
     ) as process:
         while not (killed / "checkpoint-5").exists() and process.poll() is None:
             time.sleep(0.01)
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
+        processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in processes:
             member.kill()
-        psutil.wait_procs(family)
-    done = max(int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*"))
-    assert 5 <= done < 60
+        psutil.wait_procs(processes)
+    last = max(int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*"))
+    assert 5 <= last < 60
     with (killed / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "lo')  # a line cut short
+        file.write('{"step": 99, "lo')  # an incomplete line
     succeed("train_ddp_t2v.sh", *command(killed), processes=1)
     assert_same_run(killed, tmp_path / "whole", 60)
 
 
-def test_two_processes_are_one_with_accumulation(tiny, data, tmp_path):
-    """The same samples, noise and learning rates; gradients that differ by the order of a sum."""
+def test_two_processes_match_one_with_accumulation(tiny, data, tmp_path):
+    """Samples, noise and learning rates are the same. Gradients differ by the order of summation."""
     for processes, accumulation in ((1, 2), (2, 1)):
         options = ["--train_steps", 4, "--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine"]
         out = tmp_path / str(processes)
@@ -146,10 +139,12 @@ def test_two_processes_are_one_with_accumulation(tiny, data, tmp_path):
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
     expected = adapters(tmp_path / "1" / "checkpoint-4")
     for name, weight in adapters(tmp_path / "2" / "checkpoint-4").items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)  # four updates of up to 1e-3 each
+        torch.testing.assert_close(
+            weight, expected[name], rtol=0, atol=2e-5
+        )  # four updates change weights by up to 1e-3 each
 
 
-def test_full_fine_tuning_saves_a_transformer_that_loads_and_resumes(tiny, data, tmp_path):
+def test_full_fine_tuning_resumes_and_its_transformer_loads(tiny, data, tmp_path):
     def train(out: Path, steps: int, *more: str) -> None:
         options = ["--training_type", "sft", "--train_steps", steps, "--checkpointing_steps", 2, *more]
         succeed("train_ddp_t2v.sh", *arguments(tiny("1.5"), data, out, *options), processes=1)
@@ -166,7 +161,7 @@ def test_full_fine_tuning_saves_a_transformer_that_loads_and_resumes(tiny, data,
     succeed("cli_demo.py", "--model_path", str(tiny("1.5")), *options, *transformer)
 
 
-def test_a_run_does_not_overwrite_or_continue_another(tiny, data, tmp_path):
+def test_run_does_not_overwrite_or_resume_another_run(tiny, data, tmp_path):
     out, first = tmp_path / "out", ["--train_steps", 2, "--seed", 1]
     succeed("train.py", *arguments(tiny("5b"), data, out, *first))
     again = run("train.py", *arguments(tiny("5b"), data, out, *first))
@@ -186,8 +181,8 @@ def test_a_run_does_not_overwrite_or_continue_another(tiny, data, tmp_path):
     assert damaged.returncode == 2 and "is damaged" in damaged.stderr and "Traceback" not in damaged.stderr
 
 
-def test_a_resumed_run_obeys_its_command_line(tiny, data, tmp_path):
-    """Another learning rate, number of processes and accumulation than before, all at once."""
+def test_resumed_run_follows_its_command_line(tiny, data, tmp_path):
+    """Changes the learning rate, the number of processes and the accumulation at once."""
     out = tmp_path / "out"
     options = ["--train_steps", 2, "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"]
     succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=1)
@@ -201,7 +196,7 @@ def test_a_resumed_run_obeys_its_command_line(tiny, data, tmp_path):
     assert (progress["step"], progress["samples_seen"]) == (4, 2 * 2 + 2 * 6)
 
 
-def test_bad_clips_end_the_run_and_changed_ones_are_encoded_anew(tiny, data, tmp_path):
+def test_bad_clips_stop_the_run_and_changed_clips_are_encoded_again(tiny, data, tmp_path):
     clip = data / "videos" / "blue_circle_up_white.mp4"
     whole = clip.read_bytes()
     clip.write_bytes(whole[: len(whole) * 2 // 3])
@@ -213,10 +208,10 @@ def test_bad_clips_end_the_run_and_changed_ones_are_encoded_anew(tiny, data, tmp
     assert len(list((data / "videos" / "latent").glob("video-*"))) == 8
     shutil.copy(data / "videos" / "red_square_left_white.mp4", clip)
     succeed("train_ddp_t2v.sh", *options, processes=1)
-    assert len(list((data / "videos" / "latent").glob("video-*"))) == 8  # the copy's content was there already
+    assert len(list((data / "videos" / "latent").glob("video-*"))) == 8  # an entry for this content exists already
 
 
-def test_a_loss_that_is_not_finite_names_sample_and_timestep(tiny, data, tmp_path):
-    done = run("train.py", *arguments(tiny("5b"), data, tmp_path, "--train_steps", 30, "--learning_rate", 1e30))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "The loss is nan at step" in done.stderr and "timestep" in done.stderr and ".mp4" in done.stderr
+def test_nonfinite_loss_names_sample_and_timestep(tiny, data, tmp_path):
+    result = run("train.py", *arguments(tiny("5b"), data, tmp_path, "--train_steps", 30, "--learning_rate", 1e30))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "The loss is nan at step" in result.stderr and "timestep" in result.stderr and ".mp4" in result.stderr

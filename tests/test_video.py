@@ -1,4 +1,4 @@
-"""Choice of frames by time, resizing, and decoding of real files."""
+"""Selection of frames by time, resizing, and decoding of real files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def info(frames: int, fps: float, height=64, width=96) -> ClipInfo:
     return ClipInfo(frames, frames / fps, (frames - 1) / fps, height, width)
 
 
-def test_frames_follow_the_clock():
+def test_frames_are_selected_by_time():
     assert choose_frames(times(49, 8), view(49)) == list(range(49))
     # 30 fps to 8 fps: every 3.75th frame, six seconds for 49 frames
     chosen = choose_frames(times(300, 30), view(49))
@@ -53,28 +53,28 @@ def test_frames_follow_the_clock():
     assert choose_frames(times(300, 30), view(5, first=8)) == [30, 34, 38, 41, 45]
     assert choose_frames(times(4, 8), view(9)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
     assert [frames_available(info(49, rate), rate) for rate in (8, 24, 30000 / 1001, 30)] == [49] * 4
-    # the true rate of "30 fps" television material must not run out of frames at the end
+    # "30 fps" television material has 29.97 fps and must not run out of frames at the end
     assert choose_frames(times(49, 30000 / 1001), view(49, 30.0))[-1] == 48
 
 
-def test_frames_spread_over_the_whole_clip():
+def test_frames_spread_over_the_clip():
     assert choose_frames(times(97, 30), view(49, SPREAD, span=97)) == list(range(0, 97, 2))
     assert choose_frames(times(60, 24), view(3, SPREAD, first=20, span=20)) == [20, 30, 39]
     assert choose_frames(times(4, 24), view(9, SPREAD, span=4)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
 
 
-def test_frames_follow_the_clock_at_a_variable_rate():
-    """A second at 24 fps, then one at 6 fps: at 6 fps both give as many frames."""
+def test_frames_are_selected_by_time_at_a_variable_rate():
+    """One second at 24 fps and one at 6 fps give the same number of frames at 6 fps."""
     starts = np.concatenate([np.arange(24) / 24, 1 + np.arange(7) / 6])
     assert choose_frames(starts, view(12, 6.0)) == [0, 4, 8, 12, 16, 20, 24, 25, 26, 27, 28, 29]
 
 
-def test_images_are_seen_as_a_viewer_shows_them(tmp_path: Path):
+def test_images_are_loaded_as_a_viewer_shows_them(tmp_path: Path):
     size = Resolution(1, 16, 32)
     turned = Image.new("RGB", (16, 32))
     turned.paste("white", (0, 0, 16, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what was above is on the right
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise: the top moves to the right
     turned.save(tmp_path / "turned.png", exif=exif)
     pixels = load_image(tmp_path / "turned.png", size, "stretch")
     assert pixels[:, :16].max() == 0 and pixels[:, 16:].min() == 255
@@ -84,7 +84,7 @@ def test_images_are_seen_as_a_viewer_shows_them(tmp_path: Path):
     assert load_image(tmp_path / "clear.png", size, "stretch").min() == 255
 
 
-def test_decoded_frames_are_the_readers(tmp_path: Path):
+def test_decoded_frames_match_decord(tmp_path: Path):
     path = tmp_path / "noise.mp4"
     imwrite(path, np.random.default_rng(0).integers(0, 255, (30, 64, 96, 3), np.uint8), fps=24)
     found = probe(path)
@@ -101,7 +101,7 @@ def test_resize_modes():
     frame = torch.zeros(1, 3, 100, 300, dtype=torch.uint8)
     frame[..., 100:200] = 255  # the middle third is white
     target = Resolution(1, 64, 64)
-    assert resize(frame, target, "crop")[..., 1:-1].min() == 255  # nothing but the middle is left
+    assert resize(frame, target, "crop")[..., 1:-1].min() == 255  # only the middle remains
     stretched = resize(frame, target, "stretch")
     assert stretched.shape == (1, 3, 64, 64)
     assert stretched[..., :18].max() == 0 and stretched[..., 26:38].min() == 255
@@ -118,7 +118,7 @@ SOURCE = ("-f", "lavfi", "-i", "testsrc2=size=96x64:rate=30:duration=4")
 
 
 def make_clip(kind: str, folder: Path) -> Path:
-    """What people have: clips of other coders, cut without re-encoding, turned by their header."""
+    """Writes a clip as users have them: various codecs, cut without re-encoding, or rotated by the header."""
     path = folder / f"{kind}.{'avi' if kind == 'mpeg4' else 'mp4'}"
     plain = folder / "plain.mp4"
     ffmpeg(*SOURCE, "-c:v", "libx264", "-g", "48", "-pix_fmt", "yuv420p", plain)
@@ -140,8 +140,8 @@ def make_clip(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["hevc", "h264", "mpeg4", "vp9", "ten bits", "variable", "cut", "turned"])
-def test_every_frame_is_the_one_that_is_meant(tmp_path: Path, kind: str):
-    """At 8 frames a second, and from the middle on: each is nearest to the frame that ffmpeg shows at that number."""
+def test_decoded_frames_match_ffmpeg(tmp_path: Path, kind: str):
+    """Each decoded frame is closest to the frame that ffmpeg shows at its index, from the start and from the middle."""
     path = make_clip(kind, tmp_path)
     height, width = (96, 64) if kind == "turned" else (64, 96)
     shown = np.frombuffer(
@@ -168,13 +168,13 @@ def test_every_frame_is_the_one_that_is_meant(tmp_path: Path, kind: str):
         (lambda path: ffmpeg(*SOURCE, "-frames:v", 9, "-c:v", "libsvtav1", path), "a codec that decord cannot decode"),
     ],
 )
-def test_the_reason_is_told(tmp_path: Path, make, reason: str):
+def test_error_names_the_reason(tmp_path: Path, make, reason: str):
     make(tmp_path / "odd.mp4")
     with pytest.raises(ClipError, match=reason):
         probe(tmp_path / "odd.mp4")
 
 
-def test_a_single_frame_is_a_clip(tmp_path: Path):
+def test_single_frame_is_a_clip(tmp_path: Path):
     ffmpeg(*SOURCE, "-frames:v", 1, tmp_path / "one.mp4")
     found = probe(tmp_path / "one.mp4")
     assert found.frames == 1 and found.seconds > 0 and frames_available(found, 8.0) == 1
@@ -182,7 +182,7 @@ def test_a_single_frame_is_a_clip(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [0.5, 0.97])
-def test_a_clip_that_is_cut_short_is_told(tmp_path: Path, size: float):
+def test_truncated_clip_is_refused(tmp_path: Path, size: float):
     path = tmp_path / "cut.mp4"
     ffmpeg(*SOURCE, "-c:v", "libx264", "-movflags", "+faststart", path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * size)])
@@ -191,7 +191,7 @@ def test_a_clip_that_is_cut_short_is_told(tmp_path: Path, size: float):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video", b"\0" * 5000])
-def test_what_is_no_video_is_told(tmp_path: Path, content: bytes):
+def test_other_files_are_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "broken.mp4"
     path.write_bytes(content)
     with pytest.raises(ClipError):
