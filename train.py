@@ -5,6 +5,7 @@ arguments -> preflight -> latent cache -> model -> optimizer -> loop -> checkpoi
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import signal
 import warnings
 from contextlib import suppress
 from datetime import timedelta
+
+gc.disable()  # imports create a million objects and hardly any garbage
 
 import torch
 from accelerate import PartialState
@@ -48,6 +51,9 @@ from utils.training.trainable import (
     use_attention_kernel,
     weight_dtype,
 )
+
+gc.freeze()  # imported objects stay; forked processes share their memory
+gc.enable()
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,12 @@ from typing import Any
 import torch
 
 from benchmarks.rows import ROWS, Row
-from utils.commands.estimate_memory import load_spec
+from utils.commands.estimate_memory import make_context
 from utils.commands.launch import grow_segments
-from utils.config.args import Args, parse_args
-from utils.config.deepspeed_config import ROOT, resolve_template
-from utils.estimate.prediction import GIB, extrapolated_updates, largest, zero_terms
-from utils.estimate.simulated_run import fake_batch, loss_of
-from utils.model.spec import ModelSpec
-from utils.run.preflight import resolve
+from utils.config.deepspeed_config import ROOT
+from utils.estimate.context import GIB, RunContext
+from utils.estimate.prediction import PEAK_TFLOPS, extrapolated_updates, zero_terms
+from utils.estimate.simulated_run import autocast_forward, empty_batch, fake_objective
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.trainable import (
     compute_dtype,
@@ -48,31 +45,24 @@ UPDATES = 3
 # Seconds: with less time left no row is begun.
 LEAST = 60
 DEVICE = torch.device("cuda")
-# Dense bf16 TFLOP/s of the data sheets, for the utilisation.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
 
 
-def settings(row: Row) -> tuple[Args, ModelSpec]:
-    args = parse_args(
-        ["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", "--model_path", row.model, *row.flags.split()]
-    )
-    spec, _ = load_spec(row.model)
-    return resolve(args, spec, row.zero is not None), spec
+def context_of(row: Row) -> RunContext:
+    zero, num_processes = row.zero or (None, 1)
+    return make_context(["--model_path", row.model, *row.flags.split()], zero, num_processes)
 
 
 def predict_row(row: Row) -> dict[str, Any]:
-    """Terms of the peak in GiB of one process, TFLOP of an update, and GiB of host memory."""
-    args, spec = settings(row)
-    zero, processes = row.zero or (None, 1)
-    updates = extrapolated_updates(args, spec, zero is not None, processes)
+    """Terms of the peak of one process in GiB, TFLOP per update, and host memory in GiB."""
+    context = context_of(row)
+    updates = extrapolated_updates(context)
     terms, host = updates.terms, updates.host
-    if zero is not None:
-        config = resolve_template(ROOT / "configs" / f"{zero}.json", args, spec.width, processes)
-        terms, host = zero_terms(updates, config, compute_dtype(args).itemsize, processes)
+    if context.zero is not None:
+        terms, host = zero_terms(updates, context.zero, compute_dtype(context.args).itemsize, context.num_processes)
     return {
         "peak_gib": round(sum(terms.values()) / GIB, 2),
         "goal_gib": row.goal,
-        "terms_gib": {name: round(bytes_ / GIB, 2) for name, bytes_ in terms.items()},
+        "terms_gib": {name: round(num_bytes / GIB, 2) for name, num_bytes in terms.items()},
         "tflop": round(updates.flop / 1e12),
         "host_gib": round(host / GIB, 1),
         "flags": row.flags,
@@ -80,40 +70,39 @@ def predict_row(row: Row) -> dict[str, Any]:
 
 
 def model_tflop(row: Row) -> dict[str, Any]:
-    """Of an update, without what is computed anew."""
-    args, spec = settings(row)
-    memory = replace(args.memory, gradient_checkpointing="none", offload_activations=False)
-    updates = extrapolated_updates(replace(args, memory=memory), spec, row.zero is not None, 1)
-    return {"model_tflop": round(updates.flop / 1e12)}
+    """TFLOP per update without recomputation."""
+    context = context_of(row).with_memory(gradient_checkpointing="none", offload_activations=False)
+    return {"model_tflop": round(extrapolated_updates(context).flop / 1e12)}
 
 
 def measure_row(row: Row) -> dict[str, Any]:
     """Peak of reserved memory over three updates, and the time of one, on the GPU."""
     from diffusers import CogVideoXTransformer3DModel
 
-    args, spec = settings(row)
+    context = context_of(row)
+    args = context.args
     torch.set_default_dtype(weight_dtype(args, uses_deepspeed=False))
     with DEVICE:
-        transformer = CogVideoXTransformer3DModel.from_config(spec.transformer)
+        transformer = CogVideoXTransformer3DModel.from_config(context.spec.transformer)
     torch.set_default_dtype(torch.float32)
     make_trainable(transformer, args, DEVICE)
     use_attention_kernel(args.memory.attention_kernel)
-    parameters = trained_parameters(transformer)
-    optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
-    batch = fake_batch(args, spec, largest(args, spec), 1)
-    batch = {name: None if value is None else torch.randn_like(value, device=DEVICE) for name, value in batch.items()}
+    optimizer = make_optimizer(trained_parameters(transformer), args, uses_deepspeed=False)
+    objective, model = fake_objective(context, DEVICE), autocast_forward(transformer, context)
+    batch = {name: torch.randn_like(value, device=DEVICE) for name, value in empty_batch(context, 1).items()}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(UPDATES):
+    for update in range(UPDATES):
         start = time.perf_counter()
-        loss_of(transformer, args, spec, batch, uses_deepspeed=False).backward()
+        losses, _ = objective(model, batch, [update])
+        losses.mean().backward()
         clip(optimizer, args.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    # the first makes the optimizer's states and chooses kernels
+    # the first update creates the optimizer states and chooses kernels
     return {"reserved_gib": torch.cuda.max_memory_reserved() / GIB, "seconds": statistics.median(seconds[1:])}
 
 

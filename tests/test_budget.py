@@ -2,122 +2,127 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tests.conftest import arguments, run, succeed
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.estimate import prediction, settings_search
-from utils.estimate.simulated_run import run_updates
+from utils.estimate.context import GIB, Machine, RunContext
+from utils.estimate.prediction import NonTrainingPeaks, Prediction, extrapolated_updates
+from utils.estimate.settings_search import check_fits
+from utils.estimate.simulated_run import simulate_updates
 from utils.memory import activation_offloading, low_bit_adam
 from utils.model.spec import read_spec
 from utils.run.checks import model_errors
-from utils.run.preflight import preflight, resolve
+from utils.run.preflight import resolve
 
 
 @pytest.fixture
-def exact(monkeypatch):
-    """No margin, which would be most of what a tiny model takes; its tensors are worth sending away, and cutting up."""
+def no_margin(monkeypatch):
+    """No safety margin, and sizes at which even a tiny model's tensors are offloaded and chunked."""
     monkeypatch.setattr(low_bit_adam, "CHUNK", 16 * low_bit_adam.BLOCK)
-    monkeypatch.setattr(prediction, "BESIDE", 0.0)
+    monkeypatch.setattr(prediction, "CONTEXT_GIB", 0.0)
     monkeypatch.setattr(prediction, "MARGIN", 1.0)
     monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)
 
 
-def setting(model, folder, *options):
-    form = read_spec(model)
-    args = parse_args(arguments(model, folder, folder, "--mixed_precision", "bf16", *options, task=form.task))
-    return resolve(args, form), form
+@pytest.fixture
+def training_only(monkeypatch):
+    """Encoding and validation need no memory."""
+    monkeypatch.setattr(prediction, "non_training_peaks", lambda _: NonTrainingPeaks(0, 0))
+    monkeypatch.setattr(settings_search, "non_training_peaks", lambda _: NonTrainingPeaks(0, 0))
 
 
-@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "false"], ["--offload_activations"]])
-def test_few_blocks_tell_of_many(tiny, tmp_path, exact, options):
-    args, form = setting(tiny("5b"), tmp_path, *options)
-    form = replace(form, transformer=form.transformer | {"num_layers": 12})
-    found = prediction.extrapolated_updates(args, form, False, 1)
-    expected = run_updates(args, form, args.data.train_resolution[0], False, 1)
+def make_context(model, folder, *options, num_layers=2):
+    spec = read_spec(model)
+    args = parse_args(arguments(model, folder, folder, "--mixed_precision", "bf16", *options, task=spec.task))
+    return RunContext(resolve(args, spec), spec, {}).with_num_layers(num_layers)
+
+
+def needed_gib(context) -> float:
+    return sum(extrapolated_updates(context).terms.values()) / GIB
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "none"], ["--offload_activations"]])
+def test_two_depths_extrapolate_to_the_full_depth(tiny, tmp_path, no_margin, options):
+    context = make_context(tiny("5b"), tmp_path, *options, num_layers=12)
+    found, expected = extrapolated_updates(context), simulate_updates(context)
     assert sum(found.terms.values()) == pytest.approx(sum(expected.terms.values()), rel=0.01)
     assert (found.weights, found.trained, found.flop) == (expected.weights, expected.trained, expected.flop)
     assert found.host == pytest.approx(expected.host, rel=0.01)
 
 
 @pytest.mark.parametrize("options", [[], ["--training_type", "sft"]])
-def test_the_fastest_settings_that_fit_are_chosen(tiny, tmp_path, exact, monkeypatch, options):
-    args, form = setting(tiny("5b"), tmp_path, *options)
-    form = replace(form, transformer=form.transformer | {"num_layers": 4})
-    monkeypatch.setattr(settings_search, "non_training_peaks", lambda *_: prediction.NonTrainingPeaks(0, 0))
-    known = {}
+def test_the_search_returns_the_fastest_settings_that_fit(
+    tiny, tmp_path, no_margin, training_only, monkeypatch, options
+):
+    """Compares the search with an exhaustive one over all candidates."""
+    context = make_context(tiny("5b"), tmp_path, *options, num_layers=4)
+    cached = {}
 
-    def predicted(args, *others):
-        if args.memory not in known:
-            known[args.memory] = prediction.extrapolated_updates(args, *others)
-        return known[args.memory]
+    def cached_updates(candidate):
+        if candidate.args.memory not in cached:
+            cached[candidate.args.memory] = extrapolated_updates(candidate)
+        return cached[candidate.args.memory]
 
-    monkeypatch.setattr(settings_search, "extrapolated_updates", predicted)
+    monkeypatch.setattr(settings_search, "extrapolated_updates", cached_updates)
     tried = []
-    for cost, kept in settings_search.ACTIVATIONS:
-        for more, held in settings_search.weights_and_states(args, None, 1):
-            memory = replace(args.memory, **kept, **held)
-            found = replace(args, memory=memory)
-            assert not [*found.errors(), *model_errors(found, form, False, 1)]
-            updates = predicted(found, form, False, 1)
-            tried.append((cost + more, sum(updates.terms.values()) / prediction.GIB, memory))
-    assert set(kept | held) | {"offload_text_encoder"} == set(settings_search.CHOSEN)
+    for slowdown, activations in settings_search.ACTIVATION_CANDIDATES:
+        for more, settings in settings_search.optimizer_candidates(context, compiles=True):
+            candidate = context.with_memory(**activations, **settings)
+            assert not [*candidate.args.errors(), *model_errors(candidate.args, context.spec, False, 1)]
+            gib = sum(cached_updates(candidate).terms.values()) / GIB
+            tried.append((slowdown + more, gib, candidate.args.memory))
+    assert set(activations | settings) | {"offload_text_encoder"} == set(settings_search.SEARCHED)
+
+    def search(gib, machine=None, fixed=None):
+        return settings_search.fastest_that_fits(context, machine or Machine(), gib, fixed or {})
+
+    def fastest(candidates, gib):
+        return min((some for some in candidates if some[1] <= gib), key=lambda some: some[0])[2]
+
     needs = [need for _, need, _ in tried]
-    for gib in (min(needs), (min(needs) + max(needs)) / 2, sorted(needs)[len(needs) // 2], max(needs)):
-        _, _, expected = min((some for some in tried if some[1] <= 1.001 * gib), key=lambda some: some[0])
-        found = settings_search.fastest_that_fits(args, form, {}, None, 1, 1.001 * gib, {})
-        assert isinstance(found, type(args)) and found.memory == expected
-    smallest = settings_search.fastest_that_fits(args, form, {}, None, 1, 1.001 * min(needs), {})
-    monkeypatch.setattr(settings_search, "free_host_memory", lambda: 0)  # then nothing can be offloaded
-    found = settings_search.fastest_that_fits(args, form, {}, None, 1, 1.001 * max(needs), {})
-    assert found.memory == tried[0][2] and smallest.memory.offload_activations
+    smallest, largest = 1.001 * min(needs), 1.001 * max(needs)
+    for gib in (smallest, (smallest + largest) / 2, 1.001 * sorted(needs)[len(needs) // 2], largest):
+        assert search(gib).memory == fastest(tried, gib)
+    assert search(smallest).memory.offload_activations
+    without_host = Machine(host_gib=0)  # nothing can be offloaded
+    assert search(largest, without_host).memory == tried[0][2]
     on_gpu = [some for some in tried if not (some[2].offload_activations or some[2].offload_optimizer)]
-    needed = 1.001 * min(need for _, need, _ in on_gpu)
-    found = settings_search.fastest_that_fits(args, form, {}, None, 1, needed, {})
-    assert found.memory == min((some for some in on_gpu if some[1] <= needed), key=lambda some: some[0])[2]
-    if args.model.training_type == "sft":
-        dictated = {"quantize_optimizer": "4bit", "offload_optimizer": False}
-        found = settings_search.fastest_that_fits(args, form, {}, None, 1, 1.001 * max(needs), dictated)
-        assert found.memory.quantize_optimizer == "4bit" and found.memory.gradient_checkpointing == "none"
-    none = settings_search.fastest_that_fits(args, form, {}, None, 1, 0.999 * min(needs), {})
-    assert isinstance(none, prediction.Prediction) and none.peak / prediction.GIB == pytest.approx(min(needs))
+    gib = 1.001 * min(need for _, need, _ in on_gpu)
+    assert search(gib, without_host).memory == fastest(on_gpu, gib)
+    if context.args.model.training_type == "sft":
+        resumed = search(largest, fixed={"quantize_optimizer": "4bit", "offload_optimizer": False})
+        assert resumed.memory.quantize_optimizer == "4bit" and resumed.memory.gradient_checkpointing == "none"
+    nothing_fits = search(0.999 * min(needs))
+    assert isinstance(nothing_fits, Prediction) and nothing_fits.peak / GIB == pytest.approx(min(needs))
 
 
-def test_the_text_encoder_gives_way_where_it_alone_is_too_large(tiny, tmp_path, exact, monkeypatch):
-    def beside(args, *_):
-        return prediction.NonTrainingPeaks(0 if args.memory.offload_text_encoder else 10 * prediction.GIB, 0)
+def test_the_text_encoder_is_offloaded_where_it_alone_does_not_fit(tiny, tmp_path, no_margin, monkeypatch):
+    def peaks(context):
+        return NonTrainingPeaks(0 if context.args.memory.offload_text_encoder else 10 * GIB, 0)
 
-    monkeypatch.setattr(settings_search, "non_training_peaks", beside)
-    args, form = setting(tiny("5b"), tmp_path, "--offload_text_encoder")
+    monkeypatch.setattr(settings_search, "non_training_peaks", peaks)
+    context = make_context(tiny("5b"), tmp_path, "--offload_text_encoder")
     for gib, offloaded in ((9.9, True), (10.1, False)):
-        found = settings_search.fastest_that_fits(args, form, {}, None, 1, gib, {})
-        assert isinstance(found, type(args)) and found.memory.offload_text_encoder == offloaded
+        found = settings_search.fastest_that_fits(context, Machine(), gib, {})
+        assert found.memory.offload_text_encoder == offloaded
         assert f"--offload_text_encoder {str(offloaded).lower()}" in settings_search.flags(found)
 
 
-def test_a_run_that_cannot_fit_is_stopped_with_what_would(tiny, data, tmp_path, exact, monkeypatch):
-    monkeypatch.setattr(settings_search, "non_training_peaks", lambda *_: prediction.NonTrainingPeaks(0, 0))
-    plain = ("--gradient_checkpointing", "false", "--autocast", "false")
-    args, form = setting(tiny("5b"), tmp_path, *plain)
-    needed = sum(prediction.extrapolated_updates(args, form, False, 1).terms.values()) / prediction.GIB
-    argv = arguments(tiny("5b"), data, tmp_path / "run", "--mixed_precision", "bf16", *plain)
-
-    def preflight_with(free):
-        monkeypatch.setattr(settings_search, "free_gpu_memory", lambda: free)
-        return preflight(parse_args(argv), 1)
-
+def test_a_run_that_cannot_fit_is_refused_with_flags_that_fit(tiny, tmp_path, no_margin, training_only):
+    context = make_context(tiny("5b"), tmp_path, "--gradient_checkpointing", "none", "--autocast", "false")
+    needed = needed_gib(context)
     with pytest.raises(UserError, match=r"are free\. These flags would fit: .*--quantize_base int8"):
-        preflight_with(0.99 * needed)
+        check_fits(context, Machine(gpu_gib=0.99 * needed))
     with pytest.raises(UserError, match="No settings would fit"):
-        preflight_with(0.01 * needed)
-    assert not [note for note in preflight_with(1.01 * needed).notes if "GiB" in note]
-    argv += ["--gradient_checkpointing", "true", "--offload_activations"]
-    assert not [note for note in preflight_with(1.01 * needed).notes if "GiB" in note]
-    monkeypatch.setattr(settings_search, "free_host_memory", lambda: 0.0)
-    assert [note for note in preflight_with(1.01 * needed).notes if "GiB of host memory are needed" in note]
+        check_fits(context, Machine(gpu_gib=0.01 * needed))
+    assert check_fits(context, Machine()) == check_fits(context, Machine(gpu_gib=1.01 * needed)) == []
+    offloaded = context.with_memory(gradient_checkpointing="full", offload_activations=True)
+    assert check_fits(offloaded, Machine(gpu_gib=1.01 * needed)) == []
+    (note,) = check_fits(offloaded, Machine(gpu_gib=1.01 * needed, host_gib=0.0))
+    assert "GiB of host memory are needed" in note
 
 
 def test_a_budget_goes_on_with_the_optimizer_of_the_checkpoint(tiny, data, tmp_path):

@@ -16,8 +16,8 @@ from tests.conftest import ROOT, arguments
 from utils.commands import estimate_memory
 from utils.common.errors import UserError
 from utils.config.args import parse_args
-from utils.config.deepspeed_config import resolve_template
 from utils.estimate import memory_tracker, prediction, simulated_run
+from utils.estimate.context import GIB, RunContext
 from utils.model.loading import load_transformer
 from utils.model.spec import read_spec
 from utils.run.preflight import resolve
@@ -25,17 +25,20 @@ from utils.training.optimizer import make_optimizer
 from utils.training.trainable import make_trainable, trained_parameters
 
 
-def real_peak(model, args, form) -> int:
+def real_peak(model, context) -> int:
     """Bytes, beside the weights, that torch's profiler saw in the second of two real updates."""
+    args = context.args
     transformer = load_transformer(model / "transformer", torch.float32)
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        batch = simulated_run.fake_batch(args, form, args.data.train_resolution[0], 1)
+        objective, batch = simulated_run.fake_objective(context), simulated_run.empty_batch(context, 1)
         for _ in range(2):
             for _ in range(args.training.gradient_accumulation_steps):
-                simulated_run.loss_of(transformer, args, form, batch, False).backward()
+                losses, _ = objective(transformer, batch, [0])
+                losses.mean().backward()
+                del losses
             optimizer.step()
             optimizer.zero_grad()
     now = peak = 0
@@ -57,26 +60,27 @@ def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, f
     monkeypatch.setattr(memory_tracker, "BLOCK", 1)  # a CPU rounds nothing
     model = tiny(form)
     argv = arguments(model, tmp_path, tmp_path, *options, task="i2v" if "i2v" in form else "t2v")
-    args, form = parse_args(argv), read_spec(model)
-    args = resolve(args, form)
-    terms = simulated_run.run_updates(args, form, args.data.train_resolution[0], False, 1).terms
+    spec = read_spec(model)
+    context = RunContext(resolve(parse_args(argv), spec), spec, {})
+    terms = simulated_run.simulate_updates(context).terms
     static = terms["weights"] + terms.get("adapters", 0)
-    assert sum(terms.values()) - static == pytest.approx(real_peak(model, args, form), rel=0.03)
+    assert sum(terms.values()) - static == pytest.approx(real_peak(model, context), rel=0.03)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_run_after_its_prediction_trains_all_weights(tiny, tmp_path, bits):
     argv = arguments(tiny("5b"), tmp_path, tmp_path, *SFT, "--quantize_optimizer", bits, "--weight_decay", 0)
-    form = read_spec(tiny("5b"))
-    args = resolve(parse_args(argv), form)
-    simulated_run.run_updates(args, form, args.data.train_resolution[0], False, 1)
+    spec = read_spec(tiny("5b"))
+    args = resolve(parse_args(argv), spec)
+    context = RunContext(args, spec, {})
+    simulated_run.simulate_updates(context)
     transformer = load_transformer(tiny("5b") / "transformer", torch.float32)
     make_trainable(transformer, args)
     before = {name: weight.detach().clone() for name, weight in transformer.named_parameters()}
     optimizer = make_optimizer(trained_parameters(transformer), args, uses_deepspeed=False)
-    batch = simulated_run.fake_batch(args, form, args.data.train_resolution[0], 1)
-    batch = {name: None if value is None else torch.randn_like(value) for name, value in batch.items()}
-    simulated_run.loss_of(transformer, args, form, batch, False).backward()
+    batch = {name: torch.randn_like(value) for name, value in simulated_run.empty_batch(context, 1).items()}
+    losses, _ = simulated_run.fake_objective(context)(transformer, batch, [0])
+    losses.mean().backward()
     optimizer.step()
     trained = dict(transformer.named_parameters())
     assert all((trained[name] != before[name])[trained[name].grad != 0].all() for name in before)
@@ -93,8 +97,8 @@ def test_a_published_model_is_predicted_without_its_weights():
         "fp16",
     ]
     printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    peak = float(re.search(r"Memory of a GPU: ([\d.]+) GiB", printed)[1])
-    tflop = float(re.search(r"Work of an update: (\d+) TFLOP", printed)[1])
+    peak = float(re.search(r"GPU memory of an update: ([\d.]+) GiB", printed)[1])
+    tflop = float(re.search(r"Work per update: (\d+) TFLOP", printed)[1])
     assert peak == pytest.approx(7.7, rel=0.02) and tflop == pytest.approx(477, rel=0.02)
     assert "17550 video and 226 text tokens" in printed and "fits cards of 12, 16" in printed
 
@@ -117,7 +121,7 @@ def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
 def test_rows_are_measured_as_on_a_gpu(tiny, monkeypatch, flags):
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * prediction.GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * GIB)
     monkeypatch.setattr(real_size, "DEVICE", torch.device("cpu"))
     row = Row("tiny", str(tiny("5b")), f"--train_resolution 9x64x64 --mixed_precision bf16 {flags}")
     found = real_size.measure_row(row)
@@ -125,15 +129,19 @@ def test_rows_are_measured_as_on_a_gpu(tiny, monkeypatch, flags):
 
 
 def test_an_offloaded_text_encoder_takes_its_largest_layer_at_a_time():
-    form, config = estimate_memory.load_spec("THUDM/CogVideoX-5b")
-    whole, offloaded = (simulated_run.peak_of_encoding_prompts(form, config, offload) for offload in (False, True))
+    context = estimate_memory.make_context(["--model_path", "THUDM/CogVideoX-5b"], None, 1)
+    config = context.text_encoder
+    whole, offloaded = (
+        simulated_run.prompt_encoding_peak(context.with_memory(offload_text_encoder=offload))
+        for offload in (False, True)
+    )
     assert whole == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # T5-XXL's encoder in bf16, and activations
     embedding = config["vocab_size"] * config["d_model"] * 2
     assert embedding < offloaded < 1.05 * embedding
 
 
 def test_processes_share_what_zero_divides():
-    updates = simulated_run.Updates(
+    updates = simulated_run.UpdateProfile(
         {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
     )
     section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}
@@ -149,15 +157,15 @@ def test_processes_share_what_zero_divides():
 @pytest.mark.parametrize("model", sorted({row.model for row in ROWS if row.zero and row.goal}))
 def test_zero_takes_what_others_derived_with_deepspeeds_buffers_and_less_with_ours(model):
     rows = [row for row in ROWS if row.model == model and row.zero and row.goal]
-    args, form = real_size.settings(rows[0])
-    updates = prediction.extrapolated_updates(args, form, True, 8)  # the same for every template
-    for template, processes, goal in ((*row.zero, row.goal) for row in rows):
-        zero = resolve_template(ROOT / "configs" / f"{template}.json", args, form.width, processes)
-        ours = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / prediction.GIB
+    updates = prediction.extrapolated_updates(real_size.context_of(rows[0]))  # the same for every template
+    for row in rows:
+        (template, processes), goal = row.zero, row.goal
+        zero = real_size.context_of(row).zero
+        ours = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / GIB
         section = zero["zero_optimization"]
         for key in [key for key in section if "bucket" in key or key.startswith("stage3_")]:
             del section[key]
-        theirs = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / prediction.GIB
+        theirs = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / GIB
         assert theirs == pytest.approx(goal, rel=0.1) and ours < goal, template
 
 

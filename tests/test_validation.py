@@ -19,7 +19,8 @@ from utils.run.fill_cache import fill_cache
 from utils.run.preflight import preflight
 from utils.run.validation import validate
 from utils.training.metrics import Metrics
-from utils.training.trainable import make_trainable
+from utils.training.step import DenoisingObjective
+from utils.training.trainable import compute_dtype, make_trainable
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -40,6 +41,7 @@ def test_no_weight_and_no_random_state_changes(tiny, data, validation, tmp_path,
     make_trainable(transformer, plan.args)
     model = accelerator.prepare(transformer)
     alphas_cumprod = loading.load_scheduler(plan.model_dir).alphas_cumprod
+    objective = DenoisingObjective(plan.spec, alphas_cumprod, compute_dtype(plan.args))
 
     def state():
         weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
@@ -47,7 +49,7 @@ def test_no_weight_and_no_random_state_changes(tiny, data, validation, tmp_path,
         return weights, flags, transformer.training, torch.get_rng_state(), np.random.get_state()[1].tolist()
 
     before = state()
-    validate(accelerator, transformer, alphas_cumprod, plan, 5, Metrics(accelerator, tmp_path, {}, 0, 1))
+    validate(accelerator, transformer, objective, plan, 5, Metrics(accelerator, tmp_path, {}, 0, 1))
     after = state()
     assert before[0].keys() == after[0].keys()
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])

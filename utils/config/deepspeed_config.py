@@ -26,11 +26,6 @@ SECTIONS = (
 UNSUPPORTED = ("sequence_parallel_size", "tensor_parallel", "checkpoint.load_universal")
 
 
-def template_path(name: str) -> Path:
-    """Returns the path of a template, given its name in configs/, such as zero2_offload, or its path."""
-    return Path(name) if name.endswith(".json") else ROOT / "configs" / f"{name}.json"
-
-
 def find_template() -> Path | None:
     """Returns the template that the launcher selected, or None if DeepSpeed is disabled.
 
