@@ -1,0 +1,150 @@
+"""Optimizers that save memory: states in 8 or 4 bits, states on the host, updates during the backward pass."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import arguments, patch_programs, read_metrics, succeed
+from tests.gradients import flatten
+from utils.checkpoint.manager import PROGRESS_FILE
+from utils.memory import low_bit_adam, pinned_memory
+from utils.memory.low_bit_adam import LowBitAdam
+from utils.model.loading import load_transformer
+
+
+def test_pinned_arena_allocates_without_gaps(monkeypatch):
+    monkeypatch.setattr(pinned_memory, "CHUNK_BYTES", 4096)
+    arena = pinned_memory.PinnedArena()
+    tensors: list[torch.Tensor] = []
+    for count, dtype in ((100, torch.float32), (700, torch.bfloat16), (900, torch.int8), (3000, torch.int32)):
+        tensors.append(arena.allocate(count, dtype).fill_(len(tensors)))
+        assert tensors[-1].shape == (count,) and tensors[-1].dtype == dtype
+    assert all((values == index).all() for index, values in enumerate(tensors))
+    chunks = [values.untyped_storage().data_ptr() for values in tensors]
+    assert chunks[0] == chunks[1] == chunks[2] != chunks[3] and tensors[2].storage_offset() == 512 + 1536
+
+
+def test_cpu_offload_adam_trains_the_same_weights_and_resumes(tiny, data, tmp_path):
+    """Four updates of four samples, in one run without offload and in two runs with it."""
+    common = ["--training_type", "sft", "--batch_size", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5]
+    common += ["--lr_warmup_steps", 0, "--resume_from_checkpoint", "latest"]
+    offload = ["--offload_optimizer"]
+    for name, steps, options in (("plain", 4, []), ("host", 2, offload), ("host", 4, offload)):
+        argv = arguments(tiny("1.5"), data, tmp_path / name, *common, "--train_steps", steps, *options)
+        succeed("train_ddp_t2v.sh", *argv, processes=1)
+    expected, actual = (
+        load_transformer(tmp_path / name / "checkpoint-4" / "transformer").state_dict() for name in ("plain", "host")
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    expected_norms, norms = (
+        [line["grad_norm"] for line in read_metrics(tmp_path / name)] for name in ("plain", "host")
+    )
+    assert norms == pytest.approx(expected_norms, rel=1e-6)
+    base = load_transformer(tiny("1.5") / "transformer").state_dict()
+    assert max((expected[name] - base[name]).abs().max() for name in base) > 1e-3
+
+
+# tolerance: deviation of the weights, relative to their change in float32
+@pytest.mark.parametrize(("bits", "min_size", "tolerance"), [(8, 2**20, 1e-5), (8, 1, 0.06), (4, 1, 0.2)])
+def test_low_bit_adam_approximates_adam(monkeypatch, bits, min_size, tolerance):
+    monkeypatch.setattr(low_bit_adam, "MIN_QUANTIZED_SIZE", min_size)
+    torch.manual_seed(0)
+    before = torch.randn(64, 256)
+    settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-2}
+    weight, expected = (torch.nn.Parameter(before.clone()) for _ in range(2))
+    optimizer = LowBitAdam([weight], **settings, mean_bits=bits, decoupled_weight_decay=True, seed=0, in_backward=False)
+    reference = torch.optim.AdamW([expected], **settings)
+    for _ in range(100):
+        noise = torch.randn_like(before) * torch.logspace(-3, 0, 256)  # small and large gradients in each block
+        for parameter in (weight, expected):
+            parameter.grad = noise + 0.3 * parameter.detach()
+        optimizer.step()
+        reference.step()
+    assert float((weight - expected).detach().norm() / (expected.detach() - before).norm()) < tolerance
+    state_bytes = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+    bytes_per_weight = 8 if min_size > 1 else (bits + 8) / 8 + 2 * 4 / low_bit_adam.BLOCK
+    assert state_bytes == before.numel() * bytes_per_weight
+
+
+def test_stochastic_rounding_is_exact_in_expectation():
+    third = torch.full((2**20,), 1 + 2**-7 / 3)  # between two neighbours in bfloat16
+    # the last case is subnormal in fp16 and has fewer digits: the smallest step is 2^-24
+    for dtype, factor in ((torch.bfloat16, 1.0), (torch.float16, 2.0**-3), (torch.float16, 2.0**-17)):
+        values = factor * torch.cat([third, -third])
+        rounded = low_bit_adam.stochastic_round(values, dtype, torch.Generator().manual_seed(0)).float() / factor
+        if factor != 2.0**-3:
+            assert rounded.abs().unique().tolist() == [1, 1 + 2**-7]
+        for half, value in zip(rounded.chunk(2), (third[0], -third[0]), strict=True):
+            assert float(half.mean()) == pytest.approx(float(value), abs=2e-5)
+    extremes = torch.tensor([0.0, 2.0**-24, 2.0**-14, 65504.0, -65504.0])
+    assert torch.equal(low_bit_adam.stochastic_round(extremes, torch.float16, torch.Generator()).float(), extremes)
+
+
+def test_4bit_codes_are_exact_in_expectation():
+    values = torch.rand(2**20, generator=torch.Generator().manual_seed(0)) - 0.5
+    values[:: low_bit_adam.BLOCK] = 1  # gives all blocks the same scale
+    codebook = low_bit_adam.make_codebook(4, True, torch.device("cpu"))
+    encoded = low_bit_adam.encode(values, codebook, torch.Generator().manual_seed(0))
+    decoded = low_bit_adam.decode(*encoded, codebook)
+    assert len(decoded.unique()) <= 16
+    assert float((decoded - values).abs().max()) < 0.225  # the widest step
+    assert float((decoded - values).mean()) == pytest.approx(0, abs=2e-4)
+
+
+def test_memory_saving_optimizers_support_fp16(tiny, data, tmp_path):
+    """CPUs compute fp16 slowly. An update that overflows is skipped and not counted."""
+    options = ["--training_type", "sft", "--train_steps", 4, "--lr_warmup_steps", 2, "--max_grad_norm", 0.5]
+
+    def train(name, precision, scale, processes=1, *more):
+        patch = "import functools, utils.training.optimizer as o; machine_errors = lambda *_: []; "
+        patch += f"o.LossScale = functools.partial(o.LossScale, init_scale={scale})"
+        out = tmp_path / name
+        argv = arguments(tiny("2b"), data, out, *options, "--mixed_precision", precision, *more)
+        variables = patch_programs(tmp_path, "utils.run.preflight", patch)
+        succeed("train_ddp_t2v.sh", *argv, "--batch_size", str(2 // processes), processes=processes, **variables)
+        seen = json.loads((out / "checkpoint-4" / PROGRESS_FILE).read_text())["samples_seen"]
+        return load_transformer(out / "checkpoint-4" / "transformer").state_dict(), seen // 2 - 4, read_metrics(out)
+
+    base = load_transformer(tiny("2b") / "transformer").state_dict()
+    expected, _, expected_lines = train("plain", "no", 1.0)
+    change = flatten([expected[name] - base[name] for name in base])
+    for folder, processes, optimizer in (
+        ("host", 1, ["--offload_optimizer"]),
+        ("8bit", 2, ["--quantize_optimizer", "8bit"]),
+    ):
+        more = [*optimizer, "--autocast", "false"]
+        actual, skipped, lines = train(folder, "fp16", 2.0**10, processes, *more)
+        deviation = flatten([actual[name] - expected[name] for name in base])
+        assert {weight.dtype for weight in actual.values()} == {torch.float16} and skipped == 0
+        assert float(deviation.norm() / change.norm()) < 0.05
+        for line, expected_line in zip(lines, expected_lines, strict=True):
+            assert line["grad_norm"] == pytest.approx(expected_line["grad_norm"], rel=1e-3)
+        _, skipped, lines = train(f"{folder}-high", "fp16", 2.0**30, processes, *more)
+        assert skipped >= 5 and [line["learning_rate"] for line in lines] == [0.0, 5e-4, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_optimizer_in_backward_trains_the_same_weights_and_resumes(tiny, data, tmp_path, bits):
+    options = ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", bits]
+    options += ["--max_grad_norm", 0, "--autocast", "false", "--learning_rate", 1e-3, "--lr_warmup_steps", 0]
+    options += ["--resume_from_checkpoint", "latest"]
+    in_backward = ["--optimizer_in_backward"]
+    # a GPU with 50 GiB, so that each start predicts the memory of the run
+    gpu = patch_programs(tmp_path, "utils.estimate.context", "this_machine = lambda try_compiler: Machine(50.0)")
+    for name, steps, more in (("plain", 4, []), ("resumed", 2, in_backward), ("resumed", 4, in_backward)):
+        argv = arguments(tiny("1.5"), data, tmp_path / name, *options, "--train_steps", steps, *more)
+        succeed("train_ddp_t2v.sh", *argv, processes=1, **(gpu if more else {}))
+    expected, actual = (
+        load_transformer(tmp_path / name / "checkpoint-4" / "transformer").state_dict() for name in ("plain", "resumed")
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    expected_norms, norms = (
+        [line["grad_norm"] for line in read_metrics(tmp_path / name)] for name in ("plain", "resumed")
+    )
+    assert norms == pytest.approx(expected_norms, rel=0.01)  # one is computed in bf16, the other in float32
+    base = load_transformer(tiny("1.5") / "transformer").state_dict()
+    assert max((expected[name].float() - base[name].float()).abs().max() for name in base) > 1e-3
