@@ -28,6 +28,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 import train
 from utils.config.deepspeed_config import ROOT
+from utils.training import step as step_module
+from utils.training.strategy import DDP
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 CLIPS, UPDATES = 32, 60
@@ -67,15 +69,15 @@ def time_updates(folder: Path) -> tuple[float, float]:
 
         return call
 
-    def step(optimizer: Any, *args: Any) -> None:
+    def timed_step(optimizer: Any, *args: Any) -> None:
         timed(original_step)(optimizer, *args)
         model_s.append(0.0)
 
     original_step = AcceleratedOptimizer.step
     with ExitStack() as patches:
-        for name in ("predict_velocity", "backward", "clip_gradients"):
-            patches.enter_context(patch.object(train, name, timed(getattr(train, name))))
-        patches.enter_context(patch.object(AcceleratedOptimizer, "step", step))
+        for owner, name in ((step_module, "predict_velocity"), (DDP, "backward"), (DDP, "clip_gradients")):
+            patches.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        patches.enter_context(patch.object(AcceleratedOptimizer, "step", timed_step))
         patches.enter_context(patch.object(sys, "argv", ["train.py", *flags(folder, "updates", UPDATES)]))
         train.main()
     lines = [json.loads(line) for line in (folder / "updates" / "metrics.jsonl").read_text().splitlines()]

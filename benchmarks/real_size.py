@@ -1,12 +1,12 @@
-"""Memory, work and time of updates at real size: predicted on any machine, measured where there is a GPU.
+"""Memory, work and time of updates at full size: predicted on any machine, measured on a GPU.
 
     python -m benchmarks.real_size                      measures on this machine's GPU, with random weights
-    python -m benchmarks.real_size --predict            predicts, on fake tensors
-    python -m benchmarks.real_size 5b-lora --again      rows whose names have this in them, measured anew
+    python -m benchmarks.real_size --predict            predicts with fake tensors
+    python -m benchmarks.real_size 5b-lora --again      repeats the rows whose name contains 5b-lora
 
-Each row runs in a process of its own, is written to benchmarks/results/ as soon as it is there, and is not done twice
-unless with --again. What is predicted not to fit the GPU is left out. Measuring ends after --minutes; the same command
-goes on with what is left.
+Each row runs in its own process. Results are written to benchmarks/results/ after each row. Rows that are finished or
+are predicted not to fit the GPU are skipped; --again repeats finished rows. Measuring stops after --minutes; the same
+command continues with the remaining rows.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ from utils.training.trainable import (
 
 RESULTS = Path(__file__).parent / "results"
 UPDATES = 3
-# Seconds: with less time left no row is begun.
-LEAST = 60
+# No row is started with less time left.
+MIN_SECONDS = 60
 DEVICE = torch.device("cuda")
 
 
 def context_of(row: Row) -> RunContext:
+    """Returns the run that a row describes."""
     zero, num_processes = row.zero or (None, 1)
     return make_context(["--model_path", row.model, *row.flags.split()], zero, num_processes)
 
 
 def predict_row(row: Row) -> dict[str, Any]:
-    """Terms of the peak of one process in GiB, TFLOP per update, and host memory in GiB."""
+    """Returns the terms of the peak of one process in GiB, TFLOP per update, and host memory in GiB."""
     context = context_of(row)
     updates = extrapolated_updates(context)
     terms, host = updates.terms, updates.host
@@ -70,13 +71,13 @@ def predict_row(row: Row) -> dict[str, Any]:
 
 
 def model_tflop(row: Row) -> dict[str, Any]:
-    """TFLOP per update without recomputation."""
+    """Returns the TFLOP per update without recomputation."""
     context = context_of(row).with_memory(gradient_checkpointing="none", offload_activations=False)
     return {"model_tflop": round(extrapolated_updates(context).flop / 1e12)}
 
 
 def measure_row(row: Row) -> dict[str, Any]:
-    """Peak of reserved memory over three updates, and the time of one, on the GPU."""
+    """Returns the peak of reserved GPU memory over three updates, and the seconds per update."""
     from diffusers import CogVideoXTransformer3DModel
 
     context = context_of(row)
@@ -108,10 +109,10 @@ def measure_row(row: Row) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("rows", nargs="?", default="", help="part of the names of the rows to do; default: all")
+    parser.add_argument("rows", nargs="?", default="", help="part of the names of the rows; default: all rows")
     parser.add_argument("--predict", action="store_true")
-    parser.add_argument("--again", action="store_true", help="rows too that are in the file already")
-    parser.add_argument("--minutes", type=float, default=8, help="that measuring may take")
+    parser.add_argument("--again", action="store_true", help="repeat rows that are in the results already")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit of the measurement")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     rows = [row for row in ROWS if options.rows in row.name and (options.predict or row.zero is None)]
@@ -120,62 +121,62 @@ def main() -> None:
         print(json.dumps(predict_row(row) | model_tflop(row) if options.predict else measure_row(row)))
         return
     predicted = RESULTS / "predicted.json"
-    known = read(predicted)
+    predictions = read(predicted)
     if options.predict:
-        file, free, end = predicted, math.inf, None
+        file, free_gib, deadline = predicted, math.inf, None
     else:
         if not torch.cuda.is_available():
-            sys.exit("There is no GPU to measure on; --predict needs none.")
+            sys.exit("Measuring needs a GPU; --predict does not.")
         file = RESULTS / f"{torch.cuda.get_device_name().replace(' ', '-')}.json"
-        free, end = torch.cuda.mem_get_info()[0] / GIB, time.monotonic() + 60 * options.minutes
+        free_gib, deadline = torch.cuda.mem_get_info()[0] / GIB, time.monotonic() + 60 * options.minutes
         grow_segments()
-    results, done = read(file), 0
+    results, num_finished = read(file), 0
     for row in rows:
         if row.name in results and not options.again:
             continue
-        if not options.predict and known[row.name]["peak_gib"] > free:
-            print(f"{row.name}: left out, {known[row.name]['peak_gib']} GiB of {free:.1f}")
+        if not options.predict and predictions[row.name]["peak_gib"] > free_gib:
+            print(f"{row.name}: skipped, needs {predictions[row.name]['peak_gib']} of {free_gib:.1f} GiB")
             continue
-        left = None if end is None else end - time.monotonic()
-        if left is not None and left < LEAST:
-            print("The time is up; the same command goes on from here.")
+        time_left = None if deadline is None else deadline - time.monotonic()
+        if time_left is not None and time_left < MIN_SECONDS:
+            print("The time limit is reached. The same command continues from here.")
             break
-        found = alone(row, options.predict, left)
-        if found is None and done:  # it may have had little time
-            print(f"{row.name}: not ended in time; the same command begins with it.")
+        result = run_in_own_process(row, options.predict, time_left)
+        if result is None and num_finished:  # earlier rows may have left too little time
+            print(f"{row.name}: not finished in time. The same command continues with it.")
             break
-        done += 1
-        found = found or {"error": f"not ended in {options.minutes:g} minutes"}
-        if "seconds" in found:
-            found |= compared(row, found, known)
-        results[row.name] = found
+        num_finished += 1
+        result = result or {"error": f"not finished in {options.minutes:g} minutes"}
+        if "seconds" in result:
+            result |= compare(row, result, predictions)
+        results[row.name] = result
         file.parent.mkdir(exist_ok=True)
         in_order = {row.name: results[row.name] for row in ROWS if row.name in results}
         file.write_text(json.dumps(in_order, indent=1) + "\n")
-        print(row.name, json.dumps(found), flush=True)
+        print(row.name, json.dumps(result), flush=True)
 
 
-def alone(row: Row, predict: bool, seconds: float | None) -> dict[str, Any] | None:
-    """What a process of its own finds of the row, or why it found nothing; None where the time was too short."""
+def run_in_own_process(row: Row, predict: bool, seconds: float | None) -> dict[str, Any] | None:
+    """Returns the result of a row, or its error. Returns None if the time limit is exceeded."""
     command = [sys.executable, "-m", "benchmarks.real_size", row.name, "--alone", *(["--predict"] if predict else [])]
     try:
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=seconds)
+        process = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        return {"error": process.stderr.strip().splitlines()[-1]}
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def compared(row: Row, found: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """With the prediction; utilisation of the model's work counts nothing twice that is computed anew."""
-    gpu = torch.cuda.get_device_name()
+def compare(row: Row, measured: dict[str, Any], predictions: dict[str, Any]) -> dict[str, Any]:
+    """Returns the measurement relative to the prediction. Model utilisation does not count recomputation."""
+    gpu, predicted = torch.cuda.get_device_name(), predictions[row.name]
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
     return {
-        "reserved_by_predicted": found["reserved_gib"] / known[row.name]["peak_gib"],
-        "utilisation": known[row.name]["tflop"] / found["seconds"] / peak if peak else None,
-        "model_utilisation": known[row.name]["model_tflop"] / found["seconds"] / peak if peak else None,
+        "reserved_by_predicted": measured["reserved_gib"] / predicted["peak_gib"],
+        "utilisation": predicted["tflop"] / measured["seconds"] / peak if peak else None,
+        "model_utilisation": predicted["model_tflop"] / measured["seconds"] / peak if peak else None,
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")} | {"cuda": torch.version.cuda},
     }

@@ -1,4 +1,4 @@
-"""Settings chosen for the memory that there is, and runs that are stopped because they cannot fit."""
+"""Search for memory settings that fit a budget, and refusal of runs that do not fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import arguments, run, succeed
 from utils.common.errors import UserError
-from utils.config.args import parse_args
+from utils.config.args import Args, parse_args
 from utils.estimate import prediction, settings_search
 from utils.estimate.context import GIB, Machine, RunContext
 from utils.estimate.prediction import NonTrainingPeaks, Prediction, extrapolated_updates
@@ -20,7 +20,7 @@ from utils.run.preflight import resolve
 
 @pytest.fixture
 def no_margin(monkeypatch):
-    """No safety margin, and sizes at which even a tiny model's tensors are offloaded and chunked."""
+    """Removes the safety margin, and lowers the sizes from which tensors are offloaded and chunked."""
     monkeypatch.setattr(low_bit_adam, "CHUNK", 16 * low_bit_adam.BLOCK)
     monkeypatch.setattr(prediction, "CONTEXT_GIB", 0.0)
     monkeypatch.setattr(prediction, "MARGIN", 1.0)
@@ -29,12 +29,12 @@ def no_margin(monkeypatch):
 
 @pytest.fixture
 def training_only(monkeypatch):
-    """Encoding and validation need no memory."""
+    """Sets the memory of encoding and validation to zero."""
     monkeypatch.setattr(prediction, "non_training_peaks", lambda _: NonTrainingPeaks(0, 0))
     monkeypatch.setattr(settings_search, "non_training_peaks", lambda _: NonTrainingPeaks(0, 0))
 
 
-def make_context(model, folder, *options, num_layers=2):
+def make_context(model, folder, *options, num_layers=2) -> RunContext:
     spec = read_spec(model)
     args = parse_args(arguments(model, folder, folder, "--mixed_precision", "bf16", *options, task=spec.task))
     return RunContext(resolve(args, spec), spec, {}).with_num_layers(num_layers)
@@ -47,16 +47,14 @@ def needed_gib(context) -> float:
 @pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "none"], ["--offload_activations"]])
 def test_two_depths_extrapolate_to_the_full_depth(tiny, tmp_path, no_margin, options):
     context = make_context(tiny("5b"), tmp_path, *options, num_layers=12)
-    found, expected = extrapolated_updates(context), simulate_updates(context)
-    assert sum(found.terms.values()) == pytest.approx(sum(expected.terms.values()), rel=0.01)
-    assert (found.weights, found.trained, found.flop) == (expected.weights, expected.trained, expected.flop)
-    assert found.host == pytest.approx(expected.host, rel=0.01)
+    actual, expected = extrapolated_updates(context), simulate_updates(context)
+    assert sum(actual.terms.values()) == pytest.approx(sum(expected.terms.values()), rel=0.01)
+    assert (actual.weights, actual.trained, actual.flop) == (expected.weights, expected.trained, expected.flop)
+    assert actual.host == pytest.approx(expected.host, rel=0.01)
 
 
 @pytest.mark.parametrize("options", [[], ["--training_type", "sft"]])
-def test_the_search_returns_the_fastest_settings_that_fit(
-    tiny, tmp_path, no_margin, training_only, monkeypatch, options
-):
+def test_search_returns_the_fastest_settings_that_fit(tiny, tmp_path, no_margin, training_only, monkeypatch, options):
     """Compares the search with an exhaustive one over all candidates."""
     context = make_context(tiny("5b"), tmp_path, *options, num_layers=4)
     cached = {}
@@ -80,7 +78,7 @@ def test_the_search_returns_the_fastest_settings_that_fit(
         return settings_search.fastest_that_fits(context, machine or Machine(), gib, fixed or {})
 
     def fastest(candidates, gib):
-        return min((some for some in candidates if some[1] <= gib), key=lambda some: some[0])[2]
+        return min((candidate for candidate in candidates if candidate[1] <= gib), key=lambda item: item[0])[2]
 
     needs = [need for _, need, _ in tried]
     smallest, largest = 1.001 * min(needs), 1.001 * max(needs)
@@ -89,7 +87,7 @@ def test_the_search_returns_the_fastest_settings_that_fit(
     assert search(smallest).memory.offload_activations
     without_host = Machine(host_gib=0)  # nothing can be offloaded
     assert search(largest, without_host).memory == tried[0][2]
-    on_gpu = [some for some in tried if not (some[2].offload_activations or some[2].offload_optimizer)]
+    on_gpu = [item for item in tried if not (item[2].offload_activations or item[2].offload_optimizer)]
     gib = 1.001 * min(need for _, need, _ in on_gpu)
     assert search(gib, without_host).memory == fastest(on_gpu, gib)
     if context.args.model.training_type == "sft":
@@ -99,19 +97,19 @@ def test_the_search_returns_the_fastest_settings_that_fit(
     assert isinstance(nothing_fits, Prediction) and nothing_fits.peak / GIB == pytest.approx(min(needs))
 
 
-def test_the_text_encoder_is_offloaded_where_it_alone_does_not_fit(tiny, tmp_path, no_margin, monkeypatch):
+def test_text_encoder_is_offloaded_if_it_alone_does_not_fit(tiny, tmp_path, no_margin, monkeypatch):
     def peaks(context):
         return NonTrainingPeaks(0 if context.args.memory.offload_text_encoder else 10 * GIB, 0)
 
     monkeypatch.setattr(settings_search, "non_training_peaks", peaks)
     context = make_context(tiny("5b"), tmp_path, "--offload_text_encoder")
     for gib, offloaded in ((9.9, True), (10.1, False)):
-        found = settings_search.fastest_that_fits(context, Machine(), gib, {})
-        assert found.memory.offload_text_encoder == offloaded
-        assert f"--offload_text_encoder {str(offloaded).lower()}" in settings_search.flags(found)
+        args = settings_search.fastest_that_fits(context, Machine(), gib, {})
+        assert isinstance(args, Args) and args.memory.offload_text_encoder == offloaded
+        assert f"--offload_text_encoder {str(offloaded).lower()}" in settings_search.flags(args)
 
 
-def test_a_run_that_cannot_fit_is_refused_with_flags_that_fit(tiny, tmp_path, no_margin, training_only):
+def test_run_that_does_not_fit_is_refused_with_flags_that_fit(tiny, tmp_path, no_margin, training_only):
     context = make_context(tiny("5b"), tmp_path, "--gradient_checkpointing", "none", "--autocast", "false")
     needed = needed_gib(context)
     with pytest.raises(UserError, match=r"are free\. These flags would fit: .*--quantize_base int8"):
@@ -125,18 +123,18 @@ def test_a_run_that_cannot_fit_is_refused_with_flags_that_fit(tiny, tmp_path, no
     assert "GiB of host memory are needed" in note
 
 
-def test_a_budget_goes_on_with_the_optimizer_of_the_checkpoint(tiny, data, tmp_path):
+def test_budget_keeps_the_optimizer_of_the_checkpoint(tiny, data, tmp_path):
     argv = arguments(tiny("2b"), data, tmp_path / "run", "--training_type", "sft", "--mixed_precision", "bf16")
     succeed("train_ddp_t2v.sh", *argv, "--quantize_optimizer", "8bit", "--train_steps", "1", processes=1)
     more = ["--train_steps", "2", "--resume_from_checkpoint", "latest", "--vram_budget_gib", "2"]
-    printed = succeed("train_ddp_t2v.sh", *argv, *more, "--dry_run", processes=1)
-    assert "--quantize_base none --quantize_optimizer 8bit" in printed and "checkpoint-1, at step 1" in printed
+    output = succeed("train_ddp_t2v.sh", *argv, *more, "--dry_run", processes=1)
+    assert "--quantize_base none --quantize_optimizer 8bit" in output and "checkpoint-1, at step 1" in output
 
 
-def test_a_budget_is_kept_or_refused_by_the_script(tiny, data, tmp_path):
+def test_script_applies_or_refuses_a_budget(tiny, data, tmp_path):
     argv = arguments(tiny("2b"), data, tmp_path / "run", "--dry_run", "--vram_budget_gib")
-    done = run("train_ddp_t2v.sh", *argv, "2", processes=1)
-    assert done.returncode == 0, done.stderr
-    assert "settings that fit 2 GiB: --gradient_checkpointing none" in done.stdout
-    done = run("train_ddp_t2v.sh", *argv, "auto", processes=1)
-    assert done.returncode == 2 and "--vram_budget_gib auto needs a GPU" in done.stderr
+    result = run("train_ddp_t2v.sh", *argv, "2", processes=1)
+    assert result.returncode == 0, result.stderr
+    assert "settings that fit 2 GiB: --gradient_checkpointing none" in result.stdout
+    result = run("train_ddp_t2v.sh", *argv, "auto", processes=1)
+    assert result.returncode == 2 and "--vram_budget_gib auto needs a GPU" in result.stderr

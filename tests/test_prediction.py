@@ -1,10 +1,11 @@
-"""What is predicted of a run's memory and work, against real runs and figures found elsewhere."""
+"""Predicted memory and work, compared with real runs and with published figures."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import real_size
 from benchmarks.rows import ROWS, Row
+from examples.tiny_configs import task_of
 from tests.conftest import ROOT, arguments
 from utils.commands import estimate_memory
 from utils.common.errors import UserError
@@ -26,7 +28,7 @@ from utils.training.trainable import make_trainable, trained_parameters
 
 
 def real_peak(model, context) -> int:
-    """Bytes, beside the weights, that torch's profiler saw in the second of two real updates."""
+    """Returns the peak in bytes, without weights, that the profiler sees in two real updates."""
     args = context.args
     transformer = load_transformer(model / "transformer", torch.float32)
     make_trainable(transformer, args)
@@ -55,11 +57,11 @@ SFT = ["--training_type", "sft"]
 @pytest.mark.parametrize(
     "options", [[], ["--gradient_checkpointing", "false"], SFT, [*SFT, "--gradient_accumulation_steps", "2"]]
 )
-@pytest.mark.parametrize("form", ["5b-i2v", "1.5"])
-def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, form, options):
-    monkeypatch.setattr(memory_tracker, "BLOCK", 1)  # a CPU rounds nothing
-    model = tiny(form)
-    argv = arguments(model, tmp_path, tmp_path, *options, task="i2v" if "i2v" in form else "t2v")
+@pytest.mark.parametrize("variant", ["5b-i2v", "1.5"])
+def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant, options):
+    monkeypatch.setattr(memory_tracker, "BLOCK", 1)  # the CPU allocator does not round sizes up
+    model = tiny(variant)
+    argv = arguments(model, tmp_path, tmp_path, *options, task=task_of(variant))
     spec = read_spec(model)
     context = RunContext(resolve(parse_args(argv), spec), spec, {})
     terms = simulated_run.simulate_updates(context).terms
@@ -68,7 +70,7 @@ def test_the_predicted_peak_is_that_of_a_real_run(tiny, tmp_path, monkeypatch, f
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_run_after_its_prediction_trains_all_weights(tiny, tmp_path, bits):
+def test_prediction_does_not_affect_a_later_run(tiny, tmp_path, bits):
     argv = arguments(tiny("5b"), tmp_path, tmp_path, *SFT, "--quantize_optimizer", bits, "--weight_decay", 0)
     spec = read_spec(tiny("5b"))
     args = resolve(parse_args(argv), spec)
@@ -86,28 +88,22 @@ def test_a_run_after_its_prediction_trains_all_weights(tiny, tmp_path, bits):
     assert all((trained[name] != before[name])[trained[name].grad != 0].all() for name in before)
 
 
-def test_a_published_model_is_predicted_without_its_weights():
-    command = [
-        sys.executable,
-        "-m",
-        "utils.commands.estimate_memory",
-        "--model_path",
-        "THUDM/CogVideoX-2b",
-        "--mixed_precision",
-        "fp16",
-    ]
-    printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    peak = float(re.search(r"GPU memory of an update: ([\d.]+) GiB", printed)[1])
-    tflop = float(re.search(r"Work per update: (\d+) TFLOP", printed)[1])
-    assert peak == pytest.approx(7.7, rel=0.02) and tflop == pytest.approx(477, rel=0.02)
-    assert "17550 video and 226 text tokens" in printed and "fits cards of 12, 16" in printed
+def test_estimate_memory_needs_no_weights_of_a_published_model():
+    command = [sys.executable, "-m", "utils.commands.estimate_memory"]
+    command += ["--model_path", "THUDM/CogVideoX-2b", "--mixed_precision", "fp16"]
+    output = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    peak = re.search(r"GPU memory of an update: ([\d.]+) GiB", output)
+    tflop = re.search(r"Work per update: (\d+) TFLOP", output)
+    assert peak and float(peak[1]) == pytest.approx(7.7, rel=0.02)
+    assert tflop and float(tflop[1]) == pytest.approx(477, rel=0.02)
+    assert "17550 video and 226 text tokens" in output and "fits cards of 12, 16" in output
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.goal and row.zero is None], ids=lambda row: row.name)
-def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
-    found, recorded = real_size.predict_row(row), real_size.read(real_size.RESULTS / "predicted.json")[row.name]
-    assert found["peak_gib"] == pytest.approx(recorded["peak_gib"], rel=0.01) and found["peak_gib"] <= row.goal
-    assert found["tflop"] == recorded["tflop"] and found["flags"] == recorded["flags"]
+def test_predicted_recipes_match_the_record_and_their_goals(row):
+    actual, recorded = real_size.predict_row(row), real_size.read(real_size.RESULTS / "predicted.json")[row.name]
+    assert actual["peak_gib"] == pytest.approx(recorded["peak_gib"], rel=0.01) and actual["peak_gib"] <= row.goal
+    assert actual["tflop"] == recorded["tflop"] and actual["flags"] == recorded["flags"]
 
 
 @pytest.mark.parametrize(
@@ -118,32 +114,33 @@ def test_a_recipe_takes_what_is_on_record_and_no_more_than_its_goal(row):
         "--training_type sft --offload_optimizer true",
     ],
 )
-def test_rows_are_measured_as_on_a_gpu(tiny, monkeypatch, flags):
+def test_benchmark_measures_a_row(tiny, monkeypatch, flags):
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * GIB)
     monkeypatch.setattr(real_size, "DEVICE", torch.device("cpu"))
     row = Row("tiny", str(tiny("5b")), f"--train_resolution 9x64x64 --mixed_precision bf16 {flags}")
-    found = real_size.measure_row(row)
-    assert found["reserved_gib"] == 3 and found["seconds"] > 0
+    measured = real_size.measure_row(row)
+    assert measured["reserved_gib"] == 3 and measured["seconds"] > 0
 
 
-def test_an_offloaded_text_encoder_takes_its_largest_layer_at_a_time():
+def test_offloaded_text_encoder_needs_memory_for_its_largest_layer():
     context = estimate_memory.make_context(["--model_path", "THUDM/CogVideoX-5b"], None, 1)
     config = context.text_encoder
     whole, offloaded = (
         simulated_run.prompt_encoding_peak(context.with_memory(offload_text_encoder=offload))
         for offload in (False, True)
     )
-    assert whole == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # T5-XXL's encoder in bf16, and activations
+    assert whole == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # encoder of T5-XXL in bf16, and activations
     embedding = config["vocab_size"] * config["d_model"] * 2
     assert embedding < offloaded < 1.05 * embedding
 
 
-def test_processes_share_what_zero_divides():
+def test_zero_terms_are_divided_among_processes():
     updates = simulated_run.UpdateProfile(
         {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
     )
+    section: dict[str, Any]
     section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}
     one, _ = prediction.zero_terms(updates, {"zero_optimization": section}, 2, 1)
     eight, host = prediction.zero_terms(updates, {"zero_optimization": section}, 2, 8)
@@ -155,20 +152,22 @@ def test_processes_share_what_zero_divides():
 
 
 @pytest.mark.parametrize("model", sorted({row.model for row in ROWS if row.zero and row.goal}))
-def test_zero_takes_what_others_derived_with_deepspeeds_buffers_and_less_with_ours(model):
+def test_zero_peaks_match_published_figures(model):
+    """With the buffer sizes of DeepSpeed, peaks match the figures in `rows.py`; the templates need less."""
     rows = [row for row in ROWS if row.model == model and row.zero and row.goal]
     updates = prediction.extrapolated_updates(real_size.context_of(rows[0]))  # the same for every template
     for row in rows:
-        (template, processes), goal = row.zero, row.goal
-        zero = real_size.context_of(row).zero
-        ours = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / GIB
-        section = zero["zero_optimization"]
+        config = real_size.context_of(row).zero
+        assert row.zero and row.goal and config
+        template, processes = row.zero
+        shipped = sum(prediction.zero_terms(updates, config, 2, processes)[0].values()) / GIB
+        section = config["zero_optimization"]
         for key in [key for key in section if "bucket" in key or key.startswith("stage3_")]:
             del section[key]
-        theirs = sum(prediction.zero_terms(updates, zero, 2, processes)[0].values()) / GIB
-        assert theirs == pytest.approx(goal, rel=0.1) and ours < goal, template
+        default = sum(prediction.zero_terms(updates, config, 2, processes)[0].values()) / GIB
+        assert default == pytest.approx(row.goal, rel=0.1) and shipped < row.goal, template
 
 
-def test_a_name_that_nothing_is_known_of_is_refused():
+def test_unknown_model_name_is_refused():
     with pytest.raises(UserError, match=r"THUDM/CogVideoX-3b: .* it is none of CogVideoX-2b, CogVideoX-5b"):
         estimate_memory.load_spec("THUDM/CogVideoX-3b")
