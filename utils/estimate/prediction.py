@@ -26,7 +26,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 1
 # The range of utilisation that a training step may reach.
 UTILISATION = (0.25, 0.5)
 # Depths that are simulated to extrapolate. The first must exceed the number of blocks with copies in flight.
-SIMULATED_DEPTHS = (6, 8)
+SIMULATED_DEPTHS = (4, 5)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks
 
 
 def extrapolated_updates(context: RunContext) -> UpdateProfile:
-    """The result of `simulate_updates`, by linear extrapolation from 6 and 8 blocks; exact for up to 8 blocks."""
+    """The result of `simulate_updates`, by linear extrapolation from 4 and 5 blocks; exact for up to 5 blocks."""
     num_layers, (shallow, deep) = context.spec.transformer["num_layers"], SIMULATED_DEPTHS
     if num_layers <= deep:
         return simulate_updates(context)
