@@ -1,4 +1,4 @@
-"""Generates a video with CogVideoX: the base, a LoRA checkpoint, or a fine-tuned transformer.
+"""Generates a video with a base CogVideoX model, a LoRA checkpoint, or a fine-tuned transformer.
 
 python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt "A kitten" --lora_path outputs/t2v-lora/checkpoint-500
 python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt "A kitten" --transformer_path outputs/t2v-sft/checkpoint-500
@@ -31,33 +31,36 @@ from utils.model.weight_files import check_shapes, check_weights, read_config
 
 @dataclass(frozen=True)
 class DemoArgs:
-    prompt: str = option(help="what to show; with the --id_token of the training, if it had one")
-    model_path: str = option(help="folder of the base checkpoint, or its id on the model hub")
-    negative_prompt: str = option("", help="what not to show")
-    generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="default: what the checkpoint is made for")
-    image_or_video_path: Path | None = option(None, help="i2v: the first frame; v2v: the clip to change")
+    prompt: str = option(help="text prompt; include the --id_token of the training run, if it had one")
+    model_path: str = option(help="folder of the base checkpoint, or its model hub id")
+    negative_prompt: str = option("", help="text that the video should not match")
+    generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="default: the task of the checkpoint")
+    image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
     lora_path: Path | None = option(None, help="folder checkpoint-N of a LoRA run, or its .safetensors file")
-    lora_scale: float = option(1.0, help="1.0: the strength of the training; 0: the base")
+    lora_scale: float = option(1.0, help="adapter strength; 1.0: as trained; 0: base model")
     transformer_path: Path | None = option(
-        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or what zero_to_fp32.py wrote"
+        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
     )
-    output_path: Path = option(Path("output.mp4"), help="the video")
-    num_frames: int | None = option(None, help="8N+1; default: the checkpoint's own")
-    height: int | None = option(None, help="pixels; default: the checkpoint's own")
-    width: int | None = option(None, help="pixels; default: the checkpoint's own")
-    fps: float | None = option(None, help="frames a second; default: 8, for CogVideoX1.5 16")
+    output_path: Path = option(Path("output.mp4"), help="output .mp4 file")
+    num_frames: int | None = option(None, help="number of frames, 8N+1; default: native length of the checkpoint")
+    height: int | None = option(None, help="height in pixels; default: native height of the checkpoint")
+    width: int | None = option(None, help="width in pixels; default: native width of the checkpoint")
+    fps: float | None = option(None, help="frames per second; default: 8, or 16 for CogVideoX1.5")
     num_inference_steps: int = option(50, help="denoising steps")
-    guidance_scale: float = option(6.0, help="how strictly the prompt is followed; 1 switches guidance off")
-    strength: float = option(0.8, help="v2v: how much of the clip is changed, above 0 to 1")
-    seed: int = option(42, help="same seed, same video")
+    guidance_scale: float = option(6.0, help="classifier-free guidance scale; 1 disables guidance")
+    strength: float = option(
+        0.8, help="v2v: how much the clip changes; share of the denoising steps to run, above 0 and at most 1"
+    )
+    seed: int = option(42, help="seed of the initial noise")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
-        None, help="default: that of the checkpoint's weights; fp32 for fp16 on a CPU"
+        None, help="default: dtype of the checkpoint's weights; fp32 in place of fp16 on a CPU"
     )
     offload: Literal["none", "model", "sequential"] = option(
-        "model", help="what is on the GPU at a time: none: everything; model: one component; sequential: one layer"
+        "model",
+        help="none: keep all components on the GPU; model: one component at a time; sequential: one layer at a time",
     )
-    enable_slicing: bool = option(True, help="VAE: one sample at a time")
-    enable_tiling: bool = option(True, help="VAE: one tile of the picture at a time; far less memory")
+    enable_slicing: bool = option(True, help="VAE: process one sample of a batch at a time")
+    enable_tiling: bool = option(True, help="VAE: process one tile of the picture at a time; uses far less memory")
 
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
@@ -66,7 +69,7 @@ class DemoArgs:
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."
         if self.output_path.suffix.lower() != ".mp4":
-            yield f"--output_path {self.output_path}: the video is an .mp4 file."
+            yield f"--output_path {self.output_path}: the name must end in .mp4."
 
 
 def main() -> None:
@@ -76,13 +79,13 @@ def main() -> None:
     task = args.generate_type or spec.task
     resolution = choose_resolution(args, spec, task)
     check(args, spec, task, resolution)
-    condition = read_condition(args, spec, task, resolution)
+    task_inputs = read_task_inputs(args, spec, task, resolution)
 
     pipeline = load_pipeline(args, model_dir, spec, task)
-    size = {} if task == "v2v" else {"num_frames": resolution.frames}
     print(f"Generating {task}, {resolution}, {args.num_inference_steps} steps, seed {args.seed}", flush=True)
     for note in spec.frames_notes(resolution.frames) if task != "v2v" else []:
         print(f"Note: {note}")
+
     started = time.perf_counter()
     video = pipeline(
         prompt=args.prompt,
@@ -93,39 +96,47 @@ def main() -> None:
         guidance_scale=args.guidance_scale,
         generator=torch.Generator().manual_seed(args.seed),
         max_sequence_length=spec.max_text_seq_length,
-        **size,
-        **condition,
+        **task_inputs,
     ).frames[0]
+
     args.output_path.parent.mkdir(parents=True, exist_ok=True)
     loading.write_video(video, args.output_path, args.fps or spec.fps)
     print(f"{args.output_path}: {len(video)} frames in {time.perf_counter() - started:.1f} s")
 
 
 def choose_resolution(args: DemoArgs, spec: ModelSpec, task: str) -> Resolution:
-    """What was asked for, else the checkpoint's native clip; v2v is cut to what its source and the model allow."""
+    """Returns the requested size, by default the native size of the checkpoint.
+
+    For v2v, reduces the number of frames to one that both the source clip and the model support.
+
+    Raises:
+        UserError: the source clip cannot be read or is too short.
+    """
     frames = args.num_frames or spec.native.frames
     resolution = Resolution(frames, args.height or spec.native.height, args.width or spec.native.width)
     if task != "v2v" or args.image_or_video_path is None:
         return resolution
-    available = frames_available(told(probe, args.image_or_video_path), args.fps or spec.fps)
-    # The pipeline takes the latents from the clip and does not pad them. 1.5 needs an even number of latent frames, and
-    # the VAE gives back as many frames as it got only for 8N (even) and 8N+1 (odd).
-    rest = 0 if spec.is_v1_5 else 1
-    usable = (min(frames, available) - rest) // 8 * 8 + rest
+    available = frames_available(as_user_error(probe, args.image_or_video_path), args.fps or spec.fps)
+    # The v2v pipeline encodes the clip and does not pad its latents, but CogVideoX1.5 needs an even number of latent
+    # frames. The VAE preserves the number of frames for 8N (an even number of latent frames) and 8N+1 (an odd one).
+    remainder = 0 if spec.is_v1_5 else 1
+    usable = (min(frames, available) - remainder) // 8 * 8 + remainder
     if usable < 8:
         raise UserError(f"--image_or_video_path {args.image_or_video_path}: {available} frames are too few for v2v.")
     if usable != frames:
-        print(f"v2v: {usable} frames ({frames} wanted, the clip has {available} at {args.fps or spec.fps:g} fps)")
+        print(f"v2v: {usable} frames ({frames} requested; the clip has {available} at {args.fps or spec.fps:g} fps)")
     return Resolution(usable, resolution.height, resolution.width)
 
 
 def check(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) -> None:
-    """Raises UserError with everything that speaks against the run, before weights are read."""
+    """Checks all arguments before any weights are loaded. Raises UserError with all errors."""
     report = CheckReport(spec.resolution_errors(resolution, "--num_frames x --height x --width"))
     errors = report.errors
-    needed = "i2v" if task == "i2v" else "t2v"
-    if spec.task != needed:
-        errors.append(f"--generate_type {task} needs a {needed} checkpoint; {args.model_path} is a {spec.task} one.")
+    required = "i2v" if task == "i2v" else "t2v"
+    if spec.task != required:
+        errors.append(
+            f"--generate_type {task} needs a checkpoint for {required}; {args.model_path} is one for {spec.task}."
+        )
     if task != "v2v" and resolution.frames % 8 != 1:
         errors.append(f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49.")
     if task == "v2v" and int(args.num_inference_steps * args.strength) == 0:
@@ -133,9 +144,11 @@ def check(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) ->
     if task != "t2v" and args.image_or_video_path is None:
         errors.append(f"{task} needs --image_or_video_path.")
     if task == "t2v" and args.image_or_video_path is not None:
-        errors.append("--image_or_video_path is given, but t2v takes none; give --generate_type v2v or leave it out.")
+        errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
     if args.lora_path is not None and args.transformer_path is not None:
-        errors.append("--lora_path and --transformer_path exclude each other: adapters belong to their own base.")
+        errors.append(
+            "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
+        )
     report.run(check_writable, args.output_path.parent, "--output_path")
     if args.output_path.is_dir():
         errors.append(f"--output_path {args.output_path} is a folder; give the name of an .mp4 file.")
@@ -148,42 +161,45 @@ def check(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) ->
 
 
 def check_transformer(path: Path, spec: ModelSpec) -> None:
-    """Raises UserError where a fine-tuned transformer cannot take the place of the base's."""
+    """Raises UserError if a fine-tuned transformer cannot replace the transformer of the base."""
     folder, flag = find_transformer(path), "--transformer_path"
-    kind = loading.CogVideoXTransformer3DModel
+    model_class = loading.CogVideoXTransformer3DModel
     if not (folder / "config.json").is_file():
         try:
             shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
-        except Exception as error:  # of zip files, pickles and safetensors
+        except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
             raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
-        check_shapes(shapes, folder, flag, kind, spec.transformer, strict=True)
+        check_shapes(shapes, folder, flag, model_class, spec.transformer, strict=True)
         return
-    config = read_config(folder / "config.json", kind, flag)
+    config = read_config(folder / "config.json", model_class, flag)
     for name, expected in spec.transformer.items():
         if name[0] != "_" and config.get(name) != expected:
             raise UserError(
                 f"{flag} {folder}: {name} is {config.get(name)}, but {expected} in the base; "
                 "was it trained on another checkpoint?"
             )
-    check_weights(folder, flag, kind, config)
+    check_weights(folder, flag, model_class, config)
 
 
-def read_condition(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) -> dict[str, Any]:
-    """The pipeline's extra inputs: the image of i2v, the clip of v2v."""
+def read_task_inputs(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) -> dict[str, Any]:
+    """Returns the pipeline inputs that depend on the task: number of frames, condition image, source clip.
+
+    Raises:
+        UserError: the image or the clip cannot be read.
+    """
     path = args.image_or_video_path
     if path is None:
-        return {}
+        return {"num_frames": resolution.frames}
     if task == "i2v":
-        pixels = told(load_image, path, resolution, "stretch")
-        return {"image": Image.fromarray(pixels.numpy())}
-    if task == "v2v":
-        clip = told(decode, path, FrameSelection(resolution, args.fps or spec.fps, "stretch", 0, resolution.frames))
-        return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
-    return {}
+        pixels = as_user_error(load_image, path, resolution, "stretch")
+        return {"num_frames": resolution.frames, "image": Image.fromarray(pixels.numpy())}
+    selection = FrameSelection(resolution, args.fps or spec.fps, "stretch", 0, resolution.frames)
+    clip = as_user_error(decode, path, selection)
+    return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
 
 
-def told(function: Any, path: Path, *args: Any) -> Any:
-    """Calls a reader of clips and images; its ClipError becomes a sentence about --image_or_video_path."""
+def as_user_error(function: Any, path: Path, *args: Any) -> Any:
+    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError."""
     try:
         return function(path, *args)
     except ClipError as error:
@@ -191,6 +207,7 @@ def told(function: Any, path: Path, *args: Any) -> Any:
 
 
 def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -> Any:
+    """Loads the pipeline of a task with its adapters or fine-tuned transformer, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = loading.DTYPES[args.dtype] if args.dtype else loading.working_dtype(model_dir / "transformer", device)
     weights = find_transformer(args.transformer_path) if args.transformer_path else model_dir / "transformer"

@@ -41,7 +41,7 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("2b", ["--generate_type", "i2v"], "--generate_type i2v needs a i2v checkpoint"),
+        ("2b", ["--generate_type", "i2v"], "--generate_type i2v needs a checkpoint for i2v"),
         ("5b-i2v", [], "i2v needs --image_or_video_path"),
         ("5b-i2v", ["--image_or_video_path", CLIP], "cannot be read as an image"),
         ("2b", ["--image_or_video_path", FRAME], "t2v takes none"),

@@ -24,8 +24,8 @@ def errors_of(*args) -> list[str]:
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("2b", ["--model_type", "i2v"], "--model_type i2v: .* is a t2v checkpoint .* use --model_type t2v"),
-        ("5b-i2v", ["--model_type", "t2v"], "--model_type t2v: .* is a i2v checkpoint"),
+        ("2b", ["--model_type", "i2v"], "--model_type i2v: .* is a checkpoint for t2v .* use --model_type t2v"),
+        ("5b-i2v", ["--model_type", "t2v"], "--model_type t2v: .* is a checkpoint for i2v"),
         ("5b", ["--mixed_precision", "fp16"], "--mixed_precision fp16: .* use bf16"),
         ("2b", ["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
         ("2b", ["--train_resolution", "10x64x64"], "--train_resolution 10x64x64: .* 8N\\+1, such as 9 or 17"),
@@ -107,7 +107,7 @@ def test_errors_of_unreadable_clips_and_images_name_the_line(tiny, data, validat
     errors = errors_of(
         *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation
     )
-    assert any("needs an image a prompt" in error for error in errors)
+    assert any("needs an image for each prompt" in error for error in errors)
 
 
 def edit_config(path: Path, **changes: object) -> None:

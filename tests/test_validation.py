@@ -82,7 +82,7 @@ def test_failing_validation_does_not_stop_the_run(tiny, data, validation, tmp_pa
     (tmp_path / "out" / "validation").write_text("in the way")
     options = ["--train_steps", 3, "--do_validation", "--validation_dir", validation, "--validation_steps", 2]
     output = succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, tmp_path / "out", *options), processes=2)
-    assert "Validation failed at step 2; training goes on." in output and "NotADirectoryError" in output
+    assert "Validation failed at step 2; training continues." in output and "NotADirectoryError" in output
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
     assert [line["step"] for line in read_metrics(tmp_path / "out") if "held_out_loss" in line] == [0, 2, 3]
 

@@ -19,8 +19,8 @@ from utils.model.loading import DTYPES
 @dataclass(frozen=True)
 class ExportArgs:
     checkpoint: Path = option(help="folder checkpoint-N of a full fine-tuning run, under DDP or ZeRO")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", help="of the written weights")
-    output_path: Path | None = option(None, help="the new folder; default: transformer/ in the checkpoint")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", help="dtype of the written weights")
+    output_path: Path | None = option(None, help="new folder; default: transformer/ in the checkpoint")
 
     def errors(self) -> Iterator[str]:
         yield from ()
@@ -31,7 +31,7 @@ def main() -> None:
     weights, config_file = open_checkpoint(args.checkpoint)
     target = args.output_path or args.checkpoint / "transformer"
     if target.exists():
-        raise UserError(f"--output_path {target} is there already; give another.")
+        raise UserError(f"--output_path {target} already exists; give another folder.")
     export(weights, config_file, target, DTYPES[args.dtype], "--checkpoint")
     print(f"{target}: {len(weights)} tensors, {args.dtype}")
 

@@ -1,10 +1,10 @@
-"""Shows what training will see of a data folder, and looks after its latent cache.
+"""Shows the samples that training will use from a data folder, and maintains its latent cache.
 
     python -m utils.commands.inspect_dataset data --train_resolution 49x480x720 49x720x480
     python -m utils.commands.inspect_dataset data --model_path THUDM/CogVideoX-5b --verify_cache
     python -m utils.commands.inspect_dataset data --model_path THUDM/CogVideoX-5b --prune_cache
 
-It takes the data and validation flags of `train.py`. A command of its own: nothing of the training imports it.
+The command takes the data and validation flags of `train.py`.
 """
 
 from __future__ import annotations
@@ -38,51 +38,44 @@ from utils.run.data import find_cache_dir, read_training_samples, read_validatio
 from utils.run.plan import encoding_of
 
 COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
-SHOWN_ROWS, SHEET_ROWS, SHEET_COLUMNS, THUMBNAIL_HEIGHT, CAPTION_HEIGHT = 20, 12, 6, 120, 16
+# Rows of the table that are printed; samples and frames per sample on the contact sheet; sizes in pixels.
+PRINTED_ROWS, SHEET_ROWS, SHEET_COLUMNS, THUMBNAIL_HEIGHT, CAPTION_HEIGHT = 20, 12, 6, 120, 16
 
 
 @dataclass(frozen=True)
 class InspectArgs:
     model_path: str | None = option(
-        None, help="gives the default --fps and checks the resolutions; needed for what concerns the cache"
+        None, help="checkpoint that sets the default --fps and limits the resolutions; required for the cache options"
     )
-    enable_tiling: bool = option(True, help="as in training: it decides what the VAE gives")
-    inspect_dir: Path = option(Path("inspect"), help="samples.csv and contact_sheet.png are written here")
-    verify_cache: bool = option(False, help="read every entry of the cache; damaged ones are removed")
-    prune_cache: bool = option(False, help="remove entries that no sample of this folder uses with these flags")
+    enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
+    inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
+    verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
+    prune_cache: bool = option(False, help="remove cache entries that no sample uses with these flags")
 
 
 def main() -> None:
-    data, validation, options = parse(sys.argv[1:])
+    data, validation_args, options = parse(sys.argv[1:])
     spec = model_dir = None
     if options.model_path is not None:
         model_dir = loading.resolve_model_dir(options.model_path)
         spec = read_spec(model_dir)
     data = replace(data, fps=data.fps or (spec.fps if spec else 8.0))
-    errors = [*data.errors()]
-    if spec is not None:
-        errors += [
-            fault for size in data.train_resolution for fault in spec.resolution_errors(size, "--train_resolution")
-        ]
-    if (options.verify_cache or options.prune_cache) and spec is None:
-        errors.append("--verify_cache and --prune_cache need --model_path: entries belong to an encoder.")
-    found = CheckReport(errors)
-    found.run(check_writable, options.inspect_dir, "--inspect_dir")
-    if found.errors:
-        raise UserError(found.errors)
+    check(options, data, spec)
+
     task = spec.task if spec else ("i2v" if data.image_column else "t2v")
     samples = read_training_samples(data, task)
-    held_out = read_validation_samples(data, replace(validation, do_validation=True), task)
+    validation = read_validation_samples(data, replace(validation_args, do_validation=True), task)
     cache_dir = find_cache_dir(data, samples)
-    seen = scan_data(data, samples, held_out, cache_dir, saves=cache_dir.is_dir())
-    show(data, seen, options.inspect_dir)
+    scan = scan_data(data, samples, validation, cache_dir, save_index=cache_dir.is_dir())
+    show_samples(data, scan, options.inspect_dir)
     if spec is not None and model_dir is not None and cache_dir.is_dir():
-        care_for_cache(options, data, seen, LatentCache(cache_dir), model_dir, spec)
+        maintain_cache(options, data, scan, LatentCache(cache_dir), model_dir, spec)
 
 
 def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
+    """Parses the command line, whose first argument may be the data folder without its flag."""
     parser = make_parser(
-        "Shows what training will see of a data folder: python -m utils.commands.inspect_dataset DATA_ROOT ..."
+        "Shows the samples that training will use: python -m utils.commands.inspect_dataset DATA_ROOT ..."
     )
     groups = (DataArgs, ValidationArgs, InspectArgs)
     for group in groups:
@@ -94,112 +87,136 @@ def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
     return data, validation, options
 
 
-def show(data: DataArgs, found: ScanResult, folder: Path) -> None:
+def check(options: InspectArgs, data: DataArgs, spec: ModelSpec | None) -> None:
+    """Raises UserError with all invalid options."""
+    report = CheckReport(list(data.errors()))
+    if spec is not None:
+        for resolution in data.train_resolution:
+            report.errors += spec.resolution_errors(resolution, "--train_resolution")
+    elif options.verify_cache or options.prune_cache:
+        report.errors.append("--verify_cache and --prune_cache need --model_path, whose encoders made the entries.")
+    report.run(check_writable, options.inspect_dir, "--inspect_dir")
+    if report.errors:
+        raise UserError(report.errors)
+
+
+def show_samples(data: DataArgs, scan: ScanResult, folder: Path) -> None:
+    """Prints a summary, and writes the table of samples and the contact sheet to a folder."""
     assert data.fps is not None
-    if found.samples:
-        print("\n".join(summarize(found.samples, found.facts, data.resize_mode, data.fps)))
+    if scan.samples:
+        print("\n".join(summarize(scan.samples, scan.facts, data.resize_mode, data.fps)))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(COLUMNS)
-            for number, row in enumerate(rows(data, found)):
+            for number, row in enumerate(sample_rows(data, scan)):
                 table.writerow(row)
-                if number < SHOWN_ROWS:
+                if number < PRINTED_ROWS:
                     print("  ".join(str(value)[-40:].ljust(10) for value in row))
-        print(f"{len(found.samples)} samples in {folder / 'samples.csv'}")
-        contact_sheet(found.samples, data.clip_timeout).save(folder / "contact_sheet.png")
+        print(f"{len(scan.samples)} samples in {folder / 'samples.csv'}")
+        contact_sheet(scan.samples, data.clip_timeout).save(folder / "contact_sheet.png")
         print(f"{SHEET_COLUMNS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
-    for sentence in found.bad:
-        print(f"Cannot be used: {sentence}")
+    for error in scan.bad:
+        print(f"Unusable: {error}")
 
 
-def rows(data: DataArgs, found: ScanResult) -> Iterator[tuple[object, ...]]:
-    """One row of `COLUMNS` a sample; left out is the share of the picture that is cut, or its distortion."""
-    for clip_sample in found.samples:
-        selection, info = clip_sample.selection, found.facts[clip_sample.sample.clip].info
+def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]]:
+    """Yields one row of `COLUMNS` per sample. `left_out` is the share that is cropped, or the distortion."""
+    for clip_sample in scan.samples:
+        selection, info = clip_sample.selection, scan.facts[clip_sample.sample.clip].info
         rate = info.fps if selection.rate == SPREAD else selection.rate
         if data.resize_mode == "crop":
-            changed = f"{cropped(info, selection.resolution):.0%} cut"
+            change = f"{cropped(info, selection.resolution):.0%} cut"
         else:
-            changed = f"{stretch(info, selection.resolution):.0%} stretched"
-        span = f"{selection.first / rate:.2f}", f"{min((selection.first + selection.span) / rate, info.seconds):.2f}"
+            change = f"{stretch(info, selection.resolution):.0%} stretched"
+        start_s = selection.first / rate
+        end_s = min((selection.first + selection.span) / rate, info.seconds)
         yield (
             clip_sample.sample.line,
             clip_sample.sample.clip,
             selection.resolution,
-            *span,
-            changed,
+            f"{start_s:.2f}",
+            f"{end_s:.2f}",
+            change,
             clip_sample.sample.prompt,
         )
 
 
 def contact_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
-    """A row of frames a sample, evenly taken from the dataset and from each sample, as training gets them."""
-    chosen = [
-        samples[number] for number in sorted({*np.linspace(0, len(samples) - 1, SHEET_ROWS).astype(int).tolist()})
-    ]
+    """Draws one row of frames per sample, as training sees them. Samples and frames are evenly spaced.
+
+    Args:
+        timeout: maximum number of seconds per sample.
+    """
+    numbers = sorted(set(np.linspace(0, len(samples) - 1, SHEET_ROWS).astype(int).tolist()))
+    chosen = [samples[number] for number in numbers]
     largest = max(
         size.frames * size.height * size.width * 3 for size in {clip_sample.resolution for clip_sample in chosen}
     )
     strips = {}
-    for done in run_in_workers(_thumbnails, list(enumerate(chosen)), 2, timeout, largest):
-        number, clip_sample = done.job
+    for result in run_in_workers(_thumbnails, list(enumerate(chosen)), 2, timeout, largest):
+        number, clip_sample = result.job
         caption = f"{clip_sample.resolution}  {clip_sample}  {clip_sample.sample.prompt}"
-        strips[number] = (done.outcome.reason if isinstance(done.outcome, Failure) else done.outcome, caption)
+        strips[number] = (result.outcome.reason if isinstance(result.outcome, Failure) else result.outcome, caption)
     width = max([strip.width for strip, _ in strips.values() if isinstance(strip, Image.Image)], default=480)
     sheet = Image.new("RGB", (width, len(chosen) * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)), "white")
-    pen = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     for number, (strip, caption) in strips.items():
         top = number * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)
-        pen.text((2, top + 2), caption.encode("ascii", "replace").decode(), fill="black")
+        draw.text((2, top + 2), caption.encode("ascii", "replace").decode(), fill="black")
         if isinstance(strip, Image.Image):
             sheet.paste(strip, (0, top + CAPTION_HEIGHT))
         else:
-            pen.text((2, top + CAPTION_HEIGHT + 2), strip, fill="red")
+            draw.text((2, top + CAPTION_HEIGHT + 2), strip, fill="red")
     return sheet
 
 
 def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Image:
+    """Decodes one sample in a worker process and draws its row. The job is (row number, sample)."""
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
     decode(Path(job[1].sample.clip), job[1].selection, pixels)
     width = round(THUMBNAIL_HEIGHT * size.width / size.height)
     strip = Image.new("RGB", (SHEET_COLUMNS * width, THUMBNAIL_HEIGHT))
-    for place, number in enumerate(np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)):
-        strip.paste(Image.fromarray(pixels[number].numpy()).resize((width, THUMBNAIL_HEIGHT)), (place * width, 0))
+    for column, frame in enumerate(np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)):
+        strip.paste(Image.fromarray(pixels[frame].numpy()).resize((width, THUMBNAIL_HEIGHT)), (column * width, 0))
     return strip
 
 
-def care_for_cache(
-    options: InspectArgs, data: DataArgs, found: ScanResult, cache: LatentCache, model_dir: Path, spec: ModelSpec
+def maintain_cache(
+    options: InspectArgs, data: DataArgs, scan: ScanResult, cache: LatentCache, model_dir: Path, spec: ModelSpec
 ) -> None:
-    """Says how much of the cache these samples use; verifies and prunes it where that is wanted."""
+    """Prints how much of the cache the samples use; verifies and prunes it on request.
+
+    Raises:
+        UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
+    """
     encoding = encoding_of(model_dir, spec, options.enable_tiling)
-    all_keys = encoding.keys(found.samples, found.facts, data.flip) + encoding.keys(found.validation, found.facts)
+    all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
     used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
-    there = set(cache.names())
-    print(f"Latent cache {cache.folder}: {len(used & there)} of {len(used)} entries are there")
+    existing = set(cache.names())
+    print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:
         with ThreadPoolExecutor() as pool:
-            verdicts = pool.map(partial(cache.is_intact, verify_content=True), sorted(used & there))
-            damaged = [*tqdm(verdicts, "Reading entries", len(used & there), unit="entry")].count(False)
-        print(
-            f"{damaged} entries were damaged and are removed; the next run encodes them anew"
-            if damaged
-            else "All are whole"
-        )
-    unused = there - used
-    if options.prune_cache and (found.bad or not found.samples):
+            results = pool.map(partial(cache.is_intact, verify_content=True), sorted(used & existing))
+            num_damaged = list(tqdm(results, "Reading entries", len(used & existing), unit="entry")).count(False)
+        if num_damaged:
+            print(f"{num_damaged} entries were damaged and have been removed; the next run encodes them again")
+        else:
+            print("All entries are intact")
+    unused = existing - used
+    if options.prune_cache and (scan.bad or not scan.samples):
         raise UserError(
-            "--prune_cache removes nothing while lines of the data cannot be used; their entries may be of use."
+            "--prune_cache: some lines of the data are unusable, and their entries may still be needed; fix or remove "
+            "these lines first."
         )
     if options.prune_cache:
         for name in unused:
             cache.remove(name)
         remove_stale_temporaries(cache.folder)
-        print(f"{len(unused)} entries that nothing here uses are removed")
+        print(f"Removed {len(unused)} unused entries")
     elif unused:
-        print(f"{len(unused)} entries are for other flags, data or models; --prune_cache removes them")
+        print(f"{len(unused)} entries belong to other flags, data or models; --prune_cache removes them")
 
 
 if __name__ == "__main__":

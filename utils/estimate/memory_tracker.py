@@ -1,7 +1,7 @@
-"""What a computation would take of a GPU's memory, and how much work it is, found without a GPU and without weights.
+"""Measures the GPU memory and the work of a computation without a GPU and without weights.
 
-The computation runs on fake tensors, which have shapes, dtypes and storages but no data; the storages that are alive
-are counted after every operation. All of autograd, checkpointing and optimizer are torch's own.
+The computation runs on fake tensors, which have shapes, dtypes and storages but no data. All live storages are counted
+after every operation. Autograd, checkpointing and optimizers run unchanged.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from utils.memory import pinned_memory
 
-# Stands for host memory, which is counted apart.
-ELSEWHERE = torch.device("meta")
-# The CUDA caching allocator hands out blocks of so many bytes.
-BLOCK = 512
-# What torch's autocast computes in float32 on CUDA and leaves as it is on a CPU.
-IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
+# Device of tensors in host memory, which is counted separately from GPU memory.
+HOST_PLACEHOLDER = torch.device("meta")
+# The CUDA caching allocator rounds each allocation up to a multiple of this many bytes.
+ALLOCATION_UNIT = 512
+# Functions that autocast runs in float32 on CUDA, but not on a CPU.
+AUTOCAST_FLOAT32 = ("layer_norm", "group_norm", "softmax")
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive.
+    """Counts the bytes of all live storages.
 
     Attributes:
-        now, peak: bytes now, and the most since `watch_peak`.
-        gradients: those of them that were gradients, at the peak.
-        host: the most bytes in host memory.
+        now: current bytes of GPU memory.
+        peak: maximum of `now` since `watch_peak`.
+        gradients: bytes of gradients at the peak.
+        host: maximum bytes of host memory.
     """
 
     def __init__(self) -> None:
@@ -47,27 +48,28 @@ class MemoryTracker(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def watch_peak(self, parameters: Iterable[torch.nn.Parameter] = ()) -> None:
-        """Forgets the peak; at the next one the gradients of these are looked at."""
+        """Restarts the search for the peak. At each new peak, the gradients of `parameters` are counted."""
         self.peak, self.gradients, self._parameters = self.now, 0, list(parameters)
 
     def add(self, tensor: torch.Tensor) -> None:
-        storage, is_on_host = tensor.untyped_storage(), tensor.device == ELSEWHERE
+        """Counts the storage of a tensor until it is freed; a storage that is already counted is ignored."""
+        storage, is_on_host = tensor.untyped_storage(), tensor.device == HOST_PLACEHOLDER
         key = storage._cdata
         if key not in self._alive:
             self._alive.add(key)
             self._count(storage_size(tensor), is_on_host)
             weakref.finalize(storage, self._drop, key, storage_size(tensor), is_on_host)
 
-    def _count(self, bytes_: int, is_on_host: bool) -> None:
+    def _count(self, num_bytes: int, is_on_host: bool) -> None:
         if is_on_host:
-            self._on_host += bytes_
+            self._on_host += num_bytes
             self.host = max(self.host, self._on_host)
         else:
-            self.now += bytes_
+            self.now += num_bytes
 
-    def _drop(self, key: int, bytes_: int, is_on_host: bool) -> None:
+    def _drop(self, key: int, num_bytes: int, is_on_host: bool) -> None:
         self._alive.discard(key)
-        self._count(-bytes_, is_on_host)
+        self._count(-num_bytes, is_on_host)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
@@ -75,7 +77,8 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         if self.now > self.peak:
-            gc.collect()  # cycles keep recomputed tensors alive here; on a GPU an allocation that fails frees them
+            # reference cycles keep recomputed tensors alive; on a GPU, a failed allocation would free them
+            gc.collect()
             if self.now > self.peak:
                 self.peak = self.now
                 self.gradients = sum(storage_size(p.grad) for p in self._parameters if p.grad is not None)
@@ -83,38 +86,38 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def storage_size(tensor: torch.Tensor) -> int:
-    """Bytes that a tensor's storage takes of the GPU."""
-    return -(-tensor.untyped_storage().nbytes() // BLOCK) * BLOCK
+    """Returns the bytes that the allocator reserves for a tensor's storage."""
+    return -(-tensor.untyped_storage().nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT
 
 
 @contextmanager
 def simulate() -> Iterator[MemoryTracker]:
-    """Within the block every new tensor is fake, and counted."""
-    live = MemoryTracker()
+    """Makes every new tensor in the block a fake tensor, and yields the tracker that counts them."""
+    tracker = MemoryTracker()
     gc.collect()
-    gc.freeze()  # what was there before need not be looked through at every new peak
+    gc.freeze()  # the collection at each new peak skips objects that exist already
     try:
-        sent = patch.object(pinned_memory, "HOST", ELSEWHERE)
-        with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), sent, live:
-            yield live
+        host_memory = patch.object(pinned_memory, "HOST", HOST_PLACEHOLDER)
+        with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), host_memory, tracker:
+            yield tracker
     finally:
         gc.unfreeze()
 
 
 def give_fake_weights(module: torch.nn.Module, recurse: bool = True) -> None:
-    """Puts fake tensors in place of those on the meta device. Is to be called within `simulate`."""
-    for part in module.modules() if recurse else [module]:
-        for name, weight in list(part._parameters.items()):
+    """Replaces weights and buffers on the meta device with fake tensors. Call it within `simulate`."""
+    for submodule in module.modules() if recurse else [module]:
+        for name, weight in list(submodule._parameters.items()):
             if weight is not None:
                 fake = torch.empty(weight.shape, dtype=weight.dtype)
-                part._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
-        for name, buffer in list(part._buffers.items()):
+                submodule._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
+        for name, buffer in list(submodule._buffers.items()):
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                submodule._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def take_weights(module: torch.nn.Module) -> None:
-    """Puts a module's own weights, not those of its parts, back on the meta device."""
+def drop_weights(module: torch.nn.Module) -> None:
+    """Moves the weights of a module, without its submodules, back to the meta device."""
     for name, weight in list(module._parameters.items()):
         if weight is not None:
             module._parameters[name] = torch.nn.Parameter(weight.to("meta"), weight.requires_grad)
@@ -122,7 +125,7 @@ def take_weights(module: torch.nn.Module) -> None:
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Autocast on the CPU computes in the dtypes that autocast on CUDA would."""
+    """Makes autocast on the CPU use the dtypes of autocast on CUDA."""
     functional = torch.nn.functional
 
     def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,14 +137,14 @@ def cuda_autocast() -> Iterator[None]:
         return call
 
     with ExitStack() as stack:
-        # not by a torch function mode, which is off where checkpointing recomputes
-        for name in IN_FLOAT32:
+        # patched, because a torch function mode is inactive while checkpointing recomputes
+        for name in AUTOCAST_FLOAT32:
             stack.enter_context(patch.object(functional, name, in_float32(getattr(functional, name))))
         yield
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts floating-point operations, two a multiplication with addition; attention of the CPU too."""
+    """Returns a counter of floating-point operations that includes CPU attention. A multiply-add counts as two."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

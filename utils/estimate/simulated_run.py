@@ -19,11 +19,11 @@ from transformers import T5Config, T5EncoderModel
 from utils.estimate.context import RunContext
 from utils.estimate.memory_tracker import (
     MemoryTracker,
+    drop_weights,
     flop_counter,
     give_fake_weights,
     simulate,
     storage_size,
-    take_weights,
 )
 from utils.model.conditioning import rotary_table
 from utils.model.encoders import IMAGE_NOISE_DRAWS
@@ -152,7 +152,7 @@ def prompt_encoding_peak(context: RunContext) -> int:
         if context.args.memory.offload_text_encoder:
             for module in encoder.modules():
                 module.register_forward_pre_hook(lambda module, inputs: give_fake_weights(module, recurse=False))
-                module.register_forward_hook(lambda module, inputs, output: take_weights(module))
+                module.register_forward_hook(lambda module, inputs, output: drop_weights(module))
         else:
             give_fake_weights(encoder)
         tracker.watch_peak()

@@ -20,9 +20,9 @@ from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.model.spec import ModelSpec
 from utils.run.plan import RunPlan
 from utils.training.metrics import TRACKERS
-from utils.training.trainable import compile_error, unfit_targets, weight_dtype
+from utils.training.trainable import compile_error, invalid_target_modules, weight_dtype
 
-# Prompts that are tokenized together; all at once would take more memory than the dataset.
+# Number of prompts that are tokenized together. All at once would take more memory than the dataset.
 TOKENIZER_BATCH = 100
 
 
@@ -31,56 +31,56 @@ def model_errors(args: Args, spec: ModelSpec, uses_deepspeed: bool, num_processe
     errors = []
     if spec.task != args.model.model_type:
         errors.append(
-            f"--model_type {args.model.model_type}: {args.model.model_path} is a {spec.task} checkpoint "
+            f"--model_type {args.model.model_type}: {args.model.model_path} is a checkpoint for {spec.task} "
             f"({spec.transformer['in_channels']} input channels); use --model_type {spec.task} or another --model_path."
         )
     precision = args.training.mixed_precision
     if precision == "fp16" and not spec.trained_in_fp16:
-        errors.append(
-            "--mixed_precision fp16: this checkpoint overflows in fp16 (only CogVideoX-2b was trained in it); use bf16."
-        )
+        errors.append("--mixed_precision fp16: this checkpoint overflows in fp16, unlike CogVideoX-2b; use bf16.")
     if args.checkpoint.export_dtype is not None and not (uses_deepspeed and args.model.training_type == "sft"):
         errors.append(
-            "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are float32, and the transformer/ of DDP "
-            "keeps the dtype of the training, since resuming reads it; python -m utils.commands.export writes a copy "
-            "in another dtype."
+            "--export_dtype is for full fine-tuning under DeepSpeed. Adapters are always float32. Under DDP, "
+            "transformer/ keeps the training dtype, because resuming reads it; python -m utils.commands.export writes "
+            "a copy in another dtype."
         )
     if args.memory.quantize_base != "none" and uses_deepspeed:
-        errors.append("--quantize_base is for DDP; DeepSpeed would cast the codes.")
+        errors.append("--quantize_base is for DDP; DeepSpeed would cast the quantized weights.")
     if args.memory.offload_optimizer and (uses_deepspeed or num_processes > 1):
         errors.append(
-            "--offload_optimizer is for one GPU without DeepSpeed; on several, ZERO=zero2_offload and the "
-            "train_zero_*.sh scripts divide what is offloaded."
+            "--offload_optimizer is for one GPU without DeepSpeed; on several GPUs, use a train_zero_*.sh "
+            "script with ZERO=zero2_offload, which divides the offloaded states among the processes."
         )
     memory = args.memory
     if memory.quantize_optimizer != "none" and uses_deepspeed:
-        errors.append("--quantize_optimizer is for DDP; DeepSpeed has an optimizer of its own.")
+        errors.append("--quantize_optimizer is for DDP; DeepSpeed uses its own optimizer.")
     if memory.compile_blocks and uses_deepspeed:
-        errors.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights layer by layer within a block.")
+        errors.append("--compile_blocks is for DDP; ZeRO-3 gathers the weights of a block layer by layer.")
     if memory.optimizer_in_backward and num_processes > 1:
-        errors.append("--optimizer_in_backward is for one GPU; several have to average their gradients first.")
+        errors.append(
+            "--optimizer_in_backward is for one GPU; several GPUs must average their gradients before an update."
+        )
     if memory.optimizer_in_backward and precision == "fp16":
         errors.append(
-            "--optimizer_in_backward: fp16 skips an update when a gradient overflows, but earlier weights would be "
-            "updated by then; use --mixed_precision bf16."
+            "--optimizer_in_backward: fp16 skips an update when a gradient overflows, but some weights would already "
+            "be updated; use --mixed_precision bf16."
         )
     if not memory.autocast and precision != "no" and weight_dtype(args, uses_deepspeed) == torch.float32:
         errors.append(
-            "--autocast false needs weights in half precision; for sft that is --quantize_optimizer 8bit or "
+            "--autocast false needs weights in half precision; for sft, add --quantize_optimizer 8bit or "
             "--offload_optimizer true."
         )
     for resolution in args.data.train_resolution:
         errors += spec.resolution_errors(resolution, "--train_resolution")
     if args.model.training_type == "lora":
-        for target in unfit_targets(spec.transformer, args.lora.target_modules):
+        for target in invalid_target_modules(spec.transformer, args.lora.target_modules):
             errors.append(
-                f"--target_modules {target}: it must name linear layers of the transformer and no others; try to_q."
+                f"--target_modules {target}: it must name linear layers of the transformer only, such as to_q."
             )
     return errors
 
 
 def machine_errors(args: Args, uses_deepspeed: bool) -> list[str]:
-    """What this machine lacks for the command line."""
+    """Returns conflicts between the command line and the hardware and software of this machine."""
     precision, kernel, has_gpu = args.training.mixed_precision, args.memory.attention_kernel, torch.cuda.is_available()
     errors = []
     if precision == "fp16" and not (has_gpu or (uses_deepspeed and deepspeed_has_fp16())):
@@ -90,20 +90,23 @@ def machine_errors(args: Args, uses_deepspeed: bool) -> list[str]:
     if kernel in ("cudnn", "efficient") and not has_gpu:
         errors.append(f"--attention_kernel {kernel} needs a GPU; on a CPU use auto, flash or math.")
     if kernel in ("flash", "cudnn") and has_gpu and precision == "no":
-        errors.append(f"--attention_kernel {kernel} computes in half precision; use auto, efficient or math.")
-    if args.memory.compile_blocks and (fault := compile_error()):
-        errors.append(f"--compile_blocks: torch.compile does not work on this machine ({fault}).")
+        errors.append(
+            f"--attention_kernel {kernel} needs half precision; with --mixed_precision no, use auto, efficient or math."
+        )
+    if args.memory.compile_blocks and (error := compile_error()):
+        errors.append(f"--compile_blocks: torch.compile does not work on this machine ({error}).")
     return errors
 
 
 def deepspeed_has_fp16() -> bool:
-    """Whether DeepSpeed computes in fp16 on this machine; it does on CPUs that have instructions for it."""
-    from deepspeed.accelerator import get_accelerator  # two seconds to import
+    """Whether DeepSpeed supports fp16 on this machine; it does on CPUs with fp16 instructions."""
+    from deepspeed.accelerator import get_accelerator  # takes two seconds to import
 
     return bool(get_accelerator().is_fp16_supported())
 
 
 def tracker_errors(report_to: str) -> list[str]:
+    """Returns an error for each tracker whose package is missing, and one if W&B is not logged in."""
     missing = [package for package in TRACKERS[report_to] if find_spec(package) is None]
     if not missing and "wandb" in TRACKERS[report_to] and not _wandb_can_log():
         return [f"--report_to {report_to}: W&B is not logged in; run `wandb login`, or set WANDB_MODE=offline."]
@@ -111,6 +114,7 @@ def tracker_errors(report_to: str) -> list[str]:
 
 
 def _wandb_can_log() -> bool:
+    """Whether W&B has credentials for its server, or a mode that needs none."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     try:
@@ -121,7 +125,7 @@ def _wandb_can_log() -> bool:
 
 
 def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> list[str]:
-    """Returns a note with the number of prompts that are truncated. Raises UserError if the tokenizer is unreadable."""
+    """Returns a note if prompts have to be truncated. Raises UserError if the tokenizer cannot be read."""
     try:
         tokenizer = loading.load_tokenizer(model_dir)
     except Exception as error:

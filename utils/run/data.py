@@ -16,11 +16,12 @@ from utils.config.data_args import DataArgs
 
 
 def find_cache_dir(data: DataArgs, samples: list[Sample]) -> Path:
+    """Returns `--cache_dir`, by default latent/ in the folder of the clips."""
     return data.cache_dir or common_folder(samples, data.data_root) / "latent"
 
 
 def common_folder(samples: list[Sample], root: Path) -> Path:
-    """The folder that holds the clips; the data folder where they lie scattered outside of it."""
+    """Returns the common folder of all clips, or `root` if they are in several folders that are not all below it."""
     folders = {Path(folder).absolute() for folder in {os.path.dirname(sample.clip) for sample in samples}}  # noqa: PTH120
     common = Path(os.path.commonpath(folders))
     return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
@@ -31,21 +32,30 @@ def scan_data(
     samples: list[Sample],
     validation: list[Sample],
     cache_dir: Path,
-    saves: bool,
+    save_index: bool,
 ) -> ScanResult:
-    """Args as of `scan_files`; `data` with the rate at which clips are sampled."""
+    """Scans the clips and images, and selects clip samples for training and validation.
+
+    Args:
+        data: options with `fps` resolved.
+        cache_dir: folder of the file index.
+        save_index: whether to write the updated index.
+    """
     assert data.fps is not None
     policy = SamplingPolicy(
         data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips
     )
-    workers = len(os.sched_getaffinity(0))  # the other processes of the run wait meanwhile
-    return scan_and_sample(samples, validation, FileIndex(cache_dir), policy, workers, data.clip_timeout, saves)
+    workers = len(os.sched_getaffinity(0))  # other local ranks are idle during the scan
+    return scan_and_sample(samples, validation, FileIndex(cache_dir), policy, workers, data.clip_timeout, save_index)
 
 
 def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
+    """Reads the data folder. Raises UserError with all of its errors."""
     table = find_table(data.data_root, data.caption_column, data.metadata)
     if table is not None and data.image_column is not None:
-        raise UserError(f"--image_column {data.image_column}: the table {table} has a column for images, 'image'.")
+        raise UserError(
+            f"--image_column {data.image_column} is for line files; the table {table} has a column 'image'."
+        )
     if table is not None:
         optional = ("image",) if task == "i2v" else ()
         return read_manifest(data.data_root, table=Table(table, optional=optional), id_token=data.id_token)
@@ -53,7 +63,13 @@ def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
 
 
 def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) -> list[Sample]:
-    """The validation folder; its clips are optional and, where there are any, give the held-out loss."""
+    """Reads the validation folder; returns an empty list without --do_validation.
+
+    Clips are optional. The held-out loss uses those that exist.
+
+    Raises:
+        UserError: lists all errors of the folder.
+    """
     root = options.validation_dir
     if not options.do_validation or root is None:
         return []
@@ -66,7 +82,7 @@ def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) 
         samples = read(options.validation_prompts, videos, options.validation_images)
     if task == "i2v" and not all(sample.video or sample.image for sample in samples):
         raise UserError(
-            f"--validation_dir {root}: image-to-video needs an image a prompt; give --validation_images, or a "
-            f"{data.video_column} whose clips' first frames serve."
+            f"--validation_dir {root}: image-to-video needs an image for each prompt; give --validation_images, or a "
+            f"{data.video_column} with clips, whose first frames are used."
         )
     return samples

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: `metrics.jsonl` always, the trackers that `--report_to` names, the progress bar."""
+"""Writes the metrics of a run to `metrics.jsonl`, to the trackers of `--report_to` and to the progress bar."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from PIL import Image
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
-# --report_to -> the trackers of accelerate, which are the packages' names too
+# Value of --report_to -> names of accelerate's trackers, which are also the names of their packages.
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
+# Losses are also averaged over each of this many equal ranges of timesteps.
 QUARTERS = 4
 
 
 class Metrics:
-    """Writes on the main process; a no-op on the others.
+    """Writes metrics on the main process; does nothing on the others.
 
     Args:
-        step: updates already done; lines of a later step, left by a run that was killed, are dropped.
+        config: resolved arguments by group, for the trackers.
+        step: number of updates done. Lines of later steps, which a killed run may have left, are removed.
+        total: number of updates of the whole run.
     """
 
     def __init__(
@@ -35,8 +38,8 @@ class Metrics:
         self.path = output_dir / METRICS_FILE
         self.laps: list[float] = []
         if accelerator.is_main_process:
-            _drop_after(self.path, step)
-        # trackers take numbers and strings only
+            _remove_lines_after(self.path, step)
+        # trackers accept only numbers and strings
         flat = {f"{group}/{name}": value for group, values in config.items() for name, value in values.items()}
         accelerator.init_trackers(
             "cogvideox-finetune",
@@ -48,27 +51,29 @@ class Metrics:
         )
 
     def start_lap(self) -> None:
-        """Time from here on belongs to the next update."""
+        """Starts timing the next update."""
         self.lap_started = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds that the update took, without validation and checkpoints before it."""
+        """Returns the seconds since `start_lap`: the duration of an update, without validation and checkpoints."""
         self.laps.append(time.perf_counter() - self.lap_started)
         return self.laps[-1]
 
     def log(self, step: int, **values: float) -> None:
+        """Writes values to the metrics file and the trackers."""
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log(values, step=step)
 
-    def advance(self, **shown: float) -> None:
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+    def advance(self, **values: float) -> None:
+        """Advances the progress bar by one update and shows values on it."""
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
         self.bar.update()
 
     def log_videos(self, step: int, videos: list[tuple[Path, str]], fps: float) -> None:
-        """Hands finished mp4 files and their prompts to the trackers."""
+        """Sends mp4 files and their prompts to the trackers."""
         for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
             if tracker.name == "tensorboard":
                 for path, prompt in videos:
@@ -80,15 +85,15 @@ class Metrics:
                 tracker.tracker.log({"validation": clips}, step=step)
 
     def close(self, step: int) -> str:
-        """Ends the trackers; returns the closing line."""
+        """Closes progress bar and trackers; returns a summary of the run."""
         self.bar.close()
         self.accelerator.end_training()
         seconds = statistics.median(self.laps)
-        return f"Done: step {step}, {len(self.laps)} updates in this run, {seconds:.3g} s a step, {peak_memory()}."
+        return f"Done: step {step}, {len(self.laps)} updates in this run, {seconds:.3g} s per step, {peak_memory()}."
 
 
 def peak_memory() -> str:
-    """The most memory this process has held: reserved on the GPU where there is one, resident on the host."""
+    """Describes the peak memory of this process: reserved on the GPU, if there is one, and resident on the host."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     if not torch.cuda.is_available():
         return f"peak memory {host:.2f} GiB (host)"
@@ -96,12 +101,13 @@ def peak_memory() -> str:
 
 
 def quarter_means(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int, name: str) -> dict[str, float]:
-    """Mean loss of each quarter of the timesteps, 1 the least noisy; a quarter without a sample is left out.
+    """Returns the mean loss of each quarter of the timesteps; quarter 1 is the least noisy. Omits empty quarters.
 
-    A loss over all timesteps mostly shows which timesteps were drawn; within a quarter it shows learning.
+    The mean over all timesteps varies mostly with the timesteps that were drawn. Means per quarter show learning.
 
     Args:
-        losses, timesteps: one a sample.
+        losses, timesteps: one per sample.
+        name: prefix of the keys.
     """
     quarter = timesteps * QUARTERS // num_timesteps
     return {
@@ -109,24 +115,26 @@ def quarter_means(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: 
     }
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _remove_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of later steps from a metrics file; all lines if `step` is 0."""
     if path.exists():
-        # a run that has no checkpoint yet begins anew, with its baseline at step 0
-        kept = [line for line in path.read_text().splitlines() if step > 0 and _step_of(line) <= step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept))
-        aside.replace(path)
+        # a run without a checkpoint starts over and logs its baseline at step 0 again
+        lines = [line for line in path.read_text().splitlines() if step > 0 and _step_of(line) <= step]
+        tmp_path = path.with_suffix(".tmp")
+        tmp_path.write_text("".join(f"{line}\n" for line in lines))
+        tmp_path.replace(path)
 
 
 def _step_of(line: str) -> float:
+    """Returns the step of a line of a metrics file; infinite for an incomplete line."""
     try:
         return json.loads(line)["step"]
-    except ValueError:  # cut short by a kill
+    except ValueError:  # truncated by a kill
         return float("inf")
 
 
 def _add_gif(writer: Any, tag: str, path: Path, prompt: str, fps: float, step: int) -> None:
-    """Adds a clip as an animated picture; `SummaryWriter.add_video` would need moviepy for the same."""
+    """Logs a clip to TensorBoard as an animated GIF. `SummaryWriter.add_video` would need moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     from dataset.video import open_clip
@@ -134,11 +142,11 @@ def _add_gif(writer: Any, tag: str, path: Path, prompt: str, fps: float, step: i
     reader = open_clip(path)
     frames = [Image.fromarray(frame) for frame in reader.get_batch(range(len(reader))).asnumpy()]
     for frame in frames:
-        frame.thumbnail((320, 320))  # a GIF of the full size would be tens of megabytes
+        frame.thumbnail((320, 320))  # a full-size GIF takes tens of megabytes
     gif = io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-    picture = Summary.Image(
+    image = Summary.Image(
         height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif.getvalue()
     )
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
     writer.add_text(tag, prompt, step)

@@ -1,4 +1,4 @@
-"""What of the transformer is trained, and in which dtype."""
+"""Selects trainable parameters and their dtypes."""
 
 from __future__ import annotations
 
@@ -20,41 +20,44 @@ from utils.model.loading import DTYPES
 
 
 def compute_dtype(args: Args) -> torch.dtype:
-    """Of the transformer's inputs and matrix products."""
+    """Returns the dtype of the transformer's inputs and matrix products."""
     assert args.training.mixed_precision is not None  # resolved by preflight
     return DTYPES[args.training.mixed_precision]
 
 
 def weight_dtype(args: Args, uses_deepspeed: bool) -> torch.dtype:
-    """The dtype of the transformer's weights on the device.
+    """Returns the dtype of the transformer's weights on the device.
 
-    Half precision under adapters, float32 where they are trained themselves, unless the optimizer has float32 copies
-    of its own, DeepSpeed's, cut among the processes, or the one in host memory; or can do without.
+    LoRA uses the compute dtype, since the base is frozen. Full fine-tuning uses float32, with three exceptions that use
+    the compute dtype: DeepSpeed, which keeps its own float32 copies divided among the processes; the offloaded
+    optimizer, which keeps float32 copies in host memory; and the quantized optimizer, which rounds stochastically.
     """
     can_be_half = uses_deepspeed or args.memory.offload_optimizer or args.memory.quantize_optimizer != "none"
     return torch.float32 if args.model.training_type == "sft" and not can_be_half else compute_dtype(args)
 
 
 def uses_autocast(args: Args, uses_deepspeed: bool) -> bool:
-    """Whether the transformer runs under torch's autocast; DeepSpeed has the weights in half precision instead."""
+    """Whether the transformer runs under torch's autocast. DeepSpeed needs none: its weights are in half precision."""
     return compute_dtype(args) != torch.float32 and args.memory.autocast and not uses_deepspeed
 
 
 def make_trainable(
     transformer: CogVideoXTransformer3DModel, args: Args, device: torch.device | str | None = None
 ) -> None:
-    """Freezes or frees weights in place. Adapters are float32 whatever the dtype of the frozen base.
+    """Prepares a transformer for training, in place: adapters, quantized base, checkpointing, compilation.
+
+    Adapters are float32, whatever the dtype of the frozen base.
 
     Args:
-        device: where a quantized base goes, whose weights may still be on the host; default: where they are.
+        device: device of a quantized base, whose weights may still be on the host; defaults to the weights' device.
     """
     if args.model.training_type == "lora":
         transformer.requires_grad_(False)
-        torch.manual_seed(args.training.seed)  # the same adapters on every rank
+        torch.manual_seed(args.training.seed)  # equal adapters on every rank
         transformer.add_adapter(lora_config(args))
         cast_training_params(transformer, torch.float32)
         if not args.memory.autocast:
-            compute_in_dtype_of_inputs(transformer)
+            run_adapters_in_input_dtype(transformer)
         if args.memory.quantize_base != "none":
             quantize_blocks(transformer, args.memory.quantize_base, device)
     memory = args.memory
@@ -62,13 +65,13 @@ def make_trainable(
         selective = memory.gradient_checkpointing == "selective"
         checkpoint_blocks(transformer, selective, memory.offload_activations, memory.compile_blocks)
     elif memory.compile_blocks:
-        for block in transformer.transformer_blocks:  # all from one graph
+        for block in transformer.transformer_blocks:  # all blocks share one graph
             block.compile(fullgraph=True)
     transformer.train()
 
 
 def use_attention_kernel(name: str) -> None:
-    """Leaves torch one kernel for `scaled_dot_product_attention`, in the whole process; "auto" changes nothing."""
+    """Restricts `scaled_dot_product_attention` to one kernel in the whole process; "auto" changes nothing."""
     backends = torch.backends.cuda
     switches = {
         "flash": backends.enable_flash_sdp,
@@ -82,21 +85,25 @@ def use_attention_kernel(name: str) -> None:
 
 @cache
 def compile_error() -> str | None:
-    """Why torch cannot compile on this machine, for want of a C compiler perhaps; None where it can.
+    """Returns why torch.compile fails on this machine, such as a missing C compiler; None if it works.
 
-    Tried in a process of its own: the compiler starts threads, and from this one processes that decode are forked.
+    Compiles a small function in a separate process, because the compiler starts threads and this process is forked to
+    decode clips.
     """
     script = (
         "import torch; device = 'cuda' if torch.cuda.is_available() else 'cpu'; "
         "torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.zeros(8, device=device))"
     )
-    tried = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    errors = [line for line in tried.stderr.splitlines() if "Error" in line]
-    return (errors or ["it ended with a failure"])[-1] if tried.returncode else None
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    errors = [line for line in result.stderr.splitlines() if "Error" in line]
+    return (errors or [f"exit code {result.returncode}"])[-1] if result.returncode else None
 
 
-def compute_in_dtype_of_inputs(transformer: torch.nn.Module) -> None:
-    """Lets adapters compute as autocast would: peft, left alone, casts their inputs to the dtype of their weights."""
+def run_adapters_in_input_dtype(transformer: torch.nn.Module) -> None:
+    """Makes adapters compute in the dtype of their inputs, as under autocast.
+
+    By default, peft casts the inputs to the dtype of the adapter weights.
+    """
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
@@ -105,6 +112,7 @@ def compute_in_dtype_of_inputs(transformer: torch.nn.Module) -> None:
 
 
 def _linear(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """Applies a linear layer without bias in the dtype of its inputs."""
     return torch.nn.functional.linear(inputs, layer.weight.to(inputs.dtype))
 
 
@@ -121,16 +129,16 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def unfit_targets(config: dict, target_modules: tuple[str, ...]) -> list[str]:
-    """Those of `target_modules` that do not name linear layers, and only such. Needs no weights.
+def invalid_target_modules(config: dict, target_modules: tuple[str, ...]) -> list[str]:
+    """Returns the target modules that match no layer, or match a layer that is not linear. Reads no weights.
 
-    peft would put adapters on the convolution `patch_embed.proj` too, which LoRA loaders do not know.
+    peft would also adapt the convolution `patch_embed.proj`, which LoRA loaders do not support.
     """
     with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(config)
 
-    def fits(target: str) -> bool:
-        named = [m for name, m in transformer.named_modules() if name == target or name.endswith(f".{target}")]
-        return bool(named) and all(isinstance(module, torch.nn.Linear) for module in named)
+    def is_valid(target: str) -> bool:
+        matches = [m for name, m in transformer.named_modules() if name == target or name.endswith(f".{target}")]
+        return bool(matches) and all(isinstance(module, torch.nn.Linear) for module in matches)
 
-    return [target for target in target_modules if not fits(target)]
+    return [target for target in target_modules if not is_valid(target)]
