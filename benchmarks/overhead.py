@@ -3,8 +3,8 @@
     python -m benchmarks.overhead
 
 The run trains a LoRA of a tiny model of the examples. The start goes through the launch script and includes preflight,
-cache and weights. The time of an update outside the model is that of reading the cache, drawing noise, the loss and
-logging; it excludes forward and backward passes, clipping and the optimizer. Writes results/overhead.json.
+cache and weights. The time outside the model covers reading the cache, drawing noise, the loss and logging; it excludes
+forward and backward passes, clipping and the optimizer. Writes results/overhead.json.
 """
 
 from __future__ import annotations

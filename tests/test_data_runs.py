@@ -61,8 +61,9 @@ def test_run_with_buckets_is_the_same_on_two_processes_and_after_resuming(tiny, 
 
 def test_bad_clips_stop_the_run_unless_they_are_skipped(tiny, data, tmp_path):
     clips = (data / "videos.txt").read_text().split()
-    whole = (data / clips[2]).read_bytes()
-    (data / clips[2]).write_bytes(whole[:1500] + bytes(len(whole) - 1600) + whole[-100:])  # damaged beyond the header
+    content = (data / clips[2]).read_bytes()
+    # damaged beyond the header
+    (data / clips[2]).write_bytes(content[:1500] + bytes(len(content) - 1600) + content[-100:])
     shutil.copy(ROOT / "tests" / "first_frame.png", data / clips[5])
     out = tmp_path / "out"
     options = arguments(tiny("5b"), data, out, "--train_steps", 2, "--resume_from_checkpoint", "latest")
@@ -85,8 +86,8 @@ def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
             precompute(cache), env=environment(1), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
 
-    assert start("whole").wait() == 0
-    entries = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.safetensors")}
+    assert start("uninterrupted").wait() == 0
+    entries = {path.name: path.read_bytes() for path in (tmp_path / "uninterrupted").glob("*.safetensors")}
     for kill in range(3):
         with start("killed") as process:
             while len(list((tmp_path / "killed").glob("*.safetensors"))) <= 12 * kill and process.poll() is None:

@@ -158,18 +158,18 @@ def test_bf16_resumes_bit_exact_and_with_offload_switched_on(tiny, data, tmp_pat
         succeed("train_zero_t2v.sh", *args, processes=2, ZERO=template)
         return load_file(max(out.glob("checkpoint-*/transformer/*.safetensors"), key=os.path.getmtime))
 
-    whole = train(tmp_path / "whole", "zero3")
-    half = train(tmp_path / "parts", "zero3", "--train_steps", 2)
-    shutil.copytree(tmp_path / "parts", tmp_path / "switched")
-    parts, switched = train(tmp_path / "parts", "zero3"), train(tmp_path / "switched", "zero3_offload")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4" / "transformer")  # as if killed between checkpoint and export
-    again = train(tmp_path / "parts", "zero3")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    uninterrupted = train(tmp_path / "uninterrupted", "zero3")
+    half = train(tmp_path / "resumed", "zero3", "--train_steps", 2)
+    shutil.copytree(tmp_path / "resumed", tmp_path / "switched")
+    resumed, switched = train(tmp_path / "resumed", "zero3"), train(tmp_path / "switched", "zero3_offload")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    assert read_metrics(tmp_path / "uninterrupted") == read_metrics(tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4" / "transformer")  # as if killed between checkpoint and export
+    again = train(tmp_path / "resumed", "zero3")
+    assert all(torch.equal(uninterrupted[name], again[name]) for name in uninterrupted)
     # offload uses another implementation of Adam; the last two updates change weights by 1e-3 each
-    assert all(torch.allclose(whole[name], switched[name], rtol=0, atol=2e-5) for name in whole)
-    assert not torch.allclose(whole["proj_out.weight"], half["proj_out.weight"], rtol=0, atol=1e-3)
+    assert all(torch.allclose(uninterrupted[name], switched[name], rtol=0, atol=2e-5) for name in uninterrupted)
+    assert not torch.allclose(uninterrupted["proj_out.weight"], half["proj_out.weight"], rtol=0, atol=1e-3)
 
 
 def test_lora_and_validation_under_zero3_match_ddp(tiny, data, validation, tmp_path):

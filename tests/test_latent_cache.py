@@ -140,14 +140,14 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
     samples, keys = scanned.samples, keys_of(scanned)
     fill(cache, samples, keys, constant_encoders)
     path = cache.path(keys[2].video[0])
-    whole = path.read_bytes()
+    content = path.read_bytes()
     if damage == "deleted":
         path.unlink()
     else:
-        flipped = whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
+        flipped = content[:-7] + bytes([content[-7] ^ 1]) + content[-6:]
         other_entry = cache.path(keys[3].video[0]).read_bytes()
         damages = {
-            "truncated": whole[:-5],
+            "truncated": content[:-5],
             "flipped": flipped,
             "emptied": b"",
             "garbage": b"x" * 99,
@@ -158,15 +158,15 @@ def test_damaged_entries_are_rebuilt(data, tmp_path, damage):
         cache.read(keys[2].video[0])
     untouched = cache.path(keys[1].video[0]).stat().st_mtime_ns
     fill(cache, samples, keys, constant_encoders)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
     assert cache.path(keys[1].video[0]).stat().st_mtime_ns == untouched
 
 
 def test_bad_clips_are_reported_and_the_others_encoded(data, tmp_path):
     scanned, cache = scan(data), LatentCache(tmp_path / "cache")
     samples, keys = scanned.samples, keys_of(scanned)
-    whole = Path(samples[1].sample.clip).read_bytes()
-    Path(samples[1].sample.clip).write_bytes(whole[: len(whole) // 2])
+    content = Path(samples[1].sample.clip).read_bytes()
+    Path(samples[1].sample.clip).write_bytes(content[: len(content) // 2])
     Path(samples[4].sample.clip).write_bytes(b"nothing")
 
     @contextmanager

@@ -127,11 +127,11 @@ def test_benchmark_measures_a_row(tiny, monkeypatch, flags):
 def test_offloaded_text_encoder_needs_memory_for_its_largest_layer():
     context = estimate_memory.make_context(["--model_path", "THUDM/CogVideoX-5b"], None, 1)
     config = context.text_encoder
-    whole, offloaded = (
+    on_gpu, offloaded = (
         simulated_run.prompt_encoding_peak(context.with_memory(offload_text_encoder=offload))
         for offload in (False, True)
     )
-    assert whole == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # encoder of T5-XXL in bf16, and activations
+    assert on_gpu == pytest.approx(4.76e9 * 2 + 2**28, rel=0.05)  # encoder of T5-XXL in bf16, and activations
     embedding = config["vocab_size"] * config["d_model"] * 2
     assert embedding < offloaded < 1.05 * embedding
 

@@ -35,8 +35,8 @@ def test_stream_does_not_depend_on_batch_size_and_ranks(batch_size, world_size):
 
 
 def test_stream_resumes_at_any_sample():
-    whole = positions(2, 1, 2, count=8)
-    assert whole[3:] == positions(2, 1, 2, start=3 * 4, count=5)
+    uninterrupted = positions(2, 1, 2, count=8)
+    assert uninterrupted[3:] == positions(2, 1, 2, start=3 * 4, count=5)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), [(4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 4)])
@@ -51,8 +51,8 @@ def test_each_update_has_one_bucket_and_each_epoch_every_sample(batch_size, worl
     assert len({THREE_BUCKETS[update[0].index] for update in updates}) == 3
     assert len({position.number for position in flat}) == len(flat)
     for epoch in range(8):
-        seen = [position.index for position in flat if position.number // len(THREE_BUCKETS) == epoch]
-        assert sorted(seen) == list(range(len(THREE_BUCKETS)))
+        indices = [position.index for position in flat if position.number // len(THREE_BUCKETS) == epoch]
+        assert sorted(indices) == list(range(len(THREE_BUCKETS)))
     assert (
         positions(2, 0, 2, start=4 * 9, buckets=THREE_BUCKETS, count=5)
         == positions(2, 0, 2, buckets=THREE_BUCKETS, count=14)[9:]

@@ -95,10 +95,10 @@ def test_resuming_is_bit_exact(tiny, data, tmp_path, processes):
         options += ["--caption_dropout", 0.3, *more]
         succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=processes)
 
-    train(tmp_path / "whole", 6)
-    train(tmp_path / "parts", 3)
-    train(tmp_path / "parts", 6, "--resume_from_checkpoint", str(tmp_path / "parts" / "checkpoint-3"))
-    assert_same_run(tmp_path / "parts", tmp_path / "whole", 6)
+    train(tmp_path / "uninterrupted", 6)
+    train(tmp_path / "resumed", 3)
+    train(tmp_path / "resumed", 6, "--resume_from_checkpoint", str(tmp_path / "resumed" / "checkpoint-3"))
+    assert_same_run(tmp_path / "resumed", tmp_path / "uninterrupted", 6)
 
 
 def test_killed_run_resumes_bit_exact(tiny, data, tmp_path):
@@ -107,7 +107,7 @@ def test_killed_run_resumes_bit_exact(tiny, data, tmp_path):
     def command(out: Path) -> list[str]:
         return arguments(tiny("2b"), data, out, *options)
 
-    succeed("train_ddp_t2v.sh", *command(tmp_path / "whole"), processes=1)
+    succeed("train_ddp_t2v.sh", *command(tmp_path / "uninterrupted"), processes=1)
     killed = tmp_path / "killed"
     with subprocess.Popen(
         ["bash", str(ROOT / "train_ddp_t2v.sh"), *command(killed)],
@@ -125,7 +125,7 @@ def test_killed_run_resumes_bit_exact(tiny, data, tmp_path):
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # an incomplete line
     succeed("train_ddp_t2v.sh", *command(killed), processes=1)
-    assert_same_run(killed, tmp_path / "whole", 60)
+    assert_same_run(killed, tmp_path / "uninterrupted", 60)
 
 
 def test_two_processes_match_one_with_accumulation(tiny, data, tmp_path):
@@ -149,15 +149,15 @@ def test_full_fine_tuning_resumes_and_its_transformer_loads(tiny, data, tmp_path
         options = ["--training_type", "sft", "--train_steps", steps, "--checkpointing_steps", 2, *more]
         succeed("train_ddp_t2v.sh", *arguments(tiny("1.5"), data, out, *options), processes=1)
 
-    train(tmp_path / "whole", 4)
-    train(tmp_path / "parts", 2)
-    train(tmp_path / "parts", 4, "--resume_from_checkpoint", "latest")
+    train(tmp_path / "uninterrupted", 4)
+    train(tmp_path / "resumed", 2)
+    train(tmp_path / "resumed", 4, "--resume_from_checkpoint", "latest")
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    one, other = (load_file(tmp_path / run / "checkpoint-4" / weights) for run in ("whole", "parts"))
+    one, other = (load_file(tmp_path / run / "checkpoint-4" / weights) for run in ("uninterrupted", "resumed"))
     assert_equal(one, other)
     assert not torch.equal(one["proj_out.weight"], load_file(tiny("1.5") / weights)["proj_out.weight"])
     options = ["--prompt", "a square", "--num_inference_steps", "2", "--output_path", str(tmp_path / "demo.mp4")]
-    transformer = ["--transformer_path", str(tmp_path / "parts" / "checkpoint-4")]
+    transformer = ["--transformer_path", str(tmp_path / "resumed" / "checkpoint-4")]
     succeed("cli_demo.py", "--model_path", str(tiny("1.5")), *options, *transformer)
 
 
@@ -198,12 +198,12 @@ def test_resumed_run_follows_its_command_line(tiny, data, tmp_path):
 
 def test_bad_clips_stop_the_run_and_changed_clips_are_encoded_again(tiny, data, tmp_path):
     clip = data / "videos" / "blue_circle_up_white.mp4"
-    whole = clip.read_bytes()
-    clip.write_bytes(whole[: len(whole) * 2 // 3])
+    content = clip.read_bytes()
+    clip.write_bytes(content[: len(content) * 2 // 3])
     options = arguments(tiny("5b"), data, tmp_path / "out", "--precompute_only")
     failed = run("train_ddp_t2v.sh", *options, processes=2)
     assert failed.returncode == 2 and f"{clip} (line 3)" in failed.stderr and "Traceback" not in failed.stderr
-    clip.write_bytes(whole)
+    clip.write_bytes(content)
     succeed("train_ddp_t2v.sh", *options, processes=2)
     assert len(list((data / "videos" / "latent").glob("video-*"))) == 8
     shutil.copy(data / "videos" / "red_square_left_white.mp4", clip)

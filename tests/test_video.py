@@ -36,7 +36,7 @@ def times(frames: int, fps: float) -> np.ndarray:
     return np.arange(frames + 1) / fps
 
 
-def view(frames: int, rate=8.0, first=0, span=None, size=(64, 96), mode="stretch") -> FrameSelection:
+def selection(frames: int, rate=8.0, first=0, span=None, size=(64, 96), mode="stretch") -> FrameSelection:
     return FrameSelection(Resolution(frames, *size), rate, mode, first, span or frames)
 
 
@@ -45,28 +45,28 @@ def info(frames: int, fps: float, height=64, width=96) -> ClipInfo:
 
 
 def test_frames_are_selected_by_time():
-    assert choose_frames(times(49, 8), view(49)) == list(range(49))
+    assert choose_frames(times(49, 8), selection(49)) == list(range(49))
     # 30 fps to 8 fps: every 3.75th frame, six seconds for 49 frames
-    chosen = choose_frames(times(300, 30), view(49))
+    chosen = choose_frames(times(300, 30), selection(49))
     assert chosen[:5] == [0, 4, 8, 11, 15] and chosen[-1] == 180
-    assert choose_frames(times(10, 8), view(9, 16.0)) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert choose_frames(times(300, 30), view(5, first=8)) == [30, 34, 38, 41, 45]
-    assert choose_frames(times(4, 8), view(9)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
+    assert choose_frames(times(10, 8), selection(9, 16.0)) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert choose_frames(times(300, 30), selection(5, first=8)) == [30, 34, 38, 41, 45]
+    assert choose_frames(times(4, 8), selection(9)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
     assert [frames_available(info(49, rate), rate) for rate in (8, 24, 30000 / 1001, 30)] == [49] * 4
     # "30 fps" television material has 29.97 fps and must not run out of frames at the end
-    assert choose_frames(times(49, 30000 / 1001), view(49, 30.0))[-1] == 48
+    assert choose_frames(times(49, 30000 / 1001), selection(49, 30.0))[-1] == 48
 
 
 def test_frames_spread_over_the_clip():
-    assert choose_frames(times(97, 30), view(49, SPREAD, span=97)) == list(range(0, 97, 2))
-    assert choose_frames(times(60, 24), view(3, SPREAD, first=20, span=20)) == [20, 30, 39]
-    assert choose_frames(times(4, 24), view(9, SPREAD, span=4)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
+    assert choose_frames(times(97, 30), selection(49, SPREAD, span=97)) == list(range(0, 97, 2))
+    assert choose_frames(times(60, 24), selection(3, SPREAD, first=20, span=20)) == [20, 30, 39]
+    assert choose_frames(times(4, 24), selection(9, SPREAD, span=4)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
 
 
 def test_frames_are_selected_by_time_at_a_variable_rate():
     """One second at 24 fps and one at 6 fps give the same number of frames at 6 fps."""
     starts = np.concatenate([np.arange(24) / 24, 1 + np.arange(7) / 6])
-    assert choose_frames(starts, view(12, 6.0)) == [0, 4, 8, 12, 16, 20, 24, 25, 26, 27, 28, 29]
+    assert choose_frames(starts, selection(12, 6.0)) == [0, 4, 8, 12, 16, 20, 24, 25, 26, 27, 28, 29]
 
 
 def test_images_are_loaded_as_a_viewer_shows_them(tmp_path: Path):
@@ -87,13 +87,13 @@ def test_images_are_loaded_as_a_viewer_shows_them(tmp_path: Path):
 def test_decoded_frames_match_decord(tmp_path: Path):
     path = tmp_path / "noise.mp4"
     imwrite(path, np.random.default_rng(0).integers(0, 255, (30, 64, 96, 3), np.uint8), fps=24)
-    found = probe(path)
-    assert (found.frames, round(found.fps), found.height, found.width) == (30, 24, 64, 96)
-    pixels = decode(path, view(9))
+    clip_info = probe(path)
+    assert (clip_info.frames, round(clip_info.fps), clip_info.height, clip_info.width) == (30, 24, 64, 96)
+    pixels = decode(path, selection(9))
     expected = decord.VideoReader(str(path)).get_batch(range(0, 27, 3)).asnumpy()
     assert pixels.shape == (9, 64, 96, 3)
     assert np.array_equal(pixels.numpy(), expected)
-    mirrored = decode(path, replace(view(9), flipped=True))
+    mirrored = decode(path, replace(selection(9), flipped=True))
     assert torch.equal(mirrored, pixels.flip(2))
 
 
@@ -147,13 +147,13 @@ def test_decoded_frames_match_ffmpeg(tmp_path: Path, kind: str):
     shown = np.frombuffer(
         ffmpeg("-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"), np.uint8
     ).reshape(-1, height, width, 3)
-    found = probe(path)
-    assert (found.frames, found.height, found.width) == (len(shown), height, width)
+    clip_info = probe(path)
+    assert (clip_info.frames, clip_info.height, clip_info.width) == (len(shown), height, width)
     reader = open_clip(path)
     times, _ = frame_times(reader)
-    for seen in (view(17, size=(height, width)), view(9, 30.0, first=40, size=(height, width))):
-        pixels = decode(path, seen).numpy().astype(int)
-        for frame, index in zip(pixels, choose_frames(times, seen), strict=True):
+    for frame_selection in (selection(17, size=(height, width)), selection(9, 30.0, first=40, size=(height, width))):
+        pixels = decode(path, frame_selection).numpy().astype(int)
+        for frame, index in zip(pixels, choose_frames(times, frame_selection), strict=True):
             near = range(max(index - 6, 0), min(index + 7, len(shown)))
             differences = {number: abs(shown[number] - frame).mean() for number in near}
             assert min(differences, key=differences.__getitem__) == index
@@ -176,9 +176,9 @@ def test_error_names_the_reason(tmp_path: Path, make, reason: str):
 
 def test_single_frame_is_a_clip(tmp_path: Path):
     ffmpeg(*SOURCE, "-frames:v", 1, tmp_path / "one.mp4")
-    found = probe(tmp_path / "one.mp4")
-    assert found.frames == 1 and found.seconds > 0 and frames_available(found, 8.0) == 1
-    assert len(decode(tmp_path / "one.mp4", view(9)).unique(dim=0)) == 1
+    clip_info = probe(tmp_path / "one.mp4")
+    assert clip_info.frames == 1 and clip_info.seconds > 0 and frames_available(clip_info, 8.0) == 1
+    assert len(decode(tmp_path / "one.mp4", selection(9)).unique(dim=0)) == 1
 
 
 @pytest.mark.parametrize("size", [0.5, 0.97])
