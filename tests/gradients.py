@@ -29,7 +29,8 @@ class Model(NamedTuple):
 
 
 class BatchResult(NamedTuple):
-    """
+    """The outcome of one forward and backward pass.
+
     Attributes:
         gradients: one per trained parameter; None where an optimizer has taken the gradient already.
         attention_calls: number of attention operations in the forward and the backward pass.

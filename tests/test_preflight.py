@@ -183,7 +183,7 @@ def test_defaults_follow_the_model(tiny, data, tmp_path):
     assert (plan.args.data.fps, plan.args.validation.gen_fps) == (16, 16)
     assert plan.args.lora.lora_alpha == plan.args.lora.rank == 128
     assert plan.args.training.mixed_precision == "bf16"
-    assert plan.total_steps == 40  # 10 epochs of 8 clips, 2 a step
+    assert plan.total_steps == 40  # 10 epochs of 8 clips, 2 per step
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny, data, tmp_path):

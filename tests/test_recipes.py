@@ -1,4 +1,4 @@
-"""Every command of the README's table of recipes runs as it stands there, on tiny checkpoints and two processes."""
+"""Every command in the README's table of recipes runs unchanged on tiny checkpoints and two processes."""
 
 from __future__ import annotations
 
