@@ -127,7 +127,9 @@ def train(plan: RunPlan) -> None:
 
     # ---- data: one endless stream of samples, entered at the position of the checkpoint
     if progress.data not in ("", plan.data_digest):
-        accelerator.print("Note: the samples, the seed or the samples per update have changed, so the order is new.")
+        accelerator.print(
+            "Note: the samples, the seed or the samples per update have changed, so the sample order is new."
+        )
     progress.data = plan.data_digest
     dataset = CachedDataset(LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed)
     stream = SampleStream(

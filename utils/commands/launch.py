@@ -1,4 +1,4 @@
-"""Starts train.py with `accelerate launch`, configured by environment variables; exits with the code of the training.
+"""Starts train.py with `accelerate launch`, configured by environment variables. Exits with the code of train.py.
 
     NUM_PROCESSES      total number of processes over all machines; default: one per visible GPU
     NUM_MACHINES       number of machines; each runs the same script, with the same files under the same paths
@@ -8,8 +8,8 @@
     ZERO               DeepSpeed template instead of the one in accelerate_config.yaml: zero2, zero3_offload or another
                        name in configs/, or the path of a .json file
 
-train.py reports a wrong command line in a sentence. accelerate's launcher would add forty lines about a failed child
-process and exit with code 1.
+train.py reports a user error in one sentence. accelerate's launcher would add forty lines about a failed child process
+and exit with code 1.
 
 A single process runs in the launcher itself, in the environment that accelerate prepares: importing torch twice would
 take seconds. Heavy imports are therefore inside the functions, and this file imports nothing else of the project.
@@ -52,7 +52,7 @@ def main() -> int:
     complete(args)
     gc.freeze()
     gc.enable()
-    # accelerate's default is one thread per process, but clips are encoded on the CPU where there is no GPU
+    # accelerate's default is one thread per process, but without a GPU clips are encoded on the CPU
     threads_per_process = max(num_cores * args.num_machines // args.num_processes, 1)
     os.environ["OMP_NUM_THREADS"] = user_threads or str(threads_per_process)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -87,7 +87,7 @@ def flags_from_environment() -> Iterator[str]:
 
 
 def template_path(name: str, flag: str) -> Path:
-    """The path of a DeepSpeed template, by its name in configs/ or by its path. Exits if it does not exist."""
+    """Returns the path of a DeepSpeed template, given by its name in configs/ or its path. Exits if it is missing."""
     template = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not template.is_file():
         names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
@@ -96,7 +96,7 @@ def template_path(name: str, flag: str) -> Path:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Fills in what depends on this machine. Exits if the numbers of machines and processes do not fit together."""
+    """Fills in the settings that depend on this machine. Exits if the numbers of machines and processes conflict."""
     import torch
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -133,7 +133,7 @@ def grow_segments() -> None:
 
 
 def single_process_environment(args: argparse.Namespace) -> dict[str, str]:
-    """The environment in which `launch_command` would start the script as a single process.
+    """Returns the environment in which `launch_command` would start the script as a single process.
 
     Empty if the config makes accelerate start the script without torchrun; then the script has already run.
     """
@@ -155,6 +155,7 @@ def run_here(script: str, arguments: list[str], environment: dict[str, str]) -> 
 
 
 def fail(message: str) -> NoReturn:
+    """Prints an error and exits with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""A resolved run and the machine it is fitted to, each as one frozen value."""
+"""A resolved run and the machine that it must fit, each as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RunContext:
     """A resolved run, before any weights are read.
 
     Attributes:
-        args: with all defaults filled in.
+        args: arguments with all defaults filled in.
         text_encoder: config of the T5 encoder.
         zero: DeepSpeed configuration without "auto"; None for DDP.
-        num_processes: on all machines.
+        num_processes: number of processes on all machines.
     """
 
     args: Args
@@ -45,17 +45,17 @@ class RunContext:
         return max(self.args.data.train_resolution, key=lambda resolution: sum(self.spec.tokens(resolution)))
 
     def with_memory(self, **settings: Any) -> RunContext:
-        """The same run with other memory options."""
+        """Returns the same run with other memory options."""
         return replace(self, args=replace(self.args, memory=replace(self.args.memory, **settings)))
 
     def with_num_layers(self, num_layers: int) -> RunContext:
-        """The same run with a shallower or deeper transformer."""
+        """Returns the same run with another number of transformer blocks."""
         return replace(self, spec=replace(self.spec, transformer=self.spec.transformer | {"num_layers": num_layers}))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of the machine that a run is fitted to.
+    """Resources of the machine that a run must fit.
 
     Attributes:
         gpu_gib: free memory of this process's GPU; None without a GPU.
@@ -71,7 +71,8 @@ class Machine:
 
 
 def this_machine(try_compiler: bool) -> Machine:
-    """
+    """Returns the resources of this machine.
+
     Args:
         try_compiler: whether to try torch.compile, which takes seconds; otherwise it counts as unavailable on a GPU.
     """

@@ -1,4 +1,4 @@
-"""Predicts memory of a GPU and of the host, work, time, and the cards that a run fits."""
+"""Predicts GPU and host memory, work and time of a run, and the cards that it fits."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from utils.estimate.simulated_run import (
 )
 from utils.training.trainable import compute_dtype
 
-# Safety margin, relative and in GiB, for the CUDA context, fragmentation and kernel workspaces. Fake tensors know none
-# of these; no GPU has calibrated the margin yet.
+# Safety margin, relative and in GiB, for the CUDA context, fragmentation and kernel workspaces. Fake tensors include
+# none of these. No GPU has calibrated the margin yet.
 MARGIN, CONTEXT_GIB = 1.15, 1.0
 # Memory of common cards in GB.
 CARDS_GB = (12, 16, 24, 32, 40, 48, 80, 141)
 # Dense bf16 TFLOP/s by data sheet.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
-# The range of utilisation that a training step may reach.
+# Range of the GPU utilisation that a training step is expected to reach.
 UTILISATION = (0.25, 0.5)
-# Depths that are simulated to extrapolate. The first must exceed the number of blocks with copies in flight.
+# Numbers of blocks to extrapolate from. The first must exceed the number of blocks with copies in flight.
 SIMULATED_DEPTHS = (4, 5)
 
 
@@ -58,7 +58,7 @@ class NonTrainingPeaks:
 
     Attributes:
         encoding: filling the latent cache.
-        generating: a validation video, beside the trained weights; 0 without validation.
+        generating: a validation video, without the trained weights; 0 without validation.
     """
 
     encoding: int
@@ -71,7 +71,7 @@ def required_gib(peak: int) -> float:
 
 
 def predict(context: RunContext) -> Prediction:
-    """Predicts from updates, a validation video and encoding on fake tensors."""
+    """Simulates updates, a validation video and encoding on fake tensors."""
     return combine(context, extrapolated_updates(context), non_training_peaks(context))
 
 
@@ -83,7 +83,7 @@ def non_training_peaks(context: RunContext) -> NonTrainingPeaks:
 
 
 def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks) -> Prediction:
-    """Adds what DeepSpeed divides among the processes, and what stays on the GPU during validation."""
+    """Combines the peaks. Adds DeepSpeed's states, and the tensors that stay on the GPU during validation."""
     training, host = updates.terms, context.num_processes * updates.host
     if context.zero is not None:
         itemsize = compute_dtype(context.args).itemsize
@@ -108,7 +108,7 @@ def extrapolated_updates(context: RunContext) -> UpdateProfile:
         return at_deep + (at_deep - at_shallow) * (num_layers - deep) // (deep - shallow)
 
     terms = {name: extrapolate(small.terms[name], large.terms[name]) for name in large.terms}
-    # Where gradients make the peak, part of the kept activations is freed by then and the working set turns negative.
+    # If the peak is late in the backward pass, some kept activations are freed by then and the working set is negative.
     freed = min(terms["working set"], 0)
     terms |= {"kept activations": terms["kept activations"] + freed, "working set": terms["working set"] - freed}
     weights, trained, flop, host = (
@@ -123,8 +123,8 @@ def zero_terms(
     """Returns the terms of one process, and the bytes that all processes of a machine offload to the host.
 
     DeepSpeed keeps float32 masters and Adam's two states, 12 bytes per trained weight, and gradients in the dtype of
-    the weights; each is divided among the processes from some stage on (arXiv:1910.02054, section 5). Buffer sizes come
-    from the configuration. An update creates float32 gradients after the activations are freed.
+    the weights. Each is divided among the processes from a certain stage on (arXiv:1910.02054, section 5). Buffer sizes
+    come from the configuration. An update creates float32 gradients after the activations are freed.
 
     Args:
         itemsize: bytes of a weight.
@@ -155,7 +155,7 @@ def zero_terms(
 
 
 def describe_prediction(prediction: Prediction, context: RunContext) -> list[str]:
-    """Lines for the log."""
+    """Returns log lines."""
 
     def gib(num_bytes: float) -> str:
         return f"{num_bytes / GIB:.1f} GiB"

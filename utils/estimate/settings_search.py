@@ -17,7 +17,7 @@ from utils.estimate.prediction import (
     required_gib,
 )
 
-# Options that the search decides. Every candidate states some of them; together the candidates state all.
+# Options that the search sets. Each candidate sets some of them.
 SEARCHED = (
     *("gradient_checkpointing", "offload_activations", "quantize_base", "quantize_optimizer"),
     *("optimizer_in_backward", "offload_optimizer", "offload_text_encoder", "autocast", "compile_blocks"),
@@ -36,7 +36,7 @@ def optimizer_candidates(context: RunContext, compiles: bool) -> Iterator[tuple[
     """Ways to hold weights and optimizer states, from fastest to smallest, with the estimated slowdown.
 
     Quantized weights cost decoding, and Adam on the host is slow. Compiled blocks are reported to be a sixth faster
-    with any of them. The attention kernel stays with torch, which picks cuDNN's where it is faster.
+    with any candidate. PyTorch chooses the attention kernel, and uses cuDNN's where it is faster.
     """
     training, is_lora = context.args.training, context.args.model.training_type == "lora"
     may_drop_autocast = not context.uses_deepspeed and training.mixed_precision != "no"
@@ -71,7 +71,7 @@ def fit_to_budget(context: RunContext, machine: Machine, fixed: Settings) -> tup
     """Returns the arguments for `--vram_budget_gib`, and a note that lists the chosen flags.
 
     Args:
-        fixed: settings that a checkpoint to resume from dictates.
+        fixed: settings that must stay as in the checkpoint to resume from.
 
     Raises:
         UserError: nothing fits, or the budget is `auto` and there is no GPU.

@@ -1,7 +1,7 @@
-"""The memory-relevant parts of a run on fake tensors: updates, a validation video, both encoders.
+"""Simulates the parts of a run that determine its memory on fake tensors: updates, a validation video, both encoders.
 
-Each part is built by the same code as in the run and goes through the same objective and optimizer. Caches that are
-filled on the way hold fake tensors, so a real run must simulate in a process of its own (`run_in_subprocess`).
+Each part uses the same code, objective and optimizer as a real run. The simulation leaves fake tensors in caches, so a
+real run must simulate in a separate process (`run_in_subprocess`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class UpdateProfile:
 
 @contextmanager
 def simulation() -> Iterator[MemoryTracker]:
-    """`simulate`, with a rotary cache of its own: fake tensors are valid within one block only."""
+    """Like `simulate`, but clears the rotary cache: fake tensors are valid only within the block that made them."""
     rotary_table.cache_clear()
     try:
         with simulate() as tracker:
@@ -64,7 +64,7 @@ def simulation() -> Iterator[MemoryTracker]:
 
 
 def simulate_updates(context: RunContext) -> UpdateProfile:
-    """Profiles two updates; the second one finds optimizer states in place.
+    """Profiles two updates. The second one starts with existing optimizer states.
 
     Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes.
     """
@@ -107,7 +107,7 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
             terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
             terms["gradients"] = tracker.gradients
         rest = tracker.peak - sum(terms.values())
-        terms["kept activations"] = min(saved, rest)  # fewer of them may be left when the peak is reached
+        terms["kept activations"] = min(saved, rest)  # fewer may remain when the peak is reached
         terms["working set"] = rest - terms["kept activations"]
     weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
     host = tracker.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's two states
@@ -115,7 +115,7 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
 
 
 def generation_peak(context: RunContext) -> int:
-    """Peak bytes of a validation video beside the trained weights: denoising with guidance, then VAE decoding."""
+    """Peak bytes of a validation video without the trained weights: denoising with guidance, then VAE decoding."""
     transformer = empty_transformer(context)
     with simulation() as tracker, torch.no_grad():
         give_fake_weights(transformer)
@@ -161,7 +161,7 @@ def prompt_encoding_peak(context: RunContext) -> int:
 
 
 def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
-    """The transformer as trained, on the meta device. Never compiled: fake tensors cannot tell what that needs."""
+    """The transformer in training, on the meta device. Not compiled: fake tensors cannot measure compiled code."""
     with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(context.spec.transformer)
     torch.nn.Module.to(transformer, weight_dtype(context.args, context.uses_deepspeed))
@@ -170,7 +170,7 @@ def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
 
 
 def empty_vae(context: RunContext) -> AutoencoderKLCogVideoX:
-    """The VAE as `loading.load_vae` builds it on a GPU from half-precision files, on the meta device."""
+    """The VAE on the meta device, as `loading.load_vae` loads it for a GPU from half-precision files."""
     with init_empty_weights(include_buffers=True):
         vae = AutoencoderKLCogVideoX.from_config(context.spec.vae).eval()
     torch.nn.Module.to(vae, torch.bfloat16)

@@ -8,12 +8,12 @@ from typing import Any
 from dataset.video import SPREAD
 from utils.run.plan import RunPlan
 
-# Unusable lines of the data that the start of the log shows; the end lists all of them.
+# Number of unusable lines of the data that are shown at the start of the log. The end lists all of them.
 MAX_SHOWN_LINES = 5
 
 
 def describe(plan: RunPlan) -> str:
-    """The plan in a few lines."""
+    """Returns a summary of the plan."""
     args, training, spec = plan.args, plan.args.training, plan.spec
     num_epochs = plan.total_steps * plan.samples_per_step / len(plan.samples)
     num_prompts = len({clip_sample.sample.prompt for clip_sample in plan.samples})
@@ -45,7 +45,7 @@ def describe(plan: RunPlan) -> str:
     if training.lr_scheduler != "constant" and training.lr_warmup_steps >= plan.total_steps:
         lines.append(
             f"Note: --lr_warmup_steps {training.lr_warmup_steps} is not below the {plan.total_steps} steps of the run, "
-            "so the learning rate is never reached."
+            "so the run never reaches --learning_rate."
         )
     return "\n".join(lines + [f"Note: {note}" for note in plan.notes])
 
@@ -59,7 +59,7 @@ def describe_strategy(zero: dict[str, Any] | None) -> str:
 
 
 def bucket_notes(plan: RunPlan) -> list[str]:
-    """Notes on empty buckets, and on buckets with too few samples for one update in the whole run."""
+    """Returns notes on empty buckets, and on buckets with too few samples for one update in the whole run."""
     num_epochs = plan.total_steps * plan.samples_per_step / len(plan.samples)
     counts = Counter(clip_sample.resolution for clip_sample in plan.samples)
     small = [

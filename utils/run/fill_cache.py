@@ -19,7 +19,7 @@ BAD_SAMPLES_FILE = "bad_samples.txt"
 
 
 def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPlan) -> RunPlan:
-    """Encodes the missing entries, each process its shard.
+    """Encodes the missing entries; each process encodes its shard.
 
     Returns:
         The plan without unusable samples.

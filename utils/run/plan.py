@@ -30,7 +30,8 @@ class RunPlan:
         clips: summary of the clips and buckets, for the log.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
-        resume_from, progress: checkpoint to resume from, and how far the run has come.
+        resume_from: checkpoint to resume from; None for a new run.
+        progress: progress at the start of this run.
         notes: facts that the user should know but that do not stop the run.
     """
 
@@ -135,7 +136,7 @@ def make_plan(
     progress: Progress,
     notes: list[str],
 ) -> RunPlan:
-    """Names the cache entries of a checked run."""
+    """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
     encoding = encoding_of(model_dir, spec, args.system.enable_tiling)
     keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
@@ -162,7 +163,7 @@ def make_plan(
 
 
 def encoding_of(model_dir: Path, spec: ModelSpec, tiling: bool) -> Encoding:
-    """What decides the bytes of cache entries on the model's side."""
+    """Returns the encoder settings that are part of the cache keys."""
     return Encoding(
         vae=loading.fingerprint(model_dir / "vae", tiling=tiling),
         text_encoder=loading.fingerprint(

@@ -1,6 +1,6 @@
-"""Every check that can fail before weights are read, in stages: model, strategy, checkpoint, memory, data.
+"""Runs every check that needs no weights, in stages: model, strategy, checkpoint, memory, data.
 
-Errors are collected over all stages and raised together. What passes becomes the plan of the run.
+The errors of all stages are raised together. Without errors, the result is the plan of the run.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class BaseModel:
 
 
 def preflight(args: Args, num_processes: int) -> RunPlan:
-    """Checks everything, from configs and headers of weights to the first frame of each clip.
+    """Checks the whole run, from configs and headers of weight files to the first frame of each clip.
 
     Raises:
-        UserError: with every error found.
+        UserError: lists all errors.
     """
     report = CheckReport(list(args.errors()))
     values_are_valid = not report.errors
@@ -90,7 +90,7 @@ def resolve_strategy(
     """Fills in defaults and the DeepSpeed template, and checks them against the model and the machine.
 
     Returns:
-        The resolved arguments, and the context of the run; None where the template is unusable.
+        The resolved arguments, and the context of the run; None if the template is unusable.
     """
     template = report.run(find_template)
     uses_deepspeed = template is not None
@@ -155,7 +155,7 @@ def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | Non
 def check_resume(
     report: CheckReport, context: RunContext, model: BaseModel, resume_from: Path | None
 ) -> Progress | None:
-    """Returns where the run starts; None where the checkpoint does not fit it."""
+    """Returns the progress at which the run starts; None if it cannot resume from the checkpoint."""
     start = Progress(
         base=loading.fingerprint(model.folder / "transformer"),
         zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
@@ -176,7 +176,7 @@ def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sa
 def scan_samples(
     report: CheckReport, args: Args, samples: list[Sample], validation: list[Sample], cache_dir: Path
 ) -> ScanResult:
-    """Scans all clips. Unusable ones are errors of a dry run, and wherever no sample is left."""
+    """Scans all clips. Unusable clips are errors in a dry run, and in any run that has no usable sample."""
     if report.errors and len(samples) > MAX_CLIPS_WITH_ERRORS:
         raise UserError(report.errors)
     scan = scan_data(args.data, samples, validation, cache_dir, not args.output.dry_run)

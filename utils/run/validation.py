@@ -88,7 +88,7 @@ def collect_failures(failures: list[str]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(transformer: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block."""
+    """Puts the transformer in evaluation mode and disables gradients inside the block."""
     transformer.eval()
     try:
         with torch.no_grad():
@@ -218,7 +218,7 @@ def video_folder(plan: RunPlan, step: int) -> Path:
 
 
 def condition_image(clip_sample: ClipSample) -> Image.Image:
-    """The image of a validation line, or the first frame of its clip, at the resolution of the line."""
+    """Returns the condition image of a validation line, or else the first frame of its clip, at its resolution."""
     selection = replace(clip_sample.selection, resolution=replace(clip_sample.resolution, frames=1))
     if clip_sample.sample.image is not None:
         pixels = load_image(Path(clip_sample.sample.image), selection.resolution, selection.mode)

@@ -9,21 +9,21 @@ import torch
 
 from utils.common.errors import UserError
 
-# A loss scale of 2^16 is down to 1 after as many halvings.
+# A loss scale of 2^16 reaches 1 after this many halvings.
 MAX_SKIPPED_UPDATES = 16
 ADVICE = (
-    "The last checkpoint is sound: resume from it with a lower --learning_rate, --max_grad_norm 1 or --mixed_precision "
-    "bf16, or inspect the sample."
+    "The last checkpoint is intact: resume from it with a lower --learning_rate, --max_grad_norm 1 or "
+    "--mixed_precision bf16, or inspect the sample."
 )
 
 
 def check_losses(losses: torch.Tensor, timesteps: torch.Tensor, samples: list[Any], step: int) -> None:
-    """Raises UserError with sample and timestep where a loss is not finite.
+    """Raises UserError with sample and timestep if a loss is not finite.
 
     Args:
         losses, timesteps: [B].
         samples: names of the samples, for the message.
-        step: updates done.
+        step: number of updates done.
     """
     for loss, timestep, sample in zip(losses.tolist(), timesteps.tolist(), samples, strict=True):
         if not math.isfinite(loss):
@@ -34,7 +34,7 @@ def check_losses(losses: torch.Tensor, timesteps: torch.Tensor, samples: list[An
 
 
 def check_gradients(is_finite: bool, mixed_precision: str | None, step: int) -> None:
-    """Raises UserError where gradients are not finite; fp16 skips such an update instead."""
+    """Raises UserError if the gradients are not finite, except in fp16, where such an update is skipped."""
     if not is_finite and mixed_precision != "fp16":
         raise UserError(f"The gradients are not finite at step {step + 1}. {ADVICE}")
 

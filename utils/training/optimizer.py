@@ -30,7 +30,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
     optimizer_class = torch.optim.AdamW if is_decoupled else torch.optim.Adam
     # Under DeepSpeed, accelerate replaces this class with DeepSpeed's own counterpart. The fused implementation is one
     # kernel; the default makes three temporary copies of all weights. With torch's loss scale, a fused optimizer skips
-    # updates itself and does not report them, so fp16 takes the default.
+    # updates itself and does not report them, so fp16 uses the default.
     return optimizer_class(parameters, **settings, fused=uses_deepspeed or training.mixed_precision != "fp16")
 
 
@@ -58,7 +58,7 @@ def make_loss_scale(args: Args, device: torch.device) -> LossScale:
 
 
 def clip(optimizer: torch.optim.Optimizer, max_norm: float, scale: float = 1.0) -> torch.Tensor:
-    """Clips the gradients to a norm, or leaves them for 0; returns the norm before clipping.
+    """Clips the gradients to a maximum norm, unless it is 0. Returns the norm before clipping.
 
     The norm includes gradients that the optimizer has already consumed in the backward pass.
 
@@ -83,7 +83,7 @@ def _settings(args: TrainingArgs) -> dict[str, Any]:
 def make_lr_scheduler(
     optimizer: Any, args: TrainingArgs, total_steps: int, step: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule from update `step` on, as a function of the step alone.
+    """Returns the learning-rate schedule from update `step` on. It depends on the step alone.
 
     Step it once per update. Do not prepare it with accelerate, which steps it once per process. The command line
     overrides the settings that a resumed optimizer restored.

@@ -23,7 +23,7 @@ class DenoisingObjective:
 
     Attributes:
         alphas_cumprod: cumulative signal power of every timestep, float32 [T]; its device is that of the computation.
-        dtype: of the transformer's inputs.
+        dtype: dtype of the transformer's inputs.
         image_dropout: share of samples whose image latents are zeroed (i2v).
     """
 

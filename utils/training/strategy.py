@@ -17,7 +17,7 @@ from utils.training.optimizer import clip, make_loss_scale
 
 
 class Strategy(Protocol):
-    """What the training loop needs.
+    """The interface that the training loop uses.
 
     Attributes:
         uses_deepspeed: whether DeepSpeed owns weights, gradients and updates.
@@ -27,7 +27,7 @@ class Strategy(Protocol):
     accelerator: Accelerator
 
     def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
-        """The weights to start from."""
+        """Returns the folder of the weights to start from."""
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Wraps model and optimizer for distributed training."""
@@ -40,7 +40,7 @@ class Strategy(Protocol):
 
 
 class DDP:
-    """Every process holds everything. accelerate wraps the model in DistributedDataParallel on several processes."""
+    """Every process holds all weights and states. With several processes, accelerate adds DistributedDataParallel."""
 
     uses_deepspeed = False
 
@@ -49,7 +49,7 @@ class DDP:
         self.accelerator = make_accelerator(args, args.training.mixed_precision if args.memory.autocast else "no")
 
     def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
-        """Full fine-tuning resumes from the weights in the checkpoint."""
+        """Returns the transformer of the checkpoint to resume full fine-tuning from, otherwise that of the base."""
         is_resumed_sft = resume_from is not None and self.args.model.training_type == "sft"
         return (resume_from if is_resumed_sft and resume_from is not None else model_dir) / "transformer"
 
@@ -84,7 +84,7 @@ class DeepSpeed:
         )
 
     def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
-        """Always the base: DeepSpeed loads the weights of a checkpoint itself."""
+        """Always returns the base: DeepSpeed loads the weights of a checkpoint itself."""
         return model_dir / "transformer"
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
@@ -103,7 +103,8 @@ class DeepSpeed:
 
 
 def make_strategy(args: Args, zero: dict[str, Any] | None) -> Strategy:
-    """
+    """Returns the strategy of a run.
+
     Args:
         zero: DeepSpeed configuration without "auto"; None for DDP.
     """
@@ -117,8 +118,8 @@ def make_accelerator(args: Args, mixed_precision: str | None, plugin: DeepSpeedP
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         log_with=TRACKERS[args.output.report_to] or None,
         deepspeed_plugin=plugin,
-        # Gradients live in DDP's buckets only. Buffers (positions, codes of a quantized base) are equal on all
-        # processes and need no broadcast per forward pass.
+        # Gradients are views of DDP's buckets, without a second copy. Buffers (positions, codes of a quantized base)
+        # are equal on all processes and need no broadcast per forward pass.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
