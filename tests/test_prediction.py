@@ -54,12 +54,13 @@ def real_peak(model, context) -> int:
 SFT = ["--training_type", "sft"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [[], ["--gradient_checkpointing", "false"], SFT, [*SFT, "--gradient_accumulation_steps", "2"]]
 )
 @pytest.mark.parametrize("variant", ["5b-i2v", "1.5"])
 def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant, options):
-    monkeypatch.setattr(memory_tracker, "BLOCK", 1)  # the CPU allocator does not round sizes up
+    monkeypatch.setattr(memory_tracker, "ALLOCATION_UNIT", 1)  # the CPU allocator does not round sizes up
     model = tiny(variant)
     argv = arguments(model, tmp_path, tmp_path, *options, task=task_of(variant))
     spec = read_spec(model)
@@ -88,6 +89,7 @@ def test_prediction_does_not_affect_a_later_run(tiny, tmp_path, bits):
     assert all((trained[name] != before[name])[trained[name].grad != 0].all() for name in before)
 
 
+@pytest.mark.slow
 def test_estimate_memory_needs_no_weights_of_a_published_model():
     command = [sys.executable, "-m", "utils.commands.estimate_memory"]
     command += ["--model_path", "THUDM/CogVideoX-2b", "--mixed_precision", "fp16"]
@@ -99,6 +101,7 @@ def test_estimate_memory_needs_no_weights_of_a_published_model():
     assert "17550 video and 226 text tokens" in output and "fits cards of 12, 16" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in ROWS if row.goal and row.zero is None], ids=lambda row: row.name)
 def test_predicted_recipes_match_the_record_and_their_goals(row):
     actual, recorded = real_size.predict_row(row), real_size.read(real_size.RESULTS / "predicted.json")[row.name]
@@ -151,6 +154,7 @@ def test_zero_terms_are_divided_among_processes():
     assert sum(offloaded.values()) == 10 + 10 + 2 * 2 * 5 + 2 * 50 and host == 16_000 + 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted({row.model for row in ROWS if row.zero and row.goal}))
 def test_zero_peaks_match_published_figures(model):
     """With the buffer sizes of DeepSpeed, peaks match the figures in `rows.py`; the templates need less."""
