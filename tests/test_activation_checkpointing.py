@@ -71,6 +71,7 @@ def test_asynchronous_copies_are_awaited(tiny, tmp_path, monkeypatch):
             assert master.grad is not None and torch.equal(master.grad, passes * gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "options", "attention_calls", "offloaded"),
     [

@@ -28,6 +28,7 @@ def test_every_scene_is_recognised():
         assert asdict(read_attributes(draw(scene, seed, 9, 64))) == asdict(scene)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [9, 17])
 @pytest.mark.parametrize("change", [noisy, blurred])
 def test_attributes_survive_noise_and_blur(change, frames):

@@ -14,6 +14,7 @@ FRAME = str(FIRST_FRAME)
 V2V = ["--generate_type", "v2v", "--image_or_video_path", CLIP]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "options", "size"),
     [

@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import ROOT, arguments, command, environment, read_metrics, run, succeed
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = ("--train_resolution", "9x64x64", "9x64x96", "17x96x64")
 
 

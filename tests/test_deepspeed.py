@@ -94,6 +94,7 @@ def tiny_template(template: str, folder: Path) -> Path:
     return folder / f"{template}.json"
 
 
+@pytest.mark.slow
 @pytest.mark.golden
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_zero2_losses_match_golden(tiny, data, tmp_path, pytestconfig, variant):
@@ -104,6 +105,7 @@ def test_zero2_losses_match_golden(tiny, data, tmp_path, pytestconfig, variant):
     compare_with_golden(f"sft-zero2-{variant}", tmp_path / "out", pytestconfig)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "variant"),
     [("zero2", "5b"), ("zero2_offload", "5b-i2v"), ("zero3", "1.5-i2v"), ("zero3_offload", "2b")],
@@ -149,6 +151,7 @@ def test_train_kill_resume_merge_generate(tiny, data, tmp_path, monkeypatch, sin
     assert half.keys() == base.keys() and {weight.dtype for weight in half.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_bf16_resumes_bit_exact_and_with_offload_switched_on(tiny, data, tmp_path):
     """bf16 and accumulation. The second half runs in a new process, with and without offload."""
     options = ["--mixed_precision", "bf16", "--gradient_accumulation_steps", 2, "--export_dtype", "fp32"]
@@ -172,6 +175,7 @@ def test_bf16_resumes_bit_exact_and_with_offload_switched_on(tiny, data, tmp_pat
     assert not torch.allclose(uninterrupted["proj_out.weight"], half["proj_out.weight"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_lora_and_validation_under_zero3_match_ddp(tiny, data, validation, tmp_path):
     """Three prompts on two processes, so that one rank processes a padding item."""
     for name in ("prompts.txt", "videos.txt"):
@@ -196,6 +200,7 @@ def test_lora_and_validation_under_zero3_match_ddp(tiny, data, validation, tmp_p
         assert our_line == pytest.approx(their_line, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fp16_overflow_skips_the_update_without_counting_it(tiny, data, tmp_path):
     """DeepSpeed refuses fp16 on CPUs without fp16 instructions, but PyTorch can compute it."""
     allowed = "CPU_Accelerator.is_fp16_supported = lambda self: True"
@@ -214,6 +219,7 @@ def test_fp16_overflow_skips_the_update_without_counting_it(tiny, data, tmp_path
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_zero_t2v.sh", "train_ddp_t2v.sh"])
 def test_two_launchers_act_as_two_machines(tiny, data, tmp_path, single_process, script):
     out = tmp_path / "out"

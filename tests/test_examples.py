@@ -38,6 +38,7 @@ def test_standardised_vae_reconstructs_the_same():
     torch.testing.assert_close(after[middle], before[middle], atol=2e-2, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_demo_runs_each_model(vae, tmp_path, name):
     write_base(name, vae, tmp_path / name)
@@ -92,6 +93,7 @@ def test_shipped_vae_reconstructs_held_out_clips():
     assert train_vae.psnr(shipped, 8) > 27  # dB
 
 
+@pytest.mark.slow
 def test_quick_start_teaches_the_concept(tmp_path):
     """Runs the quick start like a user, but measures fewer clips."""
     succeed("examples/quickstart.sh", QUICKSTART_DIR=tmp_path / "out", QUICKSTART_CLIPS=10)

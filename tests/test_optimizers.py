@@ -28,6 +28,7 @@ def test_pinned_arena_allocates_without_gaps(monkeypatch):
     assert chunks[0] == chunks[1] == chunks[2] != chunks[3] and tensors[2].storage_offset() == 512 + 1536
 
 
+@pytest.mark.slow
 def test_cpu_offload_adam_trains_the_same_weights_and_resumes(tiny, data, tmp_path):
     """Four updates of four samples, in one run without offload and in two runs with it."""
     common = ["--training_type", "sft", "--batch_size", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5]
@@ -95,6 +96,7 @@ def test_4bit_codes_are_exact_in_expectation():
     assert float((decoded - values).mean()) == pytest.approx(0, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_memory_saving_optimizers_support_fp16(tiny, data, tmp_path):
     """CPUs compute fp16 slowly. An update that overflows is skipped and not counted."""
     options = ["--training_type", "sft", "--train_steps", 4, "--lr_warmup_steps", 2, "--max_grad_norm", 0.5]
@@ -127,6 +129,7 @@ def test_memory_saving_optimizers_support_fp16(tiny, data, tmp_path):
         assert skipped >= 5 and [line["learning_rate"] for line in lines] == [0.0, 5e-4, 1e-3, 1e-3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_optimizer_in_backward_trains_the_same_weights_and_resumes(tiny, data, tmp_path, bits):
     options = ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", bits]

@@ -163,6 +163,7 @@ def test_missing_disk_space_for_the_cache_is_reported(tiny, data, tmp_path, monk
     assert "the latent cache needs" in errors_of(*arguments(tiny("2b"), data, tmp_path))[0]
 
 
+@pytest.mark.slow
 def test_machine_without_a_compiler_is_reported(tiny, data, tmp_path):
     argv = arguments(tiny("2b"), data, tmp_path / "out", "--dry_run", "--compile_blocks")
     result = run("train_ddp_t2v.sh", *argv, processes=1, CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "graphs")

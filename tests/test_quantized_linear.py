@@ -38,6 +38,7 @@ def test_gradients_on_a_quantized_base(tiny, tmp_path, variant, kind, tolerance)
     torch.testing.assert_close(actual[:2], decoded[:2], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_quantized_base_trains_the_same_on_two_processes(tiny, data, tmp_path):
     adapters = []
     for processes in (1, 2):  # fp8, because the collectives do not support its dtype

@@ -13,6 +13,8 @@ from examples.tiny_configs import VARIANTS
 from tests.conftest import ROOT, run
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 
+pytestmark = pytest.mark.slow
+
 VARIANT_OF = {model: variant for variant, model in VARIANTS.items()}
 README = (ROOT / "README.md").read_text()
 RECIPES = {
@@ -39,7 +41,7 @@ def test_recipe(tiny, shared_data, tmp_path, recipe):
     assert parts and model
     settings, script, flags = parts.groups()
     environment = dict(setting.split("=") for setting in settings.split())
-    processes = min(int(environment.pop("NUM_PROCESSES", 2)), 2)
+    processes = min(int(environment.pop("NUM_PROCESSES", 1)), 2)  # without a GPU, one process is the default
     smaller = ["--model_path", tiny(VARIANT_OF[model[1]]), "--data_root", shared_data, "--output_dir", tmp_path]
     smaller += ["--train_resolution", "9x64x64", "--train_steps", 1, "--num_workers", 0, "--report_to", "none"]
     result = run(script, *flags.split(), *map(str, smaller), processes=processes, **environment)

@@ -44,6 +44,7 @@ def needed_gib(context) -> float:
     return sum(extrapolated_updates(context).terms.values()) / GIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--gradient_checkpointing", "none"], ["--offload_activations"]])
 def test_two_depths_extrapolate_to_the_full_depth(tiny, tmp_path, no_margin, options):
     context = make_context(tiny("5b"), tmp_path, *options, num_layers=12)
@@ -53,6 +54,7 @@ def test_two_depths_extrapolate_to_the_full_depth(tiny, tmp_path, no_margin, opt
     assert actual.host == pytest.approx(expected.host, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--training_type", "sft"]])
 def test_search_returns_the_fastest_settings_that_fit(tiny, tmp_path, no_margin, training_only, monkeypatch, options):
     """Compares the search with an exhaustive one over all candidates."""
@@ -109,6 +111,7 @@ def test_text_encoder_is_offloaded_if_it_alone_does_not_fit(tiny, tmp_path, no_m
         assert f"--offload_text_encoder {str(offloaded).lower()}" in settings_search.flags(args)
 
 
+@pytest.mark.slow
 def test_run_that_does_not_fit_is_refused_with_flags_that_fit(tiny, tmp_path, no_margin, training_only):
     context = make_context(tiny("5b"), tmp_path, "--gradient_checkpointing", "none", "--autocast", "false")
     needed = needed_gib(context)
@@ -123,6 +126,7 @@ def test_run_that_does_not_fit_is_refused_with_flags_that_fit(tiny, tmp_path, no
     assert "GiB of host memory are needed" in note
 
 
+@pytest.mark.slow
 def test_budget_keeps_the_optimizer_of_the_checkpoint(tiny, data, tmp_path):
     argv = arguments(tiny("2b"), data, tmp_path / "run", "--training_type", "sft", "--mixed_precision", "bf16")
     succeed("train_ddp_t2v.sh", *argv, "--quantize_optimizer", "8bit", "--train_steps", "1", processes=1)
@@ -131,6 +135,7 @@ def test_budget_keeps_the_optimizer_of_the_checkpoint(tiny, data, tmp_path):
     assert "--quantize_base none --quantize_optimizer 8bit" in output and "checkpoint-1, at step 1" in output
 
 
+@pytest.mark.slow
 def test_script_applies_or_refuses_a_budget(tiny, data, tmp_path):
     argv = arguments(tiny("2b"), data, tmp_path / "run", "--dry_run", "--vram_budget_gib")
     result = run("train_ddp_t2v.sh", *argv, "2", processes=1)

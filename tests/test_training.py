@@ -50,7 +50,9 @@ def assert_same_run(actual: Path, expected: Path, step: int) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [name if name == "2b" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_every_variant_trains_validates_and_generates(tiny, data, validation, tmp_path, pytestconfig, variant):
     """Runs the launch script of the task with two processes, and then the demo."""
     task = task_of(variant)
@@ -86,6 +88,7 @@ def test_every_variant_trains_validates_and_generates(tiny, data, validation, tm
     assert (tmp_path / "demo.mp4").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resuming_is_bit_exact(tiny, data, tmp_path, processes):
     """Resumes in a new process in the middle of an epoch, with shuffling, accumulation and caption dropout."""
@@ -101,6 +104,7 @@ def test_resuming_is_bit_exact(tiny, data, tmp_path, processes):
     assert_same_run(tmp_path / "resumed", tmp_path / "uninterrupted", 6)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_exact(tiny, data, tmp_path):
     options = ["--train_steps", 60, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2]
 
@@ -128,6 +132,7 @@ def test_killed_run_resumes_bit_exact(tiny, data, tmp_path):
     assert_same_run(killed, tmp_path / "uninterrupted", 60)
 
 
+@pytest.mark.slow
 def test_two_processes_match_one_with_accumulation(tiny, data, tmp_path):
     """Samples, noise and learning rates are the same. Gradients differ by the order of summation."""
     for processes, accumulation in ((1, 2), (2, 1)):
@@ -144,6 +149,7 @@ def test_two_processes_match_one_with_accumulation(tiny, data, tmp_path):
         )  # four updates change weights by up to 1e-3 each
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_resumes_and_its_transformer_loads(tiny, data, tmp_path):
     def train(out: Path, steps: int, *more: str) -> None:
         options = ["--training_type", "sft", "--train_steps", steps, "--checkpointing_steps", 2, *more]
@@ -161,6 +167,7 @@ def test_full_fine_tuning_resumes_and_its_transformer_loads(tiny, data, tmp_path
     succeed("cli_demo.py", "--model_path", str(tiny("1.5")), *options, *transformer)
 
 
+@pytest.mark.slow
 def test_run_does_not_overwrite_or_resume_another_run(tiny, data, tmp_path):
     out, first = tmp_path / "out", ["--train_steps", 2, "--seed", 1]
     succeed("train.py", *arguments(tiny("5b"), data, out, *first))
@@ -181,6 +188,7 @@ def test_run_does_not_overwrite_or_resume_another_run(tiny, data, tmp_path):
     assert damaged.returncode == 2 and "is damaged" in damaged.stderr and "Traceback" not in damaged.stderr
 
 
+@pytest.mark.slow
 def test_resumed_run_follows_its_command_line(tiny, data, tmp_path):
     """Changes the learning rate, the number of processes and the accumulation at once."""
     out = tmp_path / "out"
@@ -196,6 +204,7 @@ def test_resumed_run_follows_its_command_line(tiny, data, tmp_path):
     assert (progress["step"], progress["samples_seen"]) == (4, 2 * 2 + 2 * 6)
 
 
+@pytest.mark.slow
 def test_bad_clips_stop_the_run_and_changed_clips_are_encoded_again(tiny, data, tmp_path):
     clip = data / "videos" / "blue_circle_up_white.mp4"
     content = clip.read_bytes()

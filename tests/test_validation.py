@@ -23,6 +23,8 @@ from utils.training.metrics import Metrics
 from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable
 
+pytestmark = pytest.mark.slow
+
 
 def pixels(path: Path) -> np.ndarray:
     reader = decord.VideoReader(str(path))
