@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import cli_demo
 from tests.tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +125,16 @@ def succeed(script: str, *args: str, processes: int | None = None, **variables: 
     result = run(script, *args, processes=processes, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def generate(*args: object) -> str:
+    """Runs cli_demo.py in this process, which saves its imports, and returns what it prints."""
+    with (
+        patch.object(sys, "argv", ["cli_demo.py", *map(str, args)]),
+        contextlib.redirect_stdout(io.StringIO()) as output,
+    ):
+        cli_demo.main()
+    return output.getvalue()
 
 
 def read_metrics(output: Path) -> list[dict]:

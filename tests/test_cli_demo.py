@@ -6,7 +6,7 @@ import pytest
 
 import cli_demo
 from dataset.video import probe
-from tests.conftest import FIRST_FRAME, ROOT, run, succeed
+from tests.conftest import FIRST_FRAME, ROOT, generate, run
 from utils.model import loading
 
 CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
@@ -27,7 +27,7 @@ V2V = ["--generate_type", "v2v", "--image_or_video_path", CLIP]
 def test_videos_have_the_native_or_the_requested_size(tiny, tmp_path, variant, options, size):
     output = tmp_path / "new" / "demo.mp4"
     common = ["--prompt", "a red circle", "--num_inference_steps", "3", "--output_path", str(output)]
-    succeed("cli_demo.py", "--model_path", str(tiny(variant)), *common, *options)
+    generate("--model_path", str(tiny(variant)), *common, *options)
     info = probe(output)
     assert (info.frames, info.height, info.width, info.fps) == size
 

@@ -19,7 +19,17 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from examples.tiny_configs import VARIANTS, task_of
-from tests.conftest import FIRST_FRAME, arguments, command, environment, patch_programs, read_metrics, run, succeed
+from tests.conftest import (
+    FIRST_FRAME,
+    arguments,
+    command,
+    environment,
+    generate,
+    patch_programs,
+    read_metrics,
+    run,
+    succeed,
+)
 from tests.golden import compare_with_golden
 from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_files import WEIGHTS_FILE
@@ -138,7 +148,7 @@ def test_train_kill_resume_merge_generate(tiny, data, tmp_path, monkeypatch, sin
 
     image = ["--image_or_video_path", str(FIRST_FRAME)] if task_of(variant) == "i2v" else []
     demo = ["--model_path", str(tiny(variant)), "--prompt", "a square", "--num_inference_steps", "2", *image]
-    succeed("cli_demo.py", *demo, "--transformer_path", str(merged), "--output_path", str(tmp_path / "demo.mp4"))
+    generate(*demo, "--transformer_path", str(merged), "--output_path", str(tmp_path / "demo.mp4"))
 
     raw = out / "checkpoint-2"
     with pytest.raises(UserError, match=f"python {raw}/zero_to_fp32.py {raw} {raw}/merged"):

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLCogVideoX
 from examples import train_vae
 from examples.make_base import MODELS, write_base
 from examples.world import CONCEPT, SCENES
-from tests.conftest import FIRST_FRAME, ROOT, succeed
+from tests.conftest import FIRST_FRAME, ROOT, generate, succeed
 from utils.model import loading
 from utils.model.spec import read_spec
 
@@ -56,7 +56,7 @@ def test_demo_runs_each_model(vae, tmp_path, name):
         "--output_path",
         str(tmp_path / "a.mp4"),
     ]
-    succeed("cli_demo.py", "--model_path", str(tmp_path / name), "--prompt", "SKS a red circle", *image, *options)
+    generate("--model_path", str(tmp_path / name), "--prompt", "SKS a red circle", *image, *options)
 
 
 def test_image_to_video_model_starts_as_the_text_to_video_model(vae, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples.tiny_configs import VARIANTS, task_of
-from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, read_metrics, run, succeed
+from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, generate, read_metrics, run, succeed
 from tests.golden import compare_with_golden
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
@@ -83,7 +83,7 @@ def test_every_variant_trains_validates_and_generates(tiny, data, validation, tm
     options = ["--prompt", "SKS a red circle", "--num_inference_steps", "2"]
     options += ["--output_path", str(tmp_path / "demo.mp4")]
     lora = ["--lora_path", str(out / "checkpoint-4")]
-    output = succeed("cli_demo.py", "--model_path", str(tiny(variant)), *options, *lora, *image)
+    output = generate("--model_path", str(tiny(variant)), *options, *lora, *image)
     assert "8 adapter modules matched" in output and f"Generating {task}, 9x64x64" in output
     assert (tmp_path / "demo.mp4").stat().st_size > 0
 
@@ -164,7 +164,7 @@ def test_full_fine_tuning_resumes_and_its_transformer_loads(tiny, data, tmp_path
     assert not torch.equal(one["proj_out.weight"], load_file(tiny("1.5") / weights)["proj_out.weight"])
     options = ["--prompt", "a square", "--num_inference_steps", "2", "--output_path", str(tmp_path / "demo.mp4")]
     transformer = ["--transformer_path", str(tmp_path / "resumed" / "checkpoint-4")]
-    succeed("cli_demo.py", "--model_path", str(tiny("1.5")), *options, *transformer)
+    generate("--model_path", str(tiny("1.5")), *options, *transformer)
 
 
 @pytest.mark.slow
