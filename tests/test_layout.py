@@ -33,7 +33,7 @@ RETIRED = (
     *("quantized_adam", "roll_call", "zero_config"),
 )
 # files that tell users what became of an old name
-MAY_NAME_RETIRED = ("CHANGELOG.md", "utils/config/options.py", "tests/test_layout.py")
+MAY_NAME_RETIRED = ("CHANGELOG.md", "utils/config/options.py", "tests/test_layout.py", "tests/test_preflight.py")
 
 
 def package_of(parts: list[str]) -> str | None:

@@ -40,6 +40,13 @@ def errors_of(*args) -> list[str]:
         ("2b", ["--rank", "0"], "--rank is 0; it must be above 0"),
         ("2b", ["--learning_rate", "nan"], "--learning_rate is nan"),
         ("2b", ["--batchsize", "2"], "unrecognized arguments: --batchsize"),
+        (
+            "2b",
+            ["--keep_attention=true"],
+            "--keep_attention was renamed; use --gradient_checkpointing selective for true",
+        ),
+        ("2b", ["--release_gradients"], "--release_gradients was renamed; use --optimizer_in_backward"),
+        ("2b", ["--gradient_checkpointing", "half"], "choose from 'full', 'selective', 'none'"),
         ("2b", ["--lr_scheduler", "sine"], "--lr_scheduler: invalid choice: 'sine'"),
         ("2b", ["--image_column", "images.txt"], "--image_column is for --model_type i2v"),
         ("2b", ["--caption_column", "captions.txt"], "captions.txt: there is no such file"),
@@ -175,6 +182,12 @@ def test_boolean_flags(tiny, data, tmp_path):
     for text, value in (("False", False), ("false", False), ("TRUE", True), ("true", True)):
         args = parse_args(arguments(tiny("2b"), data, tmp_path, "--pin_memory", text))
         assert args.system.pin_memory is value
+
+
+def test_gradient_checkpointing_accepts_booleans(tiny, data, tmp_path):
+    for given, value in ((["true"], "full"), (["False"], "none"), (["selective"], "selective"), ([], "full")):
+        args = parse_args(arguments(tiny("2b"), data, tmp_path, "--gradient_checkpointing", *given))
+        assert args.memory.gradient_checkpointing == value
 
 
 def test_defaults_follow_the_model(tiny, data, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ Budget = float | Literal["auto"]
 
 # Old flag -> its replacement.
 RENAMED_FLAGS = {
-    "--keep_attention": "--gradient_checkpointing selective",
+    "--keep_attention": "--gradient_checkpointing selective for true, full for false",
     "--release_gradients": "--optimizer_in_backward",
 }
 
@@ -64,11 +64,14 @@ def require_unit_interval(group: Any, *names: str) -> Iterator[str]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = {argument.partition("=")[0] for argument in (sys.argv[1:] if args is None else args)}
+        if renamed := [flag for flag in RENAMED_FLAGS if flag in given]:
+            raise UserError([f"{flag} was renamed; use {RENAMED_FLAGS[flag]}." for flag in renamed])
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage of sixty flags before the message
-        renamed = [flag for flag in re.findall(r"--\w+", message) if flag in RENAMED_FLAGS]
-        if renamed:
-            raise UserError([f"{flag} was renamed; use {RENAMED_FLAGS[flag]}." for flag in renamed])
         raise UserError(f"{message} (--help lists every flag)")
 
 
