@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from utils.common.filesystem import ROOT
 
 
 def make_data(folder: Path, samples: int) -> None:

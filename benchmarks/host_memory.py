@@ -24,9 +24,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from tests import tiny_models
+from utils.common.filesystem import ROOT
 from utils.model import loading
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
 

@@ -27,7 +27,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 import train
-from utils.config.deepspeed_config import ROOT
+from utils.common.filesystem import ROOT
 from utils.training import step as step_module
 from utils.training.strategy import DDP
 

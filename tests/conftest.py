@@ -18,8 +18,8 @@ import torch
 
 import cli_demo
 from tests.tiny_models import build
+from utils.common.filesystem import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 

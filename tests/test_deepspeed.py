@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from examples.tiny_configs import VARIANTS, task_of
 from tests.conftest import (
     FIRST_FRAME,
+    ROOT,
     arguments,
     command,
     environment,
@@ -37,8 +38,6 @@ from utils.checkpoint.manager import PROGRESS_FILE
 from utils.checkpoint.stored_weights import read_merged
 from utils.commands import export
 from utils.common.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def sft(model: Path, data: Path, output: Path, *more: object, variant: str) -> list[str]:

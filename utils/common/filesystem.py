@@ -1,4 +1,4 @@
-"""Atomic writes, cleanup after killed runs, and path checks."""
+"""The project folder, atomic writes, cleanup after killed runs, and path checks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from utils.common.errors import UserError
 
+# Folder of the project.
+ROOT = Path(__file__).resolve().parents[2]
 _TMP_PREFIX = ".writing-"
 # A temporary folder of another machine counts as stale after this time, because its process cannot be checked.
 _STALE_AFTER_S = 24 * 3600

@@ -7,13 +7,12 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.common.errors import UserError
+from utils.common.filesystem import ROOT
 
 Result = TypeVar("Result")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_in_subprocess(function: Callable[..., Result], *args: Any) -> Result:

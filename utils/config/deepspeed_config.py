@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import UserError
+from utils.common.filesystem import ROOT
 from utils.config.args import Args
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = (
     *("bf16", "fp16", "amp", "optimizer", "optimizer.params", "scheduler"),
     *("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "checkpoint"),
