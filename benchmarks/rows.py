@@ -10,11 +10,11 @@ SMALLEST_LORA = (
 )
 SMALLEST_SFT = "--gradient_checkpointing selective --offload_activations true --offload_optimizer true --autocast false"
 SFT = "--training_type sft --mixed_precision bf16"
-WITHOUT_HOST = f"{SFT} --quantize_optimizer 8bit --optimizer_in_backward true --max_grad_norm 0 --autocast false"
-WITHOUT_HOST_4BIT = WITHOUT_HOST.replace("8bit", "4bit")
-PLAIN = "--gradient_checkpointing none --autocast false --compile_blocks true"
+SFT_8BIT = f"{SFT} --quantize_optimizer 8bit --optimizer_in_backward true --max_grad_norm 0 --autocast false"
+SFT_4BIT = SFT_8BIT.replace("8bit", "4bit")
+NO_CHECKPOINTING = "--gradient_checkpointing none --autocast false --compile_blocks true"
 SELECTIVE = "--gradient_checkpointing selective --autocast false --compile_blocks true"
-LONG = "--train_resolution 81x768x1360"
+NATIVE_1_5 = "--train_resolution 81x768x1360"
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,26 @@ class Row:
 ROWS = [
     Row("2b-lora", "CogVideoX-2b", "--mixed_precision bf16", 7.8),
     Row("2b-lora-smallest", "CogVideoX-2b", f"--mixed_precision bf16 {SMALLEST_LORA}", 5.5),
-    Row("2b-lora-fastest", "CogVideoX-2b", f"--mixed_precision bf16 {PLAIN}"),
+    Row("2b-lora-fastest", "CogVideoX-2b", f"--mixed_precision bf16 {NO_CHECKPOINTING}"),
     Row("5b-lora", "CogVideoX-5b", "--offload_activations true --autocast false", 15.6),
     Row("5b-lora-smallest", "CogVideoX-5b", SMALLEST_LORA, 10.5),
-    Row("5b-lora-fastest", "CogVideoX-5b", PLAIN),
-    Row("5b-lora-kept", "CogVideoX-5b", SELECTIVE),
-    Row("1.5-lora", "CogVideoX1.5-5B", f"{LONG} --offload_activations true --autocast false", 20.8),
-    Row("1.5-lora-smallest", "CogVideoX1.5-5B", f"{LONG} {SMALLEST_LORA}", 14.5),
-    Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{LONG} {SELECTIVE}"),
-    Row("2b-sft", "CogVideoX-2b", WITHOUT_HOST, 14.4),
+    Row("5b-lora-fastest", "CogVideoX-5b", NO_CHECKPOINTING),
+    Row("5b-lora-selective", "CogVideoX-5b", SELECTIVE),
+    Row("1.5-lora", "CogVideoX1.5-5B", f"{NATIVE_1_5} --offload_activations true --autocast false", 20.8),
+    Row("1.5-lora-smallest", "CogVideoX1.5-5B", f"{NATIVE_1_5} {SMALLEST_LORA}", 14.5),
+    Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{NATIVE_1_5} {SELECTIVE}"),
+    Row("2b-sft", "CogVideoX-2b", SFT_8BIT, 14.4),
     Row("2b-sft-smallest", "CogVideoX-2b", f"{SFT} {SMALLEST_SFT}", 8),
-    Row("5b-sft", "CogVideoX-5b", WITHOUT_HOST_4BIT, 26),
+    Row("5b-sft", "CogVideoX-5b", SFT_4BIT, 26),
     Row("5b-sft-smallest", "CogVideoX-5b", f"{SFT} {SMALLEST_SFT}", 17),
-    Row("1.5-sft", "CogVideoX1.5-5B", f"{LONG} {WITHOUT_HOST} --offload_activations true", 30),
-    Row("1.5-sft-smallest", "CogVideoX1.5-5B", f"{LONG} {SFT} {SMALLEST_SFT}", 22),
+    Row("1.5-sft", "CogVideoX1.5-5B", f"{NATIVE_1_5} {SFT_8BIT} --offload_activations true", 30),
+    Row("1.5-sft-smallest", "CogVideoX1.5-5B", f"{NATIVE_1_5} {SFT} {SMALLEST_SFT}", 22),
     *(
         Row(f"{short}-sft-{template}-{count}", model, f"{SFT} {flags}", goal, (template, count))
         for short, model, flags, goals in (
             ("2b", "CogVideoX-2b", "", (None, None, None, None)),
             ("5b", "CogVideoX-5b", "", (19, 31, 23, 11)),
-            ("1.5", "CogVideoX1.5-5B", LONG, (30, 42, 34, 22)),
+            ("1.5", "CogVideoX1.5-5B", NATIVE_1_5, (30, 42, 34, 22)),
         )
         for (template, count), goal in zip(
             (("zero2_offload", 1), ("zero2", 8), ("zero3", 8), ("zero3_offload", 8)), goals, strict=True

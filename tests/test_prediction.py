@@ -141,7 +141,7 @@ def test_offloaded_text_encoder_needs_memory_for_its_largest_layer():
 
 def test_zero_terms_are_divided_among_processes():
     updates = simulated_run.UpdateProfile(
-        {"kept activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
+        {"saved activations": 10, "working set": 10}, weights=1000, trained=1000, flop=0, host=0
     )
     section: dict[str, Any]
     section = {"stage": 3, "reduce_bucket_size": 5, "stage3_max_live_parameters": 50, "stage3_prefetch_bucket_size": 0}

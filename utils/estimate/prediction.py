@@ -23,8 +23,8 @@ MARGIN, CONTEXT_GIB = 1.15, 1.0
 CARDS_GB = (12, 16, 24, 32, 40, 48, 80, 141)
 # Dense bf16 TFLOP/s by data sheet.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
-# Range of the GPU utilisation that a training step is expected to reach.
-UTILISATION = (0.25, 0.5)
+# Range of the GPU utilization that a training step is expected to reach.
+UTILIZATION = (0.25, 0.5)
 # Numbers of blocks to extrapolate from. The first must exceed the number of blocks with copies in flight.
 SIMULATED_DEPTHS = (4, 5)
 
@@ -108,9 +108,9 @@ def extrapolated_updates(context: RunContext) -> UpdateProfile:
         return at_deep + (at_deep - at_shallow) * (num_layers - deep) // (deep - shallow)
 
     terms = {name: extrapolate(small.terms[name], large.terms[name]) for name in large.terms}
-    # If the peak is late in the backward pass, some kept activations are freed by then and the working set is negative.
+    # If the peak is late in the backward pass, some saved activations are freed by then. The working set is negative.
     freed = min(terms["working set"], 0)
-    terms |= {"kept activations": terms["kept activations"] + freed, "working set": terms["working set"] - freed}
+    terms |= {"saved activations": terms["saved activations"] + freed, "working set": terms["working set"] - freed}
     weights, trained, flop, host = (
         extrapolate(getattr(small, name), getattr(large, name)) for name in ("weights", "trained", "flop", "host")
     )
@@ -139,7 +139,7 @@ def zero_terms(
         live = section.get("stage3_max_live_parameters", 1_000_000_000)
         prefetched = section.get("stage3_prefetch_bucket_size", 50_000_000)
         buffers += itemsize * min(live + prefetched, updates.weights)
-    activations = {name: updates.terms[name] for name in ("kept activations", "working set")}
+    activations = {name: updates.terms[name] for name in ("saved activations", "working set")}
     gradients = 0 if offloads["optimizer"] else itemsize * trained // shards["gradients"]
     terms = {
         "weights": 0 if offloads["param"] else itemsize * updates.weights // shards["weights"],
@@ -163,7 +163,7 @@ def describe_prediction(prediction: Prediction, context: RunContext) -> list[str
     terms = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in prediction.training.items() if num_bytes)
     tflop = prediction.flop / 1e12
     times = [
-        f"{name} {' to '.join(f'{tflop / peak / share:.1f}' for share in reversed(UTILISATION))} s"
+        f"{name} {' to '.join(f'{tflop / peak / share:.1f}' for share in reversed(UTILIZATION))} s"
         for name, peak in PEAK_TFLOPS.items()
     ]
     required = required_gib(prediction.peak)

@@ -107,8 +107,8 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
             terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
             terms["gradients"] = tracker.gradients
         rest = tracker.peak - sum(terms.values())
-        terms["kept activations"] = min(saved, rest)  # fewer may remain when the peak is reached
-        terms["working set"] = rest - terms["kept activations"]
+        terms["saved activations"] = min(saved, rest)  # fewer may remain when the peak is reached
+        terms["working set"] = rest - terms["saved activations"]
     weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
     host = tracker.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's two states
     return UpdateProfile(terms, weights, trained, counter.get_total_flops(), host)
