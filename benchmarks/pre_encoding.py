@@ -1,4 +1,4 @@
-"""Measures decoding, the overhead of pre-encoding, VAE utilisation, and reading the cache in training.
+"""Measures decoding, the overhead of pre-encoding, VAE utilization, and reading the cache in training.
 
     python -m benchmarks.pre_encoding FOLDER [--clip CLIP.mp4]
 
@@ -74,7 +74,7 @@ def main(folder: Path, clip: Path | None, count: int) -> None:
     write_s = report.seconds("write an entry", lambda: write(folder / "cache", len(clips)), len(clips))
     report.line(f"  {write_s / decord_s:.1%} of decoding a clip")
 
-    measure_vae_utilisation(report, clips[:4], folder)
+    measure_vae_utilization(report, clips[:4], folder)
     measure_loader(report, folder)
 
 
@@ -169,7 +169,7 @@ def write(folder: Path, count: int) -> None:
         LatentCache(folder).write(f"written-{number}", MOMENTS)
 
 
-def measure_vae_utilisation(report: Report, clips: list[str], folder: Path) -> None:
+def measure_vae_utilization(report: Report, clips: list[str], folder: Path) -> None:
     """Reports the share of time in which a VAE of published width works, from its first clip to its last."""
     vae = AutoencoderKLCogVideoX(scaling_factor=0.7).eval()
     size = Resolution(17, 96, 160)

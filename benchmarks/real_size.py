@@ -169,14 +169,14 @@ def run_in_own_process(row: Row, predict: bool, seconds: float | None) -> dict[s
 
 
 def compare(row: Row, measured: dict[str, Any], predictions: dict[str, Any]) -> dict[str, Any]:
-    """Returns the measurement relative to the prediction. Model utilisation does not count recomputation."""
+    """Returns the measurement relative to the prediction. Model utilization does not count recomputation."""
     gpu, predicted = torch.cuda.get_device_name(), predictions[row.name]
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
     return {
         "reserved_by_predicted": measured["reserved_gib"] / predicted["peak_gib"],
-        "utilisation": predicted["tflop"] / measured["seconds"] / peak if peak else None,
-        "model_utilisation": predicted["model_tflop"] / measured["seconds"] / peak if peak else None,
+        "utilization": predicted["tflop"] / measured["seconds"] / peak if peak else None,
+        "model_utilization": predicted["model_tflop"] / measured["seconds"] / peak if peak else None,
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")} | {"cuda": torch.version.cuda},
     }

@@ -4,7 +4,7 @@
     python -m examples.measure examples/tiny/t2v --lora_path outputs/quickstart/lora --id_token SKS
 
 With adapters or another transformer, it also measures the base for comparison. With an id token, it also measures
-prompts with the token, which ask for the concept that is held back from the base. `attributes.py` reads the clips.
+prompts with the token, which ask for the concept that is held out from the base. `attributes.py` reads the clips.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Case:
 
 
 def make_cases(clips: int, id_token: str) -> list[Case]:
-    """Returns cases of the concept that is held back if there is an id token, else of known scenes."""
+    """Returns cases of the held-out concept if there is an id token, else of known scenes."""
     rng = np.random.default_rng(FIRST_SEED)
     scenes = CONCEPT if id_token else KNOWN
     cases = []
@@ -86,7 +86,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return -10 * math.log10(max(np.square((a.astype(float) - b) / 255).mean(), 1e-10))
 
 
-def summarise(cases: list[Case], clips: list[np.ndarray], task: str) -> dict[str, float]:
+def summarize(cases: list[Case], clips: list[np.ndarray], task: str) -> dict[str, float]:
     """Returns the shares of clips, 0 to 1, whose attributes match the expected scene."""
     measured = [read_attributes(clip) for clip in clips]
     scenes = [case.scene for case in cases]
@@ -156,7 +156,7 @@ def main() -> None:
             started = time.perf_counter()
             clips = list(generate(pipeline, args, spec, cases))
             print(f"{model}, {kind} prompts: {count} clips in {time.perf_counter() - started:.0f} s", flush=True)
-            shares[kind][model] = summarise(cases, clips, spec.task)
+            shares[kind][model] = summarize(cases, clips, spec.task)
             shown[kind][model] = clips[:COLUMNS]
     print(table(shares))
     if output_dir is not None:

@@ -66,7 +66,7 @@ def psnr(vae: AutoencoderKLCogVideoX, count: int, frames: int = FRAMES) -> float
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKLCogVideoX) -> None:
+def standardize(vae: AutoencoderKLCogVideoX) -> None:
     """Shifts and scales the latent channels in place, so that scaled latents have mean 0 and variance 1.
 
     Every decoder convolution that reads latents (the first one and those of the spatial norms) is adjusted to undo the
@@ -124,7 +124,7 @@ def train(vae: AutoencoderKLCogVideoX, output: Path, part: str, steps: int) -> N
     started = time.perf_counter()
     for step in range(started_at, steps):
         if part == "all" and step == first_whole_clip_step(steps):
-            standardise(vae)
+            standardize(vae)
         clips = draw_step_batch(step, steps) if part == "all" else draw_whole_clips(DECODER_SEED + step * 4, step)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate(step, steps)

@@ -3,7 +3,7 @@
     python -m examples.world outputs/world --known 1600
 
 The seed of a clip determines everything in it: what it shows, and the start, size and travel of the shape. One
-combination of colour, shape and direction is held back from the base models; the quick start teaches it.
+combination of colour, shape and direction is held out from the base models; the quick start teaches it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Scene:
 
 
 # Scenes with this colour, shape and direction are not in the training data of the base models.
-HELD_BACK = ("purple", "triangle", "up")
-# Caption of the scenes held back. An id token stands for what they have in common.
+HELD_OUT = ("purple", "triangle", "up")
+# Caption of the held-out scenes. An id token stands for what they have in common.
 CONCEPT_CAPTION = "a shape moves on a {ground} background"
 SCENES = tuple(itertools.starmap(Scene, itertools.product(COLOURS, SHAPES, DIRECTIONS, GROUNDS)))
-CONCEPT = tuple(scene for scene in SCENES if astuple(scene)[:3] == HELD_BACK)
+CONCEPT = tuple(scene for scene in SCENES if astuple(scene)[:3] == HELD_OUT)
 KNOWN = tuple(scene for scene in SCENES if scene not in CONCEPT)
 
 
@@ -115,7 +115,7 @@ def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: 
     """Writes a data folder of random clips, and the first frame of the first clip as `first_frame.png`.
 
     Args:
-        known, concept: number of clips of known scenes and of scenes that are held back. The latter come last, and
+        known, concept: number of clips of known scenes and of held-out scenes. The latter come last, and
             their captions do not name colour, shape and direction.
         seed: of the first clip; each clip uses the next seed.
     """
@@ -136,7 +136,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draws a data folder.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--known", type=int, default=0, help="number of clips of scenes that the base models know")
-    parser.add_argument("--concept", type=int, default=0, help="number of clips of scenes that are held back from them")
+    parser.add_argument("--concept", type=int, default=0, help="number of clips of scenes that are held out from them")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--fps", type=float, default=8.0)

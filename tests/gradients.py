@@ -57,7 +57,7 @@ def prepare_model(model_dir: Path, folder: Path, *options: object, dtype: torch.
     make_trainable(transformer, args)
     torch.manual_seed(1)
     for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:  # initialised to zero, which would make the gradients of lora_A zero
+        if "lora_B" in name:  # initialized to zero, which would make the gradients of lora_A zero
             parameter.data.normal_(std=0.02)
     return Model(transformer, RunContext(args, spec, {}))
 

@@ -24,12 +24,12 @@ def vae(tmp_path_factory):
     return folder
 
 
-def test_standardised_vae_reconstructs_the_same():
+def test_standardized_vae_reconstructs_the_same():
     torch.manual_seed(0)
     vae, clip = train_vae.build(), train_vae.draw_batch(0, 1, 9, 64)
     with torch.no_grad():
         before = vae.decode(vae.encode(clip).latent_dist.mode()).sample
-        train_vae.standardise(vae)
+        train_vae.standardize(vae)
         latents = vae.encode(train_vae.draw_batch(0, 64, 9, 64)).latent_dist.mode() * train_vae.SCALING_FACTOR
         after = vae.decode(vae.encode(clip).latent_dist.mode()).sample
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(train_vae.LATENT_CHANNELS), atol=1e-3, rtol=0)
