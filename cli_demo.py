@@ -34,7 +34,7 @@ class DemoArgs:
     prompt: str = option(help="text prompt; include the --id_token of the training run, if it had one")
     model_path: str = option(help="folder of the base checkpoint, or its model hub id")
     negative_prompt: str = option("", help="text that the video should not match")
-    generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="default: the task of the checkpoint")
+    generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
     image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
     lora_path: Path | None = option(None, help="folder checkpoint-N of a LoRA run, or its .safetensors file")
     lora_scale: float = option(1.0, help="adapter strength; 1.0: as trained; 0: base model")
@@ -53,7 +53,7 @@ class DemoArgs:
     )
     seed: int = option(42, help="seed of the initial noise")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
-        None, help="default: dtype of the checkpoint's weights; fp32 in place of fp16 on a CPU"
+        None, help="dtype of the weights; default: that of the checkpoint, but fp32 in place of fp16 on a CPU"
     )
     offload: Literal["none", "model", "sequential"] = option(
         "model",

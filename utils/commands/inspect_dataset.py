@@ -75,7 +75,8 @@ def main() -> None:
 def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
     """Parses the command line, whose first argument may be the data folder without its flag."""
     parser = make_parser(
-        "Shows the samples that training will use: python -m utils.commands.inspect_dataset DATA_ROOT ..."
+        "Shows the samples that training will use, and maintains their latent cache. The first argument may be the "
+        "data folder, in place of --data_root."
     )
     groups = (DataArgs, ValidationArgs, InspectArgs)
     for group in groups:

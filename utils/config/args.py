@@ -47,12 +47,12 @@ class OutputArgs:
 @dataclass(frozen=True)
 class TrainingArgs:
     train_epochs: int = option(10, help="number of passes over the dataset; ignored if --train_steps is set")
-    train_steps: int | None = option(None, help="number of optimizer updates")
+    train_steps: int | None = option(None, help="number of optimizer updates; overrides --train_epochs")
     seed: int = option(42, help="seed of sample order, noise, timesteps and adapter initialization")
     batch_size: int = option(1, help="samples per process and micro-batch")
     gradient_accumulation_steps: int = option(1, help="micro-batches per optimizer update")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, help="default: fp16 for CogVideoX-2b on a GPU, bf16 otherwise"
+        None, help="training precision; default: fp16 for CogVideoX-2b on a GPU, bf16 otherwise"
     )
     learning_rate: float = option(1e-4, help="peak learning rate; not scaled by the number of processes")
     optimizer: Literal["adamw", "adam"] = option("adamw", help="adamw: decoupled weight decay; adam: L2 penalty")
