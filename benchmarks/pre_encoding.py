@@ -68,7 +68,7 @@ def main(folder: Path, clip: Path | None, count: int) -> None:
             partial(pre_encode, clips, folder / "cache", workers),
             len(clips),
         )
-        report.line(f"  {pre_encode_s / parallel_s:.3f} of plain decord in as many processes")
+        report.line(f"  {pre_encode_s / parallel_s:.3f} of plain decord with the same number of processes")
     scan_s = report.seconds("scan a new clip: probe and digest", lambda: scan(clips, folder), len(clips))
     report.line(f"  {scan_s / decord_s:.1%} of decoding it")
     write_s = report.seconds("write an entry", lambda: write(folder / "cache", len(clips)), len(clips))

@@ -34,7 +34,7 @@ def test_checkpointing_and_offloading_are_bit_exact(tiny, tmp_path, monkeypatch,
 
 
 class LateCopyStream(pinned_memory.CopyStream):
-    """Copies as late as a GPU may: only once a copy is waited for. Until then its target is NaN."""
+    """Copies as late as a GPU may: when `wait` is called. Until then, the target is NaN."""
 
     def __init__(self):
         self.pending = []
