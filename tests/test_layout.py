@@ -30,7 +30,8 @@ RETIRED = (
     *("Beside", "Excerpt", "HostMemory", "LiveBytes", "ModelForm", "PageLocked", "Parked", "RollCall", "SideStream"),
     *("is_zero", "keep_attention", "on_the_line", "put_together", "release_gradients", "round_at_random"),
     *("told_to_the_user", "under_zero", "component_files", "fake_parts", "fake_run", "host_adam", "model_form"),
-    *("quantized_adam", "roll_call", "zero_config"),
+    *("quantized_adam", "roll_call", "zero_config", "written_whole", "remove_leftovers", "set_nanoseconds"),
+    *("look_at_data", "model_faults", "machine_faults", "tracker_faults", "compile_fault", "loss_of"),
 )
 # files that tell users what became of an old name
 MAY_NAME_RETIRED = ("CHANGELOG.md", "utils/config/options.py", "tests/test_layout.py", "tests/test_preflight.py")
