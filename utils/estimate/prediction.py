@@ -108,7 +108,8 @@ def extrapolated_updates(context: RunContext) -> UpdateProfile:
         return at_deep + (at_deep - at_shallow) * (num_layers - deep) // (deep - shallow)
 
     terms = {name: extrapolate(small.terms[name], large.terms[name]) for name in large.terms}
-    # If the peak is late in the backward pass, some saved activations are freed by then. The working set is negative.
+    # If the peak is late in the backward pass, some saved activations are freed by then, which would make the working
+    # set negative.
     freed = min(terms["working set"], 0)
     terms |= {"saved activations": terms["saved activations"] + freed, "working set": terms["working set"] - freed}
     weights, trained, flop, host = (

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from dataset.video import SPREAD
+from utils.config.deepspeed_config import get_key
 from utils.run.plan import RunPlan
 
 # Number of unusable lines of the data that are shown at the start of the log. The end lists all of them.
@@ -27,7 +28,7 @@ def describe(plan: RunPlan) -> str:
         f"Strategy: {describe_strategy(plan.zero)}",
         f"Dataset: {len(plan.samples)} samples, "
         + ("frames spread over each clip" if args.data.fps == SPREAD else by_time),
-        *plan.clips,
+        *plan.clip_summary,
     ]
     for resolution in args.data.train_resolution:
         video_tokens, text_tokens = spec.tokens(resolution)
@@ -54,7 +55,7 @@ def describe_strategy(zero: dict[str, Any] | None) -> str:
     if zero is None:
         return "DDP"
     section = zero["zero_optimization"]
-    offloaded = [name for name in ("optimizer", "param") if section.get(f"offload_{name}", {}).get("device") == "cpu"]
+    offloaded = [name for name in ("optimizer", "param") if get_key(section, f"offload_{name}.device") == "cpu"]
     return f"DeepSpeed ZeRO-{section['stage']}" + "".join(f", {name} offloaded" for name in offloaded)
 
 

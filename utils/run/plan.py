@@ -27,7 +27,7 @@ class RunPlan:
     Attributes:
         context: resolved arguments, model, strategy and number of processes.
         bad: one message per unusable line of the data folders.
-        clips: summary of the clips and buckets, for the log.
+        clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
         resume_from: checkpoint to resume from; None for a new run.
@@ -39,7 +39,7 @@ class RunPlan:
     model_dir: Path
     samples: list[ClipSample]
     bad: list[str]
-    clips: list[str]
+    clip_summary: list[str]
     keys: list[SampleKeys]
     validation: list[ClipSample]
     validation_keys: list[SampleKeys]
@@ -149,7 +149,7 @@ def make_plan(
         model_dir=model_dir,
         samples=scan.samples,
         bad=scan.bad,
-        clips=summarize(scan.samples, scan.facts, args.data.resize_mode, args.data.fps or spec.fps),
+        clip_summary=summarize(scan.samples, scan.facts, args.data.resize_mode, args.data.fps or spec.fps),
         keys=keys,
         validation=scan.validation,
         validation_keys=validation_keys,

@@ -50,8 +50,9 @@ class DDP:
 
     def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
         """Returns the transformer of the checkpoint to resume full fine-tuning from, otherwise that of the base."""
-        is_resumed_sft = resume_from is not None and self.args.model.training_type == "sft"
-        return (resume_from if is_resumed_sft and resume_from is not None else model_dir) / "transformer"
+        if resume_from is not None and self.args.model.training_type == "sft":
+            return resume_from / "transformer"
+        return model_dir / "transformer"
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         if self.args.training.mixed_precision == "fp16":
@@ -73,7 +74,7 @@ class DDP:
 
 
 class DeepSpeed:
-    """ZeRO divides optimizer, gradients and weights. The update happens inside the last backward pass of its batch."""
+    """ZeRO shards optimizer states, gradients and weights. The last `backward` of an update updates the weights."""
 
     uses_deepspeed = True
 
