@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import signal
 import warnings
@@ -38,7 +37,7 @@ from utils.run.fill_cache import fill_cache
 from utils.run.plan import RunPlan
 from utils.run.preflight import preflight
 from utils.run.validation import validate
-from utils.training.divergence import MAX_SKIPPED_UPDATES, check_gradients, check_losses, gradient_overflow_error
+from utils.training.divergence import OverflowGuard, check_gradients, check_losses
 from utils.training.metrics import Metrics, quarter_means
 from utils.training.optimizer import make_lr_scheduler, make_optimizer
 from utils.training.schedule import is_due
@@ -71,22 +70,25 @@ def main() -> None:
             print("\n".join(describe_prediction(run_in_subprocess(predict, plan.context), plan.context)))
             print(json.dumps(plan.args.as_dict(), indent=2))
         return
-    if plan.is_finished and not plan.args.data.precompute_only:
-        finish(processes, plan)
-        return
-
-    if processes.is_main_process:
-        write_args(plan.args, plan.args.output.output_dir)
-    processes.wait_for_everyone()
-    if not (plan.args.output.output_dir / ARGS_FILE).is_file():
-        raise UserError(f"--output_dir {plan.args.output.output_dir} is not on a disk that all machines share.")
-    plan = fill_cache(processes, heartbeat, plan)
+    if plan.args.data.precompute_only or not plan.is_finished:
+        create_output(processes, plan)
+        plan = fill_cache(processes, heartbeat, plan)
     if plan.args.data.precompute_only:
         return
-    if plan.is_finished:  # unusable samples were left out, so an epoch may have fewer steps than before
+    if plan.is_finished:  # also once unusable samples are left out, which makes an epoch shorter
         finish(processes, plan)
-        return
-    train(plan)
+    else:
+        train(plan)
+
+
+def create_output(processes: PartialState, plan: RunPlan) -> None:
+    """Writes the resolved arguments to the output folder. Raises UserError on machines that do not share it."""
+    output_dir = plan.args.output.output_dir
+    if processes.is_main_process:
+        write_args(plan.args, output_dir)
+    processes.wait_for_everyone()
+    if not (output_dir / ARGS_FILE).is_file():
+        raise UserError(f"--output_dir {output_dir} is not on a disk that all machines share.")
 
 
 def finish(processes: PartialState, plan: RunPlan) -> None:
@@ -151,7 +153,8 @@ def train(plan: RunPlan) -> None:
         validate(accelerator, transformer, objective, plan, 0, metrics)  # the base model, as a baseline
 
     # ---- the loop: one micro-batch per iteration
-    update_losses, update_timesteps, num_skipped = [], [], 0
+    overflow = OverflowGuard(training.mixed_precision)
+    update_losses, update_timesteps = [], []
     metrics.start_lap()
     while progress.step < plan.total_steps:
         batch = next(loader)
@@ -161,7 +164,7 @@ def train(plan: RunPlan) -> None:
             strategy.backward(losses.mean(), progress.step)
             if accelerator.sync_gradients:
                 grad_norm = strategy.clip_gradients()
-                check_gradients(math.isfinite(grad_norm), training.mixed_precision, progress.step)
+                check_gradients(grad_norm, training.mixed_precision, progress.step)
             optimizer.step()
             optimizer.zero_grad()
         update_losses.append(losses.detach())
@@ -170,16 +173,10 @@ def train(plan: RunPlan) -> None:
         if not accelerator.sync_gradients:
             continue
 
-        # ---- fp16: an update that overflows halves the loss scale and does not count
-        if accelerator.optimizer_step_was_skipped:
-            check_gradients(False, training.mixed_precision, progress.step)
-            num_skipped += 1
-            if num_skipped > MAX_SKIPPED_UPDATES:
-                raise gradient_overflow_error(progress.step)
+        if overflow.skips(accelerator.optimizer_step_was_skipped, progress.step):  # the loss scale has been halved
             update_losses, update_timesteps = [], []
             metrics.start_lap()
             continue
-        num_skipped = 0
 
         # ---- the update is done
         progress.step += 1

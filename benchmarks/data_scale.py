@@ -72,7 +72,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
         return
     started = time.perf_counter()
     missing = len(missing_jobs(cache, plan.samples, plan.keys, RankShard(0, 1), lambda: None))
-    missing += sum(not cache.is_intact(name) for name in prompts)
+    missing += sum(not cache.verify(name) for name in prompts)
     lookup_s = time.perf_counter() - started
     assert missing == 0
     print(f"imports {import_s:.1f} s, {import_mib:.0f} MiB")

@@ -25,9 +25,8 @@ from diffusers import CogVideoXTransformer3DModel
 
 from tests import tiny_models
 from utils.common.filesystem import ROOT
+from utils.common.units import GIB
 from utils.model import loading
-
-GIB = 2**30
 
 
 def build(folder: Path, layers: int, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from dataset.bucketing import SamplingPolicy
 from dataset.cached_dataset import CachedDataset, batches
 from dataset.file_index import FileIndex
-from dataset.latent_cache import Encoding, LatentCache, SampleKeys
+from dataset.latent_cache import EncoderSettings, LatentCache, SampleKeys
 from dataset.manifest import Sample
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips
 from dataset.sampler import SampleStream
@@ -152,7 +152,7 @@ def scan_once(clips: tuple[str, ...], folder: Path) -> ScanResult:
 
 def pre_encode(clips: list[str], folder: Path, workers: int) -> None:
     scanned = scan_once(tuple(clips), folder)
-    keys = Encoding("vae", "text", None).keys(scanned.samples, scanned.facts)
+    keys = EncoderSettings("vae", "text", None).keys(scanned.samples, scanned.facts)
     for path in folder.glob("*.safetensors"):
         path.unlink()
     assert not precompute_clips(
@@ -186,7 +186,7 @@ def measure_vae_utilization(report: Report, clips: list[str], folder: Path) -> N
     def encoders() -> Iterator[PixelEncoders]:
         yield PixelEncoders(encode, lambda pixels, seed: encode_image(vae, pixels, seed))
 
-    keys = Encoding(f"busy {time.time()}", "text", None).keys(scanned.samples, scanned.facts)
+    keys = EncoderSettings(f"busy {time.time()}", "text", None).keys(scanned.samples, scanned.facts)
     cache = LatentCache(folder / "busy")
     precompute_clips(cache, scanned.samples, keys, encoders, RankShard(0, 1), 1, 60, lambda: None)
     first, *others = spans

@@ -28,7 +28,8 @@ from benchmarks.rows import ROWS, Row
 from utils.commands.estimate_memory import make_context
 from utils.commands.launch import grow_segments
 from utils.common.filesystem import ROOT
-from utils.estimate.context import GIB, RunContext
+from utils.common.units import GIB
+from utils.estimate.context import RunContext
 from utils.estimate.prediction import PEAK_TFLOPS, extrapolated_updates, zero_terms
 from utils.estimate.simulated_run import autocast_forward, empty_batch, fake_objective
 from utils.training.optimizer import clip, make_optimizer

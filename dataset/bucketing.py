@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from dataset.file_index import FileFacts, combine_signatures
 from dataset.manifest import Sample
-from dataset.video import SPREAD, ClipInfo, FrameSelection, Rate, Resolution, frames_available, stretch
+from dataset.video import NATIVE_STRIDE, ClipInfo, FrameSelection, Rate, Resolution, frames_available, stretch
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def windows(info: ClipInfo, bucket: Resolution, policy: SamplingPolicy) -> list[
     """
     available, frames = frames_available(info, policy.rate), bucket.frames
     count = max(min(policy.clips_per_video, available // frames), 1)
-    if policy.rate == SPREAD:
+    if policy.rate == NATIVE_STRIDE:
         starts = [available * number // count for number in range(count + 1)]
         return [(start, end - start) for start, end in pairwise(starts)]
     last_start = available - frames
@@ -129,7 +129,7 @@ def _selection(policy: SamplingPolicy, bucket: Resolution, first: int, span: int
 def _too_short(info: ClipInfo, policy: SamplingPolicy) -> str:
     count = min(bucket.frames for bucket in policy.buckets)
     length = f"its {info.frames} frames are {info.seconds:.2f} s"
-    if policy.rate == SPREAD:
+    if policy.rate == NATIVE_STRIDE:
         return f"is too short: {length}, but a sample has {count} frames; --pad_short_clips repeats the last frame"
     return (
         f"is too short: {length}, but {count} frames at {policy.rate:g} fps take {count / policy.rate:.2f} s; use a "

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from dataset.bucketing import ClipSample
 from dataset.file_index import FileFacts
-from dataset.video import PIXELS_VERSION, SPREAD, FrameSelection
+from dataset.video import NATIVE_STRIDE, PIXELS_VERSION, FrameSelection
 from utils.common.errors import UserError
 from utils.common.filesystem import atomic_write, set_mtime_nanoseconds
 
@@ -82,20 +82,20 @@ class LatentCache:
             raise DamagedEntry(name)
         return tensor
 
-    def is_intact(self, name: str, verify_content: bool = False) -> bool:
+    def verify(self, name: str, read: bool = False) -> bool:
         """Returns whether an entry exists and is undamaged. Removes a damaged entry.
 
         An entry with a valid mtime marker has not been modified since it was written. Any other entry is read and its
         checksum verified.
 
         Args:
-            verify_content: whether to read the entry even if its marker is valid.
+            read: whether to read the entry even if its marker is valid.
         """
         path = self.path(name)
         try:
             status = path.stat()
             marker = _mtime_marker(name, status.st_size)
-            if status.st_mtime_ns % 10**9 == marker and not verify_content:
+            if status.st_mtime_ns % 10**9 == marker and not read:
                 return True
             self.read(name)
         except OSError:
@@ -148,7 +148,7 @@ class SampleKeys:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncoderSettings:
     """The encoder settings that determine the bytes of an entry, together with the files and the frame selections.
 
     Attributes:
@@ -192,7 +192,7 @@ class Encoding:
     def _pixels_name(self, kind: str, facts: FileFacts, selection: FrameSelection, **extra: Any) -> str:
         # the first frame of a clip does not depend on the rate, so changing --fps keeps its image entry
         window = {"first": selection.first, "rate": selection.rate} if selection.first or kind == "video" else {}
-        if selection.rate == SPREAD and kind == "video":
+        if selection.rate == NATIVE_STRIDE and kind == "video":
             window["span"] = selection.span
         return _name(
             kind,

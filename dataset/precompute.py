@@ -99,7 +99,7 @@ def precompute_prompts(
     missing, errors = [], {}
     for name in shard.select(prompts):
         beat()  # the check reads copied entries, which takes time
-        if not cache.is_intact(name):
+        if not cache.verify(name):
             missing.append(name)
     if not missing:
         return {}
@@ -146,7 +146,7 @@ def precompute_clips(
 
         def still_missing() -> Iterator[_Job]:
             for job in jobs:
-                if all(cache.is_intact(name) for name in job.names):
+                if all(cache.verify(name) for name in job.names):
                     bar.update()  # encoded by another run on the same folder
                 else:
                     yield job
@@ -245,7 +245,7 @@ def missing_jobs(
             if any(unclaimed):
                 position += 1
                 if position % shard.world_size == shard.rank:
-                    video, image = (None if name is None or cache.is_intact(name) else name for name in unclaimed)
+                    video, image = (None if name is None or cache.verify(name) else name for name in unclaimed)
                     if video or image:
                         missing.append(_Job(clip_sample, selection, video, image))
     return missing

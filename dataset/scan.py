@@ -15,7 +15,7 @@ from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import image_size
 from dataset.manifest import Sample
-from dataset.video import SPREAD, ClipInfo, Rate, Resolution, cropped, probe, stretch
+from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
 # Clips that are stretched or cropped by more than this share are reported.
@@ -35,7 +35,7 @@ class ScanResult:
     samples: list[ClipSample]
     validation: list[ClipSample]
     facts: dict[str, FileFacts]
-    bad: list[str]
+    unusable: list[str]
 
 
 def scan_and_sample(
@@ -53,15 +53,15 @@ def scan_and_sample(
         index, num_workers, timeout, save_index: as in `scan_files`.
     """
     facts, file_errors = scan_files(samples + validation, index, num_workers, timeout, save_index)
-    bad: list[str] = []
+    unusable: list[str] = []
 
     def select(part: list[Sample], policy: SamplingPolicy) -> list[ClipSample]:
         readable, unreadable_errors = split_readable(part, file_errors)
         clip_samples, length_errors = select_clip_samples(readable, facts, policy)
-        bad.extend(unreadable_errors + length_errors)
+        unusable.extend(unreadable_errors + length_errors)
         return clip_samples
 
-    return ScanResult(select(samples, policy), select(validation, replace(policy, clips_per_video=1)), facts, bad)
+    return ScanResult(select(samples, policy), select(validation, replace(policy, clips_per_video=1)), facts, unusable)
 
 
 def scan_files(
@@ -165,7 +165,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
             continue
         last_sample, info = sample, facts[sample.clip].info
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
-        num_slower += rate != SPREAD and info.fps < rate - 0.5
+        num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
         change = (cropped if mode == "crop" else stretch)(info, clip_sample.resolution)
         stats.num_clips += 1
         stats.seconds += info.seconds
@@ -177,7 +177,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
     total_seconds = sum(stats.seconds for stats in stats_by_bucket.values())
     lines = [f"Clips: {listed}{more}; {total_seconds:.0f} s in total"]
     for bucket, stats in stats_by_bucket.items():
-        used = 1.0 if rate == SPREAD else min(stats.num_samples * bucket.frames / rate / stats.seconds, 1)
+        used = 1.0 if rate == NATIVE_STRIDE else min(stats.num_samples * bucket.frames / rate / stats.seconds, 1)
         lines.append(
             f"  {bucket}: {stats.num_samples} samples from {stats.num_clips} clips, {used:.0%} of their duration; "
             + _describe_change(stats, "cropped" if mode == "crop" else "stretched")

@@ -25,7 +25,7 @@ PIXELS_VERSION = 2
 # Tolerance in seconds for rounded container timestamps. A time halfway between two frames selects the later one.
 _TIE_S = 1e-4
 # Sampling rate in frames per second. SPREAD: frames are evenly spaced over the whole clip, regardless of its length.
-SPREAD: Literal["native_stride"] = "native_stride"
+NATIVE_STRIDE: Literal["native_stride"] = "native_stride"
 Rate = float | Literal["native_stride"]
 
 
@@ -181,9 +181,9 @@ def choose_frames(times: np.ndarray, selection: FrameSelection) -> list[int]:
         times: frame times as returned by `frame_times`.
     """
     count, last = selection.resolution.frames, len(times) - 2
-    if selection.rate == SPREAD and selection.span < count:  # a padded clip
+    if selection.rate == NATIVE_STRIDE and selection.span < count:  # a padded clip
         return [min(selection.first + number, last) for number in range(count)]
-    if selection.rate == SPREAD:
+    if selection.rate == NATIVE_STRIDE:
         begin, end = times[min(selection.first, last)], times[min(selection.first + selection.span - 1, last)]
         targets = np.linspace(begin, end, count)
     else:
@@ -194,7 +194,7 @@ def choose_frames(times: np.ndarray, selection: FrameSelection) -> list[int]:
 
 def frames_available(info: ClipInfo, rate: Rate) -> int:
     """Returns the number of frames of a clip at a sampling rate."""
-    if rate == SPREAD:
+    if rate == NATIVE_STRIDE:
         return info.frames
     return max(math.ceil(((info.last + info.seconds) / 2 - _TIE_S) * rate), 1)
 

@@ -19,14 +19,14 @@ import torch
 import train
 from dataset.bucketing import ClipSample
 from dataset.file_index import FileFacts
-from dataset.latent_cache import Encoding, SampleKeys
+from dataset.latent_cache import EncoderSettings, SampleKeys
 from utils.common.errors import exit_on_user_error
 from utils.model import conditioning
 from utils.model.spec import ModelSpec
 from utils.training import loss
 
 to_image_latents, to_video_latents = conditioning.to_image_latents, conditioning.to_video_latents
-rotary_table, keys = conditioning.rotary_table, Encoding.keys
+rotary_table, keys = conditioning.rotary_table, EncoderSettings.keys
 
 
 def multiply_image_latents(sample: torch.Tensor, spec: ModelSpec, latent_frames: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def rotary_table_of_other_version(
 
 
 def keys_from_paths(
-    self: Encoding, clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], flip: bool = False
+    self: EncoderSettings, clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], flip: bool = False
 ) -> list[SampleKeys]:
     """Derives cache keys from paths, so that a replaced clip keeps its old latents. Correct: from the content."""
     by_path = {path: replace(known, digest=hashlib.sha256(path.encode()).digest()) for path, known in facts.items()}
@@ -64,7 +64,7 @@ FAULTS: dict[str, AbstractContextManager] = {
     "latents_scaled_twice": patch.object(loss, "to_video_latents", scale_latents_twice),
     "padding_at_the_end": patch.object(loss, "to_video_latents", pad_at_the_end),
     "rotary_of_the_other_kind": patch.object(conditioning, "rotary_table", rotary_table_of_other_version),
-    "stale_latents": patch.object(Encoding, "keys", keys_from_paths),
+    "stale_latents": patch.object(EncoderSettings, "keys", keys_from_paths),
 }
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from utils.memory import activation_checkpointing
 from utils.model.conditioning import predict_velocity
 from utils.model.loading import load_transformer
 from utils.model.spec import read_spec
-from utils.run.preflight import resolve
+from utils.run.preflight import fill_in_defaults
 from utils.training.loss import sample_inputs
 from utils.training.trainable import make_trainable, trained_parameters, uses_autocast
 
@@ -52,7 +52,7 @@ class CountAttention(TorchDispatchMode):
 def prepare_model(model_dir: Path, folder: Path, *options: object, dtype: torch.dtype = torch.float32) -> Model:
     """Loads a transformer and makes it trainable as a run with the given flags does."""
     spec = read_spec(model_dir)
-    args = resolve(parse_args(arguments(model_dir, folder, folder, *options, task=spec.task)), spec)
+    args = fill_in_defaults(parse_args(arguments(model_dir, folder, folder, *options, task=spec.task)), spec)
     transformer = load_transformer(model_dir / "transformer", dtype)
     make_trainable(transformer, args)
     torch.manual_seed(1)

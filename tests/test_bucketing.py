@@ -7,7 +7,7 @@ import pytest
 from dataset.bucketing import SamplingPolicy, choose_bucket, select_clip_samples, windows
 from dataset.file_index import FileFacts
 from dataset.manifest import Sample
-from dataset.video import SPREAD, ClipInfo, Resolution
+from dataset.video import NATIVE_STRIDE, ClipInfo, Resolution
 
 WIDE, TALL, LONG = Resolution(49, 480, 720), Resolution(49, 720, 480), Resolution(81, 480, 720)
 
@@ -44,7 +44,7 @@ def test_windows_cover_the_clip_without_overlap():
     assert windows(info(30, 480, 720), WIDE, policy) == [(0, 49), (95, 49), (191, 49)]
     assert windows(info(13, 480, 720), WIDE, policy) == [(0, 49), (55, 49)]
     assert windows(info(7, 480, 720), WIDE, policy) == [(0, 49)]
-    spread = SamplingPolicy((WIDE,), SPREAD, "crop", clips_per_video=3)
+    spread = SamplingPolicy((WIDE,), NATIVE_STRIDE, "crop", clips_per_video=3)
     assert windows(info(10, 480, 720), WIDE, spread) == [(0, 100), (100, 100), (200, 100)]
 
 

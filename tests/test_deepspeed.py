@@ -31,7 +31,7 @@ from tests.conftest import (
     run,
     succeed,
 )
-from tests.golden import compare_with_golden
+from tests.golden_losses import compare_with_golden
 from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import PROGRESS_FILE
@@ -259,9 +259,10 @@ def test_two_launchers_act_as_two_machines(tiny, data, tmp_path, single_process,
         ({"NUM_MACHINES": 2}, "NUM_MACHINES=2 needs MACHINE_RANK and MAIN_PROCESS_IP"),
         ({"NUM_MACHINES": 2, "MACHINE_RANK": 2, "MAIN_PROCESS_IP": "127.0.0.1"}, "MACHINE_RANK=2: .* 0 to 1"),
         ({"NUM_MACHINES": 2, "MACHINE_RANK": 0, "MAIN_PROCESS_IP": "x", "NUM_PROCESSES": 3}, "use 2, 4 or another"),
+        ({"ZERO": "zero2"}, "ZERO=zero2 is for train_zero_t2v.sh and train_zero_i2v.sh; this script trains with DDP"),
     ],
 )
 def test_launcher_reports_contradictory_settings(settings, message):
-    result = run("train_zero_t2v.sh", **settings)
+    result = run("train_ddp_t2v.sh" if "DDP" in message else "train_zero_t2v.sh", **settings)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(message, result.stderr), result.stderr

@@ -17,7 +17,7 @@ from transformers import T5EncoderModel
 
 from dataset.bucketing import SamplingPolicy
 from dataset.file_index import FileIndex
-from dataset.latent_cache import DamagedEntry, Encoding, LatentCache, SampleKeys
+from dataset.latent_cache import DamagedEntry, EncoderSettings, LatentCache, SampleKeys
 from dataset.manifest import read_manifest
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips, precompute_prompts
 from dataset.scan import ScanResult, scan_and_sample
@@ -41,7 +41,7 @@ def scan(data: Path, **policy: Any) -> ScanResult:
 
 
 def keys_of(scanned, flip=False, **facts) -> list[SampleKeys]:
-    encoding = Encoding(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts})
+    encoding = EncoderSettings(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts})
     return encoding.keys(scanned.samples, scanned.facts, flip)
 
 
@@ -181,7 +181,7 @@ def test_bad_clips_are_reported_and_the_others_encoded(data, tmp_path):
     assert errors.keys() >= {keys[number].video[0] for number in (1, 4, 6)}
     assert len(errors) == 5  # the image of clip 6 can be encoded
     assert "not finite" in errors[keys[6].video[0]]
-    intact = [cache.is_intact(key.video[0]) for key in keys]
+    intact = [cache.verify(key.video[0]) for key in keys]
     assert intact == [True, False, True, True, False, True, False, True]
 
 
@@ -205,7 +205,7 @@ def test_ranks_share_the_work_and_idle_ranks_load_no_encoder(data, tmp_path):
     samples, keys = scanned.samples, keys_of(scanned)
     for rank in range(3):
         fill(cache, samples, keys, constant_encoders, RankShard(rank, 3))
-    assert all(cache.is_intact(key.video[0]) and cache.is_intact(key.image[0]) for key in keys)
+    assert all(cache.verify(key.video[0]) and cache.verify(key.image[0]) for key in keys)
 
     def never():
         raise AssertionError("an encoder was loaded without need")

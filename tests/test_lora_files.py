@@ -16,7 +16,7 @@ from utils.config.args import parse_args
 from utils.model import loading
 from utils.model.conditioning import predict_velocity
 from utils.model.spec import read_spec
-from utils.run.preflight import resolve
+from utils.run.preflight import fill_in_defaults
 from utils.training.trainable import lora_config, make_trainable
 
 
@@ -28,7 +28,7 @@ def trained(tiny, data, tmp_path):
         model_dir = tiny(variant)
         spec = read_spec(model_dir)
         argv = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, task=spec.task)
-        args = resolve(parse_args(argv), spec)
+        args = fill_in_defaults(parse_args(argv), spec)
         transformer = loading.load_transformer(model_dir / "transformer", torch.float32)
         make_trainable(transformer, args)
         with torch.no_grad():

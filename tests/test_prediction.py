@@ -17,12 +17,13 @@ from examples.tiny_configs import task_of
 from tests.conftest import ROOT, arguments
 from utils.commands import estimate_memory
 from utils.common.errors import UserError
+from utils.common.units import GIB
 from utils.config.args import parse_args
 from utils.estimate import memory_tracker, prediction, simulated_run
-from utils.estimate.context import GIB, RunContext
+from utils.estimate.context import RunContext
 from utils.model.loading import load_transformer
 from utils.model.spec import read_spec
-from utils.run.preflight import resolve
+from utils.run.preflight import fill_in_defaults
 from utils.training.optimizer import make_optimizer
 from utils.training.trainable import make_trainable, trained_parameters
 
@@ -64,7 +65,7 @@ def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant,
     model = tiny(variant)
     argv = arguments(model, tmp_path, tmp_path, *options, task=task_of(variant))
     spec = read_spec(model)
-    context = RunContext(resolve(parse_args(argv), spec), spec, {})
+    context = RunContext(fill_in_defaults(parse_args(argv), spec), spec, {})
     terms = simulated_run.simulate_updates(context).terms
     static = terms["weights"] + terms.get("adapters", 0)
     assert sum(terms.values()) - static == pytest.approx(real_peak(model, context), rel=0.03)
@@ -74,7 +75,7 @@ def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant,
 def test_prediction_does_not_affect_a_later_run(tiny, tmp_path, bits):
     argv = arguments(tiny("5b"), tmp_path, tmp_path, *SFT, "--quantize_optimizer", bits, "--weight_decay", 0)
     spec = read_spec(tiny("5b"))
-    args = resolve(parse_args(argv), spec)
+    args = fill_in_defaults(parse_args(argv), spec)
     context = RunContext(args, spec, {})
     simulated_run.simulate_updates(context)
     transformer = load_transformer(tiny("5b") / "transformer", torch.float32)
@@ -170,6 +171,16 @@ def test_zero_peaks_match_published_figures(model):
             del section[key]
         default = sum(prediction.zero_terms(updates, config, 2, processes)[0].values()) / GIB
         assert default == pytest.approx(row.goal, rel=0.1) and shipped < row.goal, template
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--num_processes 0", "--num_processes is 0"), ("--num_processes x --zero zero2", "argument --num_processes")],
+)
+def test_estimate_memory_reports_user_errors(monkeypatch, flags, message):
+    monkeypatch.setattr("sys.argv", ["estimate_memory", "--model_path", "THUDM/CogVideoX-5b", *flags.split()])
+    with pytest.raises(UserError, match=message):
+        estimate_memory.main()
 
 
 def test_unknown_model_name_is_refused():

@@ -6,16 +6,17 @@ import pytest
 
 from tests.conftest import arguments, run, succeed
 from utils.common.errors import UserError
+from utils.common.units import GIB
 from utils.config.args import Args, parse_args
 from utils.estimate import prediction, settings_search
-from utils.estimate.context import GIB, Machine, RunContext
+from utils.estimate.context import Machine, RunContext
 from utils.estimate.prediction import NonTrainingPeaks, Prediction, extrapolated_updates
 from utils.estimate.settings_search import check_fits
 from utils.estimate.simulated_run import simulate_updates
 from utils.memory import activation_offloading, low_bit_adam
 from utils.model.spec import read_spec
 from utils.run.checks import model_errors
-from utils.run.preflight import resolve
+from utils.run.preflight import fill_in_defaults
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def training_only(monkeypatch):
 def make_context(model, folder, *options, num_layers=2) -> RunContext:
     spec = read_spec(model)
     args = parse_args(arguments(model, folder, folder, "--mixed_precision", "bf16", *options, task=spec.task))
-    return RunContext(resolve(args, spec), spec, {}).with_num_layers(num_layers)
+    return RunContext(fill_in_defaults(args, spec), spec, {}).with_num_layers(num_layers)
 
 
 def needed_gib(context) -> float:

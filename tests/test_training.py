@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from examples.tiny_configs import VARIANTS, task_of
 from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, generate, read_metrics, run, succeed
-from tests.golden import compare_with_golden
+from tests.golden_losses import compare_with_golden
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dataset.images import load_image
 from dataset.video import (
-    SPREAD,
+    NATIVE_STRIDE,
     ClipError,
     ClipInfo,
     FrameSelection,
@@ -58,9 +58,9 @@ def test_frames_are_selected_by_time():
 
 
 def test_frames_spread_over_the_clip():
-    assert choose_frames(times(97, 30), selection(49, SPREAD, span=97)) == list(range(0, 97, 2))
-    assert choose_frames(times(60, 24), selection(3, SPREAD, first=20, span=20)) == [20, 30, 39]
-    assert choose_frames(times(4, 24), selection(9, SPREAD, span=4)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
+    assert choose_frames(times(97, 30), selection(49, NATIVE_STRIDE, span=97)) == list(range(0, 97, 2))
+    assert choose_frames(times(60, 24), selection(3, NATIVE_STRIDE, first=20, span=20)) == [20, 30, 39]
+    assert choose_frames(times(4, 24), selection(9, NATIVE_STRIDE, span=4)) == [0, 1, 2, 3, 3, 3, 3, 3, 3]  # padded
 
 
 def test_frames_are_selected_by_time_at_a_variable_rate():

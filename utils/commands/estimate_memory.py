@@ -11,8 +11,8 @@ published checkpoints work without their weights. An estimate needs no GPU and t
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,37 @@ from utils.commands.launch import template_path
 from utils.common.errors import UserError, exit_on_user_error
 from utils.config.args import parse_args
 from utils.config.deepspeed_config import resolve_template
+from utils.config.options import add_options, collect, make_parser, option, require_positive
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.prediction import describe_prediction, predict
 from utils.estimate.settings_search import fit_to_budget
 from utils.model.published_configs import PUBLISHED, TEXT_ENCODER, published_spec
 from utils.model.spec import ModelSpec, read_spec, text_encoder_config
 from utils.run.checks import model_errors
-from utils.run.preflight import resolve
+from utils.run.preflight import fill_in_defaults
+
+
+@dataclass(frozen=True)
+class EstimateArgs:
+    zero: str | None = option(
+        None, help="template in configs/, such as zero2_offload, or the path of a .json file; default: DDP"
+    )
+    num_processes: int = option(1, help="number of GPUs, on one machine")
+
+    def errors(self) -> Iterator[str]:
+        yield from require_positive(self, "num_processes")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="All other flags are those of train.py: python train.py --help"
+    parser = make_parser(
+        "Estimates memory, work and time of a run. All other flags are those of train.py: python train.py --help",
+        prog="python -m utils.commands.estimate_memory",
     )
-    parser.add_argument("--zero", help="template in configs/, such as zero2_offload, or path of a .json; default: DDP")
-    parser.add_argument("--num_processes", type=int, default=1, help="number of GPUs, on one machine")
-    own, train_flags = parser.parse_known_args()
+    add_options(parser, EstimateArgs)
+    values, train_flags = parser.parse_known_args()
+    own = collect(vars(values), EstimateArgs)
+    if errors := list(own.errors()):
+        raise UserError(errors)
     context = make_context(train_flags, own.zero, own.num_processes)
     if context.args.memory.vram_budget_gib is not None:
         args, note = fit_to_budget(context, this_machine(try_compiler=True), {})
@@ -55,7 +70,7 @@ def make_context(train_flags: list[str], zero: str | None, num_processes: int) -
     """
     args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *train_flags])
     spec, text_encoder = load_spec(args.model.model_path)
-    args = resolve(replace(args, model=replace(args.model, model_type=spec.task)), spec, zero is not None)
+    args = fill_in_defaults(replace(args, model=replace(args.model, model_type=spec.task)), spec, zero is not None)
     if errors := [*args.errors(), *model_errors(args, spec, zero is not None, num_processes)]:
         raise UserError(errors)
     config = None

@@ -27,7 +27,10 @@ class ExportArgs:
 
 
 def main() -> None:
-    args = parse_group(make_parser("Writes a fine-tuned transformer in the diffusers format."), ExportArgs)
+    args = parse_group(
+        make_parser("Writes a fine-tuned transformer in the diffusers format.", prog="python -m utils.commands.export"),
+        ExportArgs,
+    )
     weights, config_file = open_checkpoint(args.checkpoint)
     target = args.output_path or args.checkpoint / "transformer"
     if target.exists():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset.bucketing import ClipSample
 from dataset.latent_cache import LatentCache
 from dataset.scan import ScanResult, summarize
-from dataset.video import SPREAD, cropped, decode, stretch
+from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, remove_stale_temporaries
@@ -35,7 +35,7 @@ from utils.config.options import add_options, collect, make_parser, option
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
-from utils.run.plan import encoding_of
+from utils.run.plan import encoder_settings
 
 COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
 # Rows of the table that are printed; samples and frames per sample on the contact sheet; sizes in pixels.
@@ -76,7 +76,9 @@ def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
     """Parses the command line, whose first argument may be the data folder without its flag."""
     parser = make_parser(
         "Shows the samples that training will use, and maintains their latent cache. The first argument may be the "
-        "data folder, in place of --data_root."
+        "data folder, in place of --data_root. All data and validation flags of train.py are accepted, so that those "
+        "of a run can be pasted; some have no effect here.",
+        prog="python -m utils.commands.inspect_dataset",
     )
     groups = (DataArgs, ValidationArgs, InspectArgs)
     for group in groups:
@@ -117,7 +119,7 @@ def show_samples(data: DataArgs, scan: ScanResult, folder: Path) -> None:
         print(f"{len(scan.samples)} samples in {folder / 'samples.csv'}")
         contact_sheet(scan.samples, data.clip_timeout).save(folder / "contact_sheet.png")
         print(f"{SHEET_COLUMNS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
-    for error in scan.bad:
+    for error in scan.unusable:
         print(f"Unusable: {error}")
 
 
@@ -125,7 +127,7 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
     """Yields one row of `COLUMNS` per sample. `left_out` is the share that is cropped, or the distortion."""
     for clip_sample in scan.samples:
         selection, info = clip_sample.selection, scan.facts[clip_sample.sample.clip].info
-        rate = info.fps if selection.rate == SPREAD else selection.rate
+        rate = info.fps if selection.rate == NATIVE_STRIDE else selection.rate
         if data.resize_mode == "crop":
             change = f"{cropped(info, selection.resolution):.0%} cut"
         else:
@@ -192,21 +194,21 @@ def maintain_cache(
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    encoding = encoding_of(model_dir, spec, options.enable_tiling)
+    encoding = encoder_settings(model_dir, spec, options.enable_tiling)
     all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
     used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:
         with ThreadPoolExecutor() as pool:
-            results = pool.map(partial(cache.is_intact, verify_content=True), sorted(used & existing))
+            results = pool.map(partial(cache.verify, read=True), sorted(used & existing))
             num_damaged = list(tqdm(results, "Reading entries", len(used & existing), unit="entry")).count(False)
         if num_damaged:
             print(f"{num_damaged} entries were damaged and have been removed; the next run encodes them again")
         else:
             print("All entries are intact")
     unused = existing - used
-    if options.prune_cache and (scan.bad or not scan.samples):
+    if options.prune_cache and (scan.unusable or not scan.samples):
         raise UserError(
             "--prune_cache: some lines of the data are unusable, and their entries may still be needed; fix or remove "
             "these lines first."

@@ -101,6 +101,8 @@ def complete(args: argparse.Namespace) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     defaults = load_config_from_file(args.config_file)
+    if os.environ.get("ZERO") and defaults.distributed_type != "DEEPSPEED":
+        fail(f"ZERO={os.environ['ZERO']} is for train_zero_t2v.sh and train_zero_i2v.sh; this script trains with DDP.")
     if args.num_machines is None:  # then rank and address come from the file as well
         for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port"):
             setattr(args, name, getattr(defaults, name) if getattr(args, name) is None else getattr(args, name))

@@ -23,8 +23,8 @@ from utils.config.options import (
     option,
     require_finite,
     require_positive,
+    require_seed,
     require_unit_interval,
-    seed_errors,
 )
 
 
@@ -71,7 +71,7 @@ class TrainingArgs:
             self, "train_epochs", "train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "epsilon"
         )
         yield from require_unit_interval(self, "beta1", "beta2")
-        yield from seed_errors(self.seed)
+        yield from require_seed(self.seed)
         for name in ("weight_decay", "max_grad_norm", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name} is {getattr(self, name)}; it must not be negative."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataset.video import SPREAD, Rate, Resolution
+from dataset.video import NATIVE_STRIDE, Rate, Resolution
 from utils.config.options import option, require_positive, require_unit_interval
 
 
@@ -60,7 +60,7 @@ class DataArgs:
                 )
         if len(set(self.train_resolution)) < len(self.train_resolution):
             yield f"--train_resolution {' '.join(map(str, self.train_resolution))}: a resolution is listed twice."
-        if self.fps != SPREAD:
+        if self.fps != NATIVE_STRIDE:
             yield from require_positive(self, "fps")
         yield from require_positive(self, "clips_per_video", "clip_timeout")
         yield from require_unit_interval(self, "caption_dropout", "image_dropout")

@@ -12,7 +12,7 @@ from dataclasses import MISSING, field, fields
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 
-from dataset.video import SPREAD, Rate, Resolution
+from dataset.video import NATIVE_STRIDE, Rate, Resolution
 from utils.common.errors import UserError
 
 Group = TypeVar("Group")
@@ -50,7 +50,7 @@ def require_finite(group: Any, *names: str) -> Iterator[str]:
             yield f"--{name} is {getattr(group, name)}; it must be a finite number."
 
 
-def seed_errors(seed: int) -> Iterator[str]:
+def require_seed(seed: int) -> Iterator[str]:
     """Yields an error if a seed is outside [0, 2^32)."""
     if not 0 <= seed < 2**32:
         yield f"--seed is {seed}; it must be at least 0 and below 2^32."
@@ -102,7 +102,7 @@ def parse_number_or(word: str, text: str) -> float | str:
 
 def _argparse_keywords(annotation: Any, aliases: dict[str, str] | None = None) -> dict[str, Any]:
     """Returns the keyword arguments of `add_argument` for a field's type."""
-    for union, word, metavar in ((Rate, SPREAD, "FPS"), (Budget, "auto", "GIB")):
+    for union, word, metavar in ((Rate, NATIVE_STRIDE, "FPS"), (Budget, "auto", "GIB")):
         if set(typing.get_args(union)) <= set(typing.get_args(annotation)):
             return {"type": partial(parse_number_or, word), "metavar": f"{metavar}|{word}"}
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # X | None
@@ -140,9 +140,9 @@ def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
         )
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Returns a parser that raises UserError and does not accept abbreviated flags."""
-    return _Parser(description=description, allow_abbrev=False)
+    return _Parser(prog, description=description, allow_abbrev=False)
 
 
 def collect(values: dict[str, Any], group_type: type) -> Any:

@@ -11,11 +11,10 @@ import psutil
 import torch
 
 from dataset.video import Resolution
+from utils.common.units import GIB
 from utils.config.args import Args
 from utils.model.spec import ModelSpec
 from utils.training.trainable import compile_error
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from utils.common.units import GIB
 from utils.config.deepspeed_config import get_key
-from utils.estimate.context import GIB, RunContext
+from utils.estimate.context import RunContext
 from utils.estimate.simulated_run import (
     UpdateProfile,
     clip_encoding_peak,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.common.errors import UserError
+from utils.common.units import GIB
 from utils.config.args import Args
-from utils.estimate.context import GIB, Machine, RunContext
+from utils.estimate.context import Machine, RunContext
 from utils.estimate.prediction import (
     Prediction,
     combine,

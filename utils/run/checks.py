@@ -14,6 +14,7 @@ import torch
 from dataset.manifest import Sample
 from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
+from utils.common.units import GIB
 from utils.config.args import Args
 from utils.model import loading
 from utils.model.encoders import IMAGE_NOISE_DRAWS
@@ -154,6 +155,6 @@ def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
     free = shutil.disk_usage(nearest_existing(plan.cache_dir)).free
     if needed > free:
         raise UserError(
-            f"{plan.cache_dir}: the latent cache needs {needed / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are "
+            f"{plan.cache_dir}: the latent cache needs {needed / GIB:.1f} GiB more, but {free / GIB:.1f} GiB are "
             "free; free some space or give another --cache_dir."
         )

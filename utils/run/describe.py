@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dataset.video import SPREAD
+from dataset.video import NATIVE_STRIDE
 from utils.config.deepspeed_config import get_key
 from utils.run.plan import RunPlan
 
@@ -27,7 +27,7 @@ def describe(plan: RunPlan) -> str:
         f"x {plan.num_processes} processes), {num_epochs:.1f} epochs",
         f"Strategy: {describe_strategy(plan.zero)}",
         f"Dataset: {len(plan.samples)} samples, "
-        + ("frames spread over each clip" if args.data.fps == SPREAD else by_time),
+        + ("frames spread over each clip" if args.data.fps == NATIVE_STRIDE else by_time),
         *plan.clip_summary,
     ]
     for resolution in args.data.train_resolution:
@@ -38,9 +38,9 @@ def describe(plan: RunPlan) -> str:
         f"Latent cache: {plan.cache_dir}",
         *bucket_notes(plan),
     ]
-    if plan.bad:
-        lines.append(f"Unusable: {len(plan.bad)} lines of the data, such as")
-        lines += [f"  {message}" for message in plan.bad[:MAX_SHOWN_LINES]]
+    if plan.unusable:
+        lines.append(f"Unusable: {len(plan.unusable)} lines of the data, such as")
+        lines += [f"  {message}" for message in plan.unusable[:MAX_SHOWN_LINES]]
     if plan.resume_from:
         lines.append(f"Resuming from {plan.resume_from}, at step {plan.progress.step}")
     if training.lr_scheduler != "constant" and training.lr_warmup_steps >= plan.total_steps:

@@ -41,8 +41,8 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
     load_pixel_encoders = partial(
         encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
     )
-    unusable = precompute_prompts(cache, plan.prompts, load_prompt_encoder, shard, heartbeat.beat)
-    unusable |= precompute_clips(
+    failed = precompute_prompts(cache, plan.prompts, load_prompt_encoder, shard, heartbeat.beat)
+    failed |= precompute_clips(
         cache,
         plan.samples + plan.validation,
         plan.keys + plan.validation_keys,
@@ -54,9 +54,9 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
     )
     heartbeat.done("cache")
     heartbeat.wait_for_everyone("cache")
-    for rank_unusable in gather_object([unusable]):
-        unusable |= rank_unusable
-    plan = plan.without(unusable)
+    for rank_failed in gather_object([failed]):
+        failed |= rank_failed
+    plan = plan.without(failed)
     report_bad_samples(plan, processes)
     return plan
 
@@ -66,18 +66,18 @@ def report_bad_samples(plan: RunPlan, processes: PartialState) -> None:
     list_file = plan.args.output.output_dir / BAD_SAMPLES_FILE
     if processes.is_main_process:
         list_file.unlink(missing_ok=True)
-        if plan.bad:
-            list_file.write_text("\n".join(plan.bad) + "\n")
+        if plan.unusable:
+            list_file.write_text("\n".join(plan.unusable) + "\n")
     processes.wait_for_everyone()
-    if plan.bad and not plan.args.data.skip_bad_samples:
+    if plan.unusable and not plan.args.data.skip_bad_samples:
         raise UserError(
             [
-                *plan.bad,
+                *plan.unusable,
                 f"The samples above cannot be used; {list_file} lists them. All other samples are encoded and cached. "
                 "Fix or remove these lines, or continue without them: --skip_bad_samples true.",
             ]
         )
-    if plan.bad:
-        processes.print("\n".join([*plan.bad, f"Continuing without these samples; {list_file} lists them."]))
+    if plan.unusable:
+        processes.print("\n".join([*plan.unusable, f"Continuing without these samples; {list_file} lists them."]))
     if not plan.samples:
         raise UserError("No sample is left to train on.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.bucketing import ClipSample
-from dataset.latent_cache import Encoding, LatentCache, SampleKeys
+from dataset.latent_cache import EncoderSettings, LatentCache, SampleKeys
 from dataset.scan import ScanResult, summarize
 from utils.checkpoint.manager import Progress
 from utils.config.args import Args
@@ -26,7 +26,7 @@ class RunPlan:
 
     Attributes:
         context: resolved arguments, model, strategy and number of processes.
-        bad: one message per unusable line of the data folders.
+        unusable: one message per unusable line of the data folders.
         clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
@@ -38,7 +38,7 @@ class RunPlan:
     context: RunContext
     model_dir: Path
     samples: list[ClipSample]
-    bad: list[str]
+    unusable: list[str]
     clip_summary: list[str]
     keys: list[SampleKeys]
     validation: list[ClipSample]
@@ -101,21 +101,21 @@ class RunPlan:
         cache = LatentCache(self.cache_dir)
         return {name for name in chain(clips, self.prompts) if not cache.has(name)}
 
-    def without(self, unusable: dict[str, str]) -> RunPlan:
-        """Returns the plan without the samples that need an unusable cache entry; these become `bad`.
+    def without(self, failed: dict[str, str]) -> RunPlan:
+        """Returns the plan without the samples that need a failed cache entry; these are added to `unusable`.
 
         Args:
-            unusable: entry name -> reason.
+            failed: entry name -> reason.
         """
-        bad = list(self.bad)
+        unusable = list(self.unusable)
 
         def usable(
             clip_samples: list[ClipSample], all_keys: list[SampleKeys]
         ) -> tuple[list[ClipSample], list[SampleKeys]]:
             pairs = []
             for clip_sample, keys in zip(clip_samples, all_keys, strict=True):
-                reasons = [unusable[name] for name in (*keys.video, *keys.image, keys.prompt) if name in unusable]
-                bad.extend(f"{clip_sample} {reason}." for reason in dict.fromkeys(reasons))
+                reasons = [failed[name] for name in (*keys.video, *keys.image, keys.prompt) if name in failed]
+                unusable.extend(f"{clip_sample} {reason}." for reason in dict.fromkeys(reasons))
                 if not reasons:
                     pairs.append((clip_sample, keys))
             return [clip_sample for clip_sample, _ in pairs], [keys for _, keys in pairs]
@@ -123,7 +123,7 @@ class RunPlan:
         samples, keys = usable(self.samples, self.keys)
         validation, validation_keys = usable(self.validation, self.validation_keys)
         return replace(
-            self, bad=bad, samples=samples, keys=keys, validation=validation, validation_keys=validation_keys
+            self, unusable=unusable, samples=samples, keys=keys, validation=validation, validation_keys=validation_keys
         )
 
 
@@ -138,7 +138,7 @@ def make_plan(
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
-    encoding = encoding_of(model_dir, spec, args.system.enable_tiling)
+    encoding = encoder_settings(model_dir, spec, args.system.enable_tiling)
     keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
     validation_keys = encoding.keys(scan.validation, scan.facts)
     prompts = {encoding.prompt_key(""): ""}
@@ -148,7 +148,7 @@ def make_plan(
         context=replace(context, args=replace(args, data=replace(args.data, cache_dir=cache_dir))),
         model_dir=model_dir,
         samples=scan.samples,
-        bad=scan.bad,
+        unusable=scan.unusable,
         clip_summary=summarize(scan.samples, scan.facts, args.data.resize_mode, args.data.fps or spec.fps),
         keys=keys,
         validation=scan.validation,
@@ -162,9 +162,9 @@ def make_plan(
     )
 
 
-def encoding_of(model_dir: Path, spec: ModelSpec, tiling: bool) -> Encoding:
+def encoder_settings(model_dir: Path, spec: ModelSpec, tiling: bool) -> EncoderSettings:
     """Returns the encoder settings that are part of the cache keys."""
-    return Encoding(
+    return EncoderSettings(
         vae=loading.fingerprint(model_dir / "vae", tiling=tiling),
         text_encoder=loading.fingerprint(
             model_dir / "text_encoder",

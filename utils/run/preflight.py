@@ -30,7 +30,7 @@ from utils.run.data import find_cache_dir, read_training_samples, read_validatio
 from utils.run.plan import RunPlan, make_plan
 
 # Scanning more clips than this takes minutes, so errors found before are reported first.
-MAX_CLIPS_WITH_ERRORS = 1000
+MAX_CLIPS_SCANNED_AFTER_ERRORS = 1000
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,33 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     """
     report = CheckReport(list(args.errors()))
     values_are_valid = not report.errors
-
-    plan = context = progress = None
     model = report.run(read_model, args)
-    if model is not None:
-        args, context = resolve_strategy(report, args, model, num_processes)
-    resume_from = check_output(report, args)
-    if context is not None and not report.errors:
+    if model is None:
+        check_output(report, args)
+        choose_resume(report, args)
+        read_samples(report, args)
+        raise UserError(report.errors)
+
+    args, context = resolve_strategy(report, args, model, num_processes)
+    check_output(report, args)
+    resume_from, progress = choose_resume(report, args), None
+    if context is not None:
         context = fit_memory(report, context, resume_from)
         args = context.args
-    if context is not None and model is not None:
         progress = check_resume(report, context, model, resume_from)
 
     samples, validation = read_samples(report, args)
-    if model is not None:
-        max_length = model.spec.max_text_seq_length
-        report.notes += report.run(prompt_notes, model.folder, samples + validation, max_length) or []
-    if model is not None and samples and values_are_valid:
-        cache_dir = find_cache_dir(args.data, samples)
-        scan = scan_samples(report, args, samples, validation, cache_dir)
-        if context is not None and progress is not None and scan.samples:
-            plan = make_plan(context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
-            check_cache(report, plan)
+    check_prompts(report, model, samples + validation)
+    if not samples or not values_are_valid:
+        raise UserError(report.errors)
+    cache_dir = find_cache_dir(args.data, samples)
+    scan = scan_samples(report, args, samples, validation, cache_dir)
+    if context is None or progress is None or not scan.samples:
+        raise UserError(report.errors)
+    plan = make_plan(context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
+    check_cache(report, plan)
     if report.errors:
         raise UserError(report.errors)
-    assert plan is not None
     return plan
 
 
@@ -94,7 +96,7 @@ def resolve_strategy(
     """
     template = report.run(find_template)
     uses_deepspeed = template is not None
-    args = resolve(args, model.spec, uses_deepspeed)
+    args = fill_in_defaults(args, model.spec, uses_deepspeed)
     zero = report.run(resolve_template, template, args, model.spec.width, num_processes) if template else None
     report.errors += model_errors(args, model.spec, uses_deepspeed, num_processes)
     report.errors += machine_errors(args, uses_deepspeed)
@@ -104,7 +106,7 @@ def resolve_strategy(
     return args, RunContext(args, model.spec, model.text_encoder, zero, num_processes)
 
 
-def resolve(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
+def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
     """Fills in the defaults that depend on the model or the machine."""
     precision: Literal["no", "fp16", "bf16"] = args.training.mixed_precision or (
         "fp16" if spec.trained_in_fp16 and torch.cuda.is_available() else "bf16"
@@ -123,10 +125,14 @@ def resolve(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
     )
 
 
-def check_output(report: CheckReport, args: Args) -> Path | None:
-    """Checks trackers and output folder. Returns the checkpoint to resume from; None for a new run."""
+def check_output(report: CheckReport, args: Args) -> None:
+    """Checks the trackers and the output folder."""
     report.errors += tracker_errors(args.output.report_to)
     report.run(check_writable, args.output.output_dir, "--output_dir")
+
+
+def choose_resume(report: CheckReport, args: Args) -> Path | None:
+    """Returns the checkpoint to resume from, or None for a new run."""
     errors_before = len(report.errors)
     resume_from = report.run(choose_checkpoint, args)
     is_new = resume_from is None and len(report.errors) == errors_before
@@ -138,7 +144,12 @@ def check_output(report: CheckReport, args: Args) -> Path | None:
 
 
 def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | None) -> RunContext:
-    """Chooses settings for `--vram_budget_gib`, or else checks that the run fits the free memory of the GPU."""
+    """Chooses settings for `--vram_budget_gib`, or else checks that the run fits the free memory of the GPU.
+
+    Both take seconds, so they wait until everything else on the command line is right.
+    """
+    if report.errors:
+        return context
     machine = this_machine(try_compiler=context.args.memory.vram_budget_gib is not None)
     if context.args.memory.vram_budget_gib is None:
         if machine.gpu_gib is not None:
@@ -173,15 +184,20 @@ def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sa
     return samples, validation
 
 
+def check_prompts(report: CheckReport, model: BaseModel, samples: list[Sample]) -> None:
+    """Notes prompts that are truncated."""
+    report.notes += report.run(prompt_notes, model.folder, samples, model.spec.max_text_seq_length) or []
+
+
 def scan_samples(
     report: CheckReport, args: Args, samples: list[Sample], validation: list[Sample], cache_dir: Path
 ) -> ScanResult:
     """Scans all clips. Unusable clips are errors in a dry run, and in any run that has no usable sample."""
-    if report.errors and len(samples) > MAX_CLIPS_WITH_ERRORS:
+    if report.errors and len(samples) > MAX_CLIPS_SCANNED_AFTER_ERRORS:
         raise UserError(report.errors)
     scan = scan_data(args.data, samples, validation, cache_dir, not args.output.dry_run)
     if (args.output.dry_run and not args.data.skip_bad_samples) or not scan.samples:
-        report.errors += scan.bad
+        report.errors += scan.unusable
     return scan
 
 

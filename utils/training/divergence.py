@@ -33,10 +33,38 @@ def check_losses(losses: torch.Tensor, timesteps: torch.Tensor, samples: list[An
             )
 
 
-def check_gradients(is_finite: bool, mixed_precision: str | None, step: int) -> None:
-    """Raises UserError if the gradients are not finite, except in fp16, where such an update is skipped."""
-    if not is_finite and mixed_precision != "fp16":
-        raise UserError(f"The gradients are not finite at step {step + 1}. {ADVICE}")
+def check_gradients(grad_norm: float, mixed_precision: str | None, step: int) -> None:
+    """Raises UserError where gradients are not finite; fp16 skips such an update instead."""
+    if not math.isfinite(grad_norm) and mixed_precision != "fp16":
+        raise nonfinite_gradient_error(step)
+
+
+class OverflowGuard:
+    """Watches updates that are skipped because gradients overflow. fp16 does so while it lowers its loss scale.
+
+    Args:
+        mixed_precision: only fp16 may skip updates.
+    """
+
+    def __init__(self, mixed_precision: str | None) -> None:
+        self.mixed_precision, self.num_skipped = mixed_precision, 0
+
+    def skips(self, was_skipped: bool, step: int) -> bool:
+        """Returns whether the update was skipped, so that it does not count.
+
+        Raises:
+            UserError: the precision is not fp16, or too many updates in a row were skipped.
+        """
+        if was_skipped and self.mixed_precision != "fp16":
+            raise nonfinite_gradient_error(step)
+        self.num_skipped = self.num_skipped + 1 if was_skipped else 0
+        if self.num_skipped > MAX_SKIPPED_UPDATES:
+            raise gradient_overflow_error(step)
+        return was_skipped
+
+
+def nonfinite_gradient_error(step: int) -> UserError:
+    return UserError(f"The gradients are not finite at step {step + 1}. {ADVICE}")
 
 
 def gradient_overflow_error(step: int) -> UserError:

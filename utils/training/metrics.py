@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from utils.common.units import GIB
+
 METRICS_FILE = "metrics.jsonl"
 # Value of --report_to -> names of accelerate's trackers, which are also the names of their packages.
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
@@ -97,7 +99,7 @@ def peak_memory() -> str:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     if not torch.cuda.is_available():
         return f"peak memory {host:.2f} GiB (host)"
-    return f"peak memory {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB (GPU), {host:.2f} GiB (host)"
+    return f"peak memory {torch.cuda.max_memory_reserved() / GIB:.2f} GiB (GPU), {host:.2f} GiB (host)"
 
 
 def quarter_means(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int, name: str) -> dict[str, float]:
