@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.gradients import compute_gradients, prepare_model
+from tests.tiny_models import build
 from utils.memory import activation_offloading, cpu_offload_adam, pinned_memory
 from utils.training.trainable import trained_parameters
 
@@ -71,6 +72,38 @@ def test_asynchronous_copies_are_awaited(tiny, tmp_path, monkeypatch):
             assert master.grad is not None and torch.equal(master.grad, passes * gradient)
 
 
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_only_fetches_of_the_last_block_wait_for_a_copy(tmp_path, monkeypatch, checkpointing, compiled):
+    """All other copies start one block before their fetch. The second pass accumulates gradients."""
+    monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)
+    options = ["--gradient_checkpointing", checkpointing, "--offload_activations", "--compile_blocks", compiled]
+    model = prepare_model(build("5b", tmp_path, layers=4), tmp_path, *options)
+    original_copy, original_fetch = pinned_memory.CopyStream.copy, activation_offloading.ActivationOffloader.fetch
+    targets, exposed = [], []
+
+    def copy(stream, source, target):
+        targets.append(target)
+        return original_copy(stream, source, target)
+
+    def fetch(offloader, offloaded):
+        started = len(targets)
+        tensor = original_fetch(offloader, offloaded)
+        if isinstance(offloaded, activation_offloading.OffloadedTensor):
+            exposed.append(any(tensor is target for target in targets[started:]))
+        return tensor
+
+    monkeypatch.setattr(pinned_memory.CopyStream, "copy", copy)
+    monkeypatch.setattr(activation_offloading.ActivationOffloader, "fetch", fetch)
+    for _ in range(2):
+        targets.clear()
+        exposed.clear()
+        compute_gradients(model, count_attention=False)
+        # per block at least three inputs; selective checkpointing adds the attention output and its log-sum-exp
+        assert len(exposed) >= 4 * (5 if checkpointing == "selective" else 3)
+        assert exposed[0] and not any(exposed[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "options", "attention_calls", "offloaded"),
@@ -93,6 +126,7 @@ def test_compiled_blocks_match_and_save_the_same_tensors(
     monkeypatch.setattr(activation_offloading, "MAX_PENDING_OFFLOADS", 0)  # every tensor is offloaded and fetched once
     expected = compute_gradients(prepare_model(tiny(variant), tmp_path, *options))
     compiled = prepare_model(tiny(variant), tmp_path, *options, "--compile_blocks")
+    torch._dynamo.reset()  # forgets graphs of other tests
     torch._dynamo.utils.counters.clear()
     actual = compute_gradients(compiled, count_attention=False)
     torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-4, atol=1e-6)

@@ -17,8 +17,6 @@ from utils.memory.pinned_memory import CopyStream
 MIN_OFFLOAD_BYTES = 2**20
 # Copies to the host that may be in flight. The device memory of a tensor is freed once this many newer ones follow it.
 MAX_PENDING_OFFLOADS = 2
-# Copies to the device that a fetch starts: the requested tensor and those that the backward pass needs next.
-PREFETCH_DISTANCE = 4
 
 
 class OffloadedTensor:
@@ -27,14 +25,14 @@ class OffloadedTensor:
     Attributes:
         on_device: the tensor on its device, until its offload is done and from its prefetch to its fetch; else None.
         on_host: the copy in host memory.
-        index: position in the order of offloading.
+        block: position of its block in the order of the forward passes.
         copy_event: end of the latest copy, in either direction; None if the copy was synchronous.
         was_fetched: whether `ActivationOffloader.fetch` has returned it.
     """
 
-    def __init__(self, tensor: torch.Tensor, on_host: torch.Tensor, index: int) -> None:
+    def __init__(self, tensor: torch.Tensor, on_host: torch.Tensor, block: int) -> None:
         self.on_device: torch.Tensor | None = tensor
-        self.on_host, self.index, self.device, self.stride = on_host, index, tensor.device, tensor.stride()
+        self.on_host, self.block, self.device, self.stride = on_host, block, tensor.device, tensor.stride()
         self.copy_event: torch.cuda.Event | None = None
         self.was_fetched = False
 
@@ -42,12 +40,12 @@ class OffloadedTensor:
 class ActivationOffloader:
     """Offloads tensors to host memory and fetches them, concurrently with the computation.
 
-    A backward pass needs tensors in the reverse order of offloading. A fetch therefore also prefetches the tensors that
-    were offloaded just before the requested one.
+    A backward pass needs the blocks in reverse order. The first fetch from a block therefore also prefetches the rest
+    of the block and all tensors of the block before it.
     """
 
     def __init__(self) -> None:
-        self.order: list[tuple[weakref.ref[OffloadedTensor], torch.Tensor, Any]] = []
+        self.blocks: list[list[tuple[weakref.ref[OffloadedTensor], torch.Tensor, Any]]] = []
         self.arena = pinned_memory.PinnedArena()
         # Host buffers free for reuse, by layout. All copies run on one stream, so a copy out of a buffer has finished
         # before the next copy into it starts.
@@ -56,7 +54,7 @@ class ActivationOffloader:
         self.copies = CopyStream()
 
     def saved_tensors_hooks(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> AbstractContextManager:
-        """Returns a context that offloads the tensors which autograd saves.
+        """Returns a context that offloads the tensors which autograd saves. Call it once per forward pass of a block.
 
         Two groups of tensors stay, because the device holds them anyway: weights and buffers of the block, which a
         compiled block saves too, and inputs inside a tuple, which all blocks share.
@@ -69,20 +67,24 @@ class ActivationOffloader:
         def pack(tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
             return tensor if storage_id(tensor) in stays else self.offload(tensor)
 
+        while self.blocks and all(reference() is None for reference, _, _ in self.blocks[-1]):
+            for _, on_host, layout in self.blocks.pop():  # from a finished backward pass
+                self.free_buffers[layout].append(on_host)
+        self.blocks.append([])
         return torch.autograd.graph.saved_tensors_hooks(pack, self.fetch)
 
     def offload(self, tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
-        """Starts copying a tensor to host memory. Returns the tensor itself if it is below `MIN_OFFLOAD_BYTES`."""
+        """Starts copying a tensor of the current block to host memory.
+
+        Returns the tensor itself if it is below `MIN_OFFLOAD_BYTES`.
+        """
         if tensor.nbytes < MIN_OFFLOAD_BYTES:
             return tensor
-        while self.order and self.order[-1][0]() is None:  # from a finished backward pass
-            _, on_host, layout = self.order.pop()
-            self.free_buffers[layout].append(on_host)
         layout = tensor.shape, tensor.stride(), tensor.dtype
         free = self.free_buffers[layout]
-        offloaded = OffloadedTensor(tensor, free.pop() if free else self.arena.empty_like(tensor), len(self.order))
+        offloaded = OffloadedTensor(tensor, free.pop() if free else self.arena.empty_like(tensor), len(self.blocks) - 1)
         offloaded.copy_event = self.copies.copy(tensor, offloaded.on_host)
-        self.order.append((weakref.ref(offloaded), offloaded.on_host, layout))
+        self.blocks[-1].append((weakref.ref(offloaded), offloaded.on_host, layout))
         self.pending.append(offloaded)
         if len(self.pending) > MAX_PENDING_OFFLOADS:
             oldest = self.pending.popleft()
@@ -91,11 +93,11 @@ class ActivationOffloader:
         return offloaded
 
     def fetch(self, offloaded: OffloadedTensor | torch.Tensor) -> torch.Tensor:
-        """Returns the tensor on its device and starts to prefetch the next ones."""
+        """Returns the tensor on its device and prefetches the rest of its block and the block before."""
         if isinstance(offloaded, torch.Tensor):
             return offloaded
-        for index in range(offloaded.index, max(offloaded.index - PREFETCH_DISTANCE, -1), -1):
-            candidate = self.order[index][0]()
+        nearest = self.blocks[max(offloaded.block - 1, 0) : offloaded.block + 1]
+        for candidate in (reference() for block in reversed(nearest) for reference, _, _ in block):
             if (
                 candidate is not None
                 and candidate.on_device is None
