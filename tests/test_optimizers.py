@@ -1,19 +1,23 @@
-"""Optimizers that save memory: states in 8 or 4 bits, states on the host, updates during the backward pass."""
+"""Fused Adam, and optimizers with states in 8 or 4 bits, states on the host, or updates during the backward pass."""
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.conftest import arguments, patch_programs, read_metrics, succeed
 from tests.gradients import flatten
 from utils.checkpoint.manager import PROGRESS_FILE
+from utils.config.args import parse_args
 from utils.memory import low_bit_adam, pinned_memory
 from utils.memory.low_bit_adam import LowBitAdam
 from utils.model.loading import load_transformer
+from utils.training.optimizer import LossScale, make_optimizer
 
 
 def test_pinned_arena_allocates_without_gaps(monkeypatch):
@@ -96,14 +100,44 @@ def test_4bit_codes_are_exact_in_expectation():
     assert float((decoded - values).mean()) == pytest.approx(0, abs=2e-4)
 
 
+def test_fused_adam_leaves_overflow_to_the_loss_scale(tmp_path):
+    """The loop must notice an overflowing update, also after a resume. It changes neither weights nor states."""
+    args = parse_args(arguments(tmp_path, tmp_path, tmp_path, "--mixed_precision", "fp16"))
+    torch.manual_seed(0)
+    weight, expected = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler = LossScale("cpu", init_scale=2.0**10)
+    optimizer = accelerator.prepare(make_optimizer([weight], args, uses_deepspeed=False))
+    assert optimizer.param_groups[0]["fused"]
+    settings = {name: value for name, value in optimizer.defaults.items() if name != "fused"}
+    reference = torch.optim.Adam([expected], **settings, fused=False)
+    for update in range(6):
+        gradient, overflows = torch.randn_like(weight), update in (0, 3)
+        weight.grad = gradient * scaler.get_scale()
+        if overflows:
+            weight.grad[0, 0] = torch.inf
+        else:
+            expected.grad = gradient
+            reference.step()
+        optimizer.step()
+        assert accelerator.optimizer_step_was_skipped == overflows
+        torch.testing.assert_close(weight, expected)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[weight]["step"] == 4 and scaler.get_scale() == 2.0**8
+
+
 @pytest.mark.slow
-def test_memory_saving_optimizers_support_fp16(tiny, data, tmp_path):
+def test_optimizers_support_fp16(tiny, data, tmp_path):
     """CPUs compute fp16 slowly. An update that overflows is skipped and not counted."""
     options = ["--training_type", "sft", "--train_steps", 4, "--lr_warmup_steps", 2, "--max_grad_norm", 0.5]
 
     def train(name, precision, scale, processes=1, *more):
         patch = "import functools, utils.training.optimizer as o; machine_errors = lambda *_: []; "
-        patch += f"o.LossScale = functools.partial(o.LossScale, init_scale={scale})"
+        patch += (
+            f"o.LossScale = functools.partial(o.LossScale, init_scale={scale}); from accelerate import Accelerator; "
+        )
+        # accelerate has no fp16 autocast on a CPU
+        patch += "Accelerator.native_amp = property(lambda self: self.mixed_precision == 'fp16', lambda *_: None)"
         out = tmp_path / name
         argv = arguments(tiny("2b"), data, out, *options, "--mixed_precision", precision, *more)
         variables = patch_programs(tmp_path, "utils.run.preflight", patch)
@@ -114,14 +148,14 @@ def test_memory_saving_optimizers_support_fp16(tiny, data, tmp_path):
     base = load_transformer(tiny("2b") / "transformer").state_dict()
     expected, _, expected_lines = train("plain", "no", 1.0)
     change = flatten([expected[name] - base[name] for name in base])
-    for folder, processes, optimizer in (
-        ("host", 1, ["--offload_optimizer"]),
-        ("8bit", 2, ["--quantize_optimizer", "8bit"]),
+    for folder, processes, more, dtype in (
+        ("fused", 1, [], torch.float32),
+        ("host", 1, ["--offload_optimizer", "--autocast", "false"], torch.float16),
+        ("8bit", 2, ["--quantize_optimizer", "8bit", "--autocast", "false"], torch.float16),
     ):
-        more = [*optimizer, "--autocast", "false"]
         actual, skipped, lines = train(folder, "fp16", 2.0**10, processes, *more)
         deviation = flatten([actual[name] - expected[name] for name in base])
-        assert {weight.dtype for weight in actual.values()} == {torch.float16} and skipped == 0
+        assert {weight.dtype for weight in actual.values()} == {dtype} and skipped == 0
         assert float(deviation.norm() / change.norm()) < 0.05
         for line, expected_line in zip(lines, expected_lines, strict=True):
             assert line["grad_norm"] == pytest.approx(expected_line["grad_norm"], rel=1e-3)

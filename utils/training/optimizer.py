@@ -29,9 +29,12 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
         )
     optimizer_class = torch.optim.AdamW if is_decoupled else torch.optim.Adam
     # Under DeepSpeed, accelerate replaces this class with DeepSpeed's own counterpart. The fused implementation is one
-    # kernel; the default makes three temporary copies of all weights. With torch's loss scale, a fused optimizer skips
-    # updates itself and does not report them, so fp16 uses the default.
-    return optimizer_class(parameters, **settings, fused=uses_deepspeed or training.mixed_precision != "fp16")
+    # kernel; the default makes three temporary copies of all weights.
+    optimizer = optimizer_class(parameters, **settings, fused=True)
+    # By default, the fused kernel itself skips fp16 gradients that overflow, and the loop cannot notice it.
+    # Without this attribute, GradScaler does not call `step` then.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 class LossScale(torch.amp.GradScaler):
@@ -96,7 +99,6 @@ def make_lr_scheduler(
         optimizer = optimizer.optimizer
     for group in optimizer.param_groups:
         group.update(optimizer.defaults | group | _settings(args), initial_lr=args.learning_rate)
-        group["fused"] = optimizer.defaults.get("fused")  # the precision may have changed
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
