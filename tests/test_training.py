@@ -14,7 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from examples.tiny_configs import VARIANTS, task_of
-from tests.conftest import FIRST_FRAME, ROOT, arguments, environment, generate, read_metrics, run, succeed
+from tests.conftest import (
+    FIRST_FRAME,
+    ROOT,
+    arguments,
+    environment,
+    generate,
+    patch_programs,
+    read_metrics,
+    run,
+    succeed,
+)
 from tests.golden_losses import compare_with_golden
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
@@ -47,6 +57,20 @@ def assert_same_run(actual: Path, expected: Path, step: int) -> None:
     assert_equal(*[torch.load(path / TRAINING_STATE / "optimizer.bin", weights_only=True) for path in checkpoints])
     assert_equal(*[(path / PROGRESS_FILE).read_text() for path in checkpoints])
     assert read_metrics(actual) == read_metrics(expected)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_without_checkpointing_train_the_same_losses_under_ddp(tiny, data, tmp_path):
+    options = ["--train_steps", 3, "--gradient_checkpointing", "none", "--learning_rate", 1e-3, "--lr_warmup_steps", 0]
+    # torch's DDPOptimizer would cut the graphs of larger blocks
+    fail = "def fail(*args, **kwargs): raise AssertionError('the graph is cut')\nDDPOptimizer.compile_fn = fail"
+    variables = patch_programs(tmp_path, "torch._dynamo.backends.distributed", fail)
+    losses = []
+    for name in ("false", "true"):
+        argv = arguments(tiny("5b"), data, tmp_path / name, *options, "--compile_blocks", name)
+        succeed("train_ddp_t2v.sh", *argv, processes=2, **variables)
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.golden

@@ -31,8 +31,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
     # Under DeepSpeed, accelerate replaces this class with DeepSpeed's own counterpart. The fused implementation is one
     # kernel; the default makes three temporary copies of all weights.
     optimizer = optimizer_class(parameters, **settings, fused=True)
-    # By default, the fused kernel itself skips fp16 gradients that overflow, and the loop cannot notice it.
-    # Without this attribute, GradScaler does not call `step` then.
+    # By default, the fused kernel itself skips an update that overflows in fp16, and the loop cannot notice. With this
+    # attribute False, GradScaler does not call `step` for such an update.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 

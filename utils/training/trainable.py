@@ -61,6 +61,10 @@ def make_trainable(
         if args.memory.quantize_base != "none":
             quantize_blocks(transformer, args.memory.quantize_base, device)
     memory = args.memory
+    if memory.compile_blocks:
+        # By default, DDPOptimizer cuts the graph of a block where a bucket of DDP ends. DDP can send gradients between
+        # the blocks anyway.
+        torch._dynamo.config.optimize_ddp = False
     if memory.gradient_checkpointing != "none":
         selective = memory.gradient_checkpointing == "selective"
         checkpoint_blocks(transformer, selective, memory.offload_activations, memory.compile_blocks)
