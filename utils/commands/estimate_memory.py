@@ -24,8 +24,9 @@ from utils.config.options import add_options, collect, make_parser, option, requ
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.prediction import describe_prediction, predict
 from utils.estimate.settings_search import fit_to_budget
-from utils.model.published_configs import PUBLISHED, TEXT_ENCODER, published_spec
-from utils.model.spec import ModelSpec, read_spec, text_encoder_config
+from utils.model.loading import text_encoder_config
+from utils.model.published_configs import PUBLISHED, published_spec, published_text_encoder
+from utils.model.spec import ModelSpec, read_spec
 from utils.run.checks import model_errors
 from utils.run.preflight import fill_in_defaults
 
@@ -83,7 +84,7 @@ def load_spec(model_path: str) -> tuple[ModelSpec, dict[str, Any]]:
     """Returns the spec and the text encoder's config of a folder or of a published checkpoint."""
     spec = None if Path(model_path).is_dir() else published_spec(model_path)
     if spec is not None:
-        return spec, TEXT_ENCODER
+        return spec, published_text_encoder(model_path)
     folder = Path(model_path).expanduser()
     if not folder.is_dir():
         names = ", ".join(PUBLISHED)

@@ -23,7 +23,7 @@ class RunContext:
 
     Attributes:
         args: arguments with all defaults filled in.
-        text_encoder: config of the T5 encoder.
+        text_encoder: config of the T5 encoder, with the dtype of its files.
         zero: DeepSpeed configuration without "auto"; None for DDP.
         num_processes: number of processes on all machines.
     """

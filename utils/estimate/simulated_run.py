@@ -146,8 +146,7 @@ def clip_encoding_peak(context: RunContext) -> int:
 
 def prompt_encoding_peak(context: RunContext) -> int:
     """Peak bytes of encoding one prompt with T5, on the GPU or offloaded layer by layer."""
-    with init_empty_weights(include_buffers=True):
-        encoder = T5EncoderModel(T5Config(**context.text_encoder)).to(torch.bfloat16).eval()
+    encoder = empty_text_encoder(context)
     with simulation() as tracker, torch.no_grad():
         if context.args.memory.offload_text_encoder:
             for module in encoder.modules():
@@ -179,6 +178,18 @@ def empty_vae(context: RunContext) -> AutoencoderKLCogVideoX:
     if context.args.system.enable_tiling:
         vae.enable_tiling()
     return vae
+
+
+def empty_text_encoder(context: RunContext) -> T5EncoderModel:
+    """The text encoder on the meta device, in the dtypes in which `loading.load_text_encoder` loads it."""
+    config = T5Config(**context.text_encoder)
+    with init_empty_weights(include_buffers=True):
+        encoder = T5EncoderModel(config).to(config.dtype or torch.bfloat16).eval()
+    if config.dtype == torch.float16:  # transformers loads these layers in float32 then
+        for name, module in encoder.named_modules():
+            if name.rpartition(".")[2] in encoder._keep_in_fp32_modules:
+                module.float()
+    return encoder
 
 
 def empty_batch(context: RunContext, batch_size: int) -> dict[str, torch.Tensor]:

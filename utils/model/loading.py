@@ -63,6 +63,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
         return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
 
 
+def text_encoder_config(model_dir: Path) -> dict[str, Any]:
+    """Returns the config of the text encoder; its `dtype` is that of the files, which `load_text_encoder` keeps."""
+    folder = model_dir / "text_encoder"
+    config = json.loads((folder / "config.json").read_text())
+    return config | {"dtype": str(stored_dtype(folder)).removeprefix("torch.")}
+
+
 def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
     """Returns the stored dtype, but float32 instead of float16 on a CPU, where float16 convolutions are very slow."""
     stored = stored_dtype(folder)

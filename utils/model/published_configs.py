@@ -54,3 +54,9 @@ def published_spec(model_path: str) -> ModelSpec | None:
     return ModelSpec(
         with_defaults(CogVideoXTransformer3DModel, transformer), with_defaults(AutoencoderKLCogVideoX, vae)
     )
+
+
+def published_text_encoder(model_path: str) -> dict[str, Any]:
+    """Returns the config of a published checkpoint's text encoder; its `dtype` is that of the files."""
+    is_2b = model_path.rpartition("/")[2] == "CogVideoX-2b"
+    return TEXT_ENCODER | {"dtype": "float16" if is_2b else "bfloat16"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,10 +223,6 @@ def read_spec(model_dir: Path) -> ModelSpec:
     if errors := list(_config_errors(model_dir, **configs)):
         raise UserError(errors)
     return ModelSpec(configs["transformer"], configs["vae"])
-
-
-def text_encoder_config(model_dir: Path) -> dict[str, Any]:
-    return json.loads((model_dir / "text_encoder" / "config.json").read_text())
 
 
 def _config_errors(

@@ -24,7 +24,7 @@ from utils.config.deepspeed_config import find_template, resolve_template
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
-from utils.model.spec import ModelSpec, read_spec, text_encoder_config
+from utils.model.spec import ModelSpec, read_spec
 from utils.run.checks import check_disk_space, machine_errors, model_errors, prompt_notes, tracker_errors
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import RunPlan, make_plan
@@ -83,7 +83,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 def read_model(args: Args) -> BaseModel:
     """Reads the configs of the checkpoint, and downloads it if it is an id on the hub. Raises UserError."""
     folder = loading.resolve_model_dir(args.model.model_path)
-    return BaseModel(folder, read_spec(folder), text_encoder_config(folder))
+    return BaseModel(folder, read_spec(folder), loading.text_encoder_config(folder))
 
 
 def resolve_strategy(
