@@ -143,7 +143,7 @@ def train(plan: RunPlan) -> None:
         seed,
         progress.samples_seen,
     )
-    loader = batches(dataset, stream, args.system.num_workers, args.system.pin_memory)
+    loader = batches(dataset, stream, args.system.pin_memory)
 
     # ---- objective and metrics
     alphas_cumprod = loading.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)

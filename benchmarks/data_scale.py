@@ -81,7 +81,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
     started = time.perf_counter()
     dataset = CachedDataset(cache, plan.keys, plan.empty_prompt, 0.0, 42)
     stream = SampleStream([clip_sample.resolution for clip_sample in plan.samples], 1, 1, 0, 1, 42, 0)
-    next(batches(dataset, stream, 2, False))
+    next(batches(dataset, stream, False))
     first_batch_s = time.perf_counter() - started
     print(f"first batch {first_batch_s:.2f} s; peak memory {peak_mib():.0f} MiB")
 

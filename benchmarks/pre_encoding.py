@@ -212,21 +212,17 @@ def measure_loader(report: Report, folder: Path, count: int = 64) -> None:
                     entry.get_tensor("data").clone()  # without a copy, the mapped file is not read
 
     read_s = report.seconds("plain safetensors reads of a sample (latents and prompt)", read, count)
-    for workers in (0, 1, 2, 4):
-        loader = batches(
-            CachedDataset(cache, keys, names[0][1], 0.0, 42),
-            SampleStream(["one"] * count, 1, 1, 0, 1, 42, 0),
-            workers,
-            False,
-        )
-        next(loader)  # starts the workers
+    loader = batches(
+        CachedDataset(cache, keys, names[0][1], 0.0, 42), SampleStream(["one"] * count, 1, 1, 0, 1, 42, 0), False
+    )
+    next(loader)  # starts the thread
 
-        def epoch(loader: Iterator = loader) -> None:
-            for _ in range(count):
-                next(loader)
+    def epoch() -> None:
+        for _ in range(count):
+            next(loader)
 
-        load_s = report.seconds(f"loader, {workers} workers", epoch, count)
-        report.line(f"  {1 / load_s:.0f} samples/s, {load_s / read_s:.2f} of plain reads")
+    load_s = report.seconds("loader", epoch, count)
+    report.line(f"  {1 / load_s:.0f} samples/s, {load_s / read_s:.2f} of plain reads")
 
 
 if __name__ == "__main__":

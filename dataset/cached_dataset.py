@@ -6,20 +6,22 @@ the number of ranks or on where a run is resumed. `dataset.sampler` describes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dataset.latent_cache import DamagedEntry, LatentCache, SampleKeys
-from dataset.sampler import SampleStream, StreamPosition
+from dataset.prefetch import prefetch
+from dataset.sampler import StreamPosition
 from utils.common.errors import UserError
 from utils.common.seeds import CAPTION_DROPOUT, FLIP, seed_for
 
+PREFETCHED_BATCHES = 2  # reading a batch takes milliseconds, a training step seconds
 
-class CachedDataset(Dataset):
+
+class CachedDataset:
     """Reads the moments and the prompt embedding of a sample from the cache.
 
     Args:
@@ -32,21 +34,20 @@ class CachedDataset(Dataset):
         self.cache, self.keys, self.empty_prompt = cache, keys, empty_prompt
         self.caption_dropout, self.seed = caption_dropout, seed
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def read(self, position: StreamPosition) -> dict[str, Any]:
+        """Reads one sample.
 
-    def __getitem__(self, position: StreamPosition) -> dict[str, Any] | DamagedEntry:
+        Raises:
+            DamagedEntry: a cache entry is missing, truncated or altered.
+        """
         keys = self.keys[position.index]
         dropped = self._draw(CAPTION_DROPOUT, position) < self.caption_dropout
         mirrored = len(keys.video) > 1 and self._draw(FLIP, position) < 0.5
         item: dict[str, Any] = {"number": position.number, "index": position.index}
-        try:
-            item["video"] = self.cache.read(keys.video[mirrored])
-            item["prompt"] = self.cache.read(self.empty_prompt if dropped else keys.prompt)
-            if keys.image:
-                item["image"] = self.cache.read(keys.image[mirrored])
-        except DamagedEntry as error:
-            return error  # an exception raised in a DataLoader worker would reach the user as a traceback
+        item["video"] = self.cache.read(keys.video[mirrored])
+        item["prompt"] = self.cache.read(self.empty_prompt if dropped else keys.prompt)
+        if keys.image:
+            item["image"] = self.cache.read(keys.image[mirrored])
         return item
 
     def _draw(self, purpose: int, position: StreamPosition) -> float:
@@ -54,42 +55,53 @@ class CachedDataset(Dataset):
 
 
 def batches(
-    dataset: CachedDataset, stream: SampleStream, num_workers: int, pin_memory: bool
+    dataset: CachedDataset, stream: Iterable[list[StreamPosition]], pin_memory: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yields batches without end, in the dtypes of the encoders.
+    """Yields a batch for each item of the stream, in the dtypes of the encoders. A thread reads the batches ahead.
 
     A batch holds `number` and `index` (lists), `video` [B, 2C, F, H, W], `prompt` [B, S, D] and, for i2v, `image`
     [B, K, 2C, 1, H, W] with K noise draws.
 
+    Args:
+        pin_memory: whether to use pinned memory if there is a GPU.
+
     Raises:
         UserError: a cache entry was damaged or removed after the run started.
     """
-    for batch in DataLoader(
-        dataset,
-        batch_sampler=stream,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-    ):
-        if isinstance(batch, DamagedEntry):
-            dataset.cache.remove(str(batch))
-            raise UserError(
-                f"{dataset.cache.folder}: the entry {batch} was damaged or removed during training. Run the same "
-                "command again to encode it again.",
-                on_every_rank=False,
-            )
-        yield batch
+    device = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
+
+    def load() -> Iterator[dict[str, Any]]:
+        if device is not None:
+            torch.cuda.set_device(device)  # a new thread uses GPU 0, where pinning would create a context for each rank
+        for positions in stream:
+            yield _collate([dataset.read(position) for position in positions], device is not None)
+
+    try:
+        yield from prefetch(load(), PREFETCHED_BATCHES)
+    except DamagedEntry as error:
+        dataset.cache.remove(str(error))
+        raise UserError(
+            f"{dataset.cache.folder}: the entry {error} was damaged or removed during training. Run the same "
+            "command again to encode it again.",
+            on_every_rank=False,
+        ) from error
 
 
-def _collate(items: list[dict[str, Any] | DamagedEntry]) -> dict[str, Any] | DamagedEntry:
-    intact = []
-    for item in items:
-        if isinstance(item, DamagedEntry):
-            return item
-        intact.append(item)
+def _collate(items: list[dict[str, Any]], pin_memory: bool) -> dict[str, Any]:
     return {
-        name: torch.stack([item[name] for item in intact])
+        name: _stack([item[name] for item in items], pin_memory)
         if torch.is_tensor(value)
-        else [item[name] for item in intact]
-        for name, value in intact[0].items()
+        else [item[name] for item in items]
+        for name, value in items[0].items()
     }
+
+
+def _stack(tensors: list[torch.Tensor], pin_memory: bool) -> torch.Tensor:
+    """Returns `torch.stack(tensors)`.
+
+    NumPy copies in the calling thread. PyTorch would start a second pool of OpenMP threads, which competes with that of
+    the training thread for the cores.
+    """
+    stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype, pin_memory=pin_memory)
+    np.stack([tensor.view(torch.uint8).numpy() for tensor in tensors], out=stacked.view(torch.uint8).numpy())
+    return stacked

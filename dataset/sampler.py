@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from utils.common.seeds import ORDER, seed_for
 
@@ -27,7 +26,7 @@ class StreamPosition:
     index: int
 
 
-class SampleStream(Sampler[list[StreamPosition]]):
+class SampleStream:
     """Yields the micro-batches of one rank. Consecutive micro-batches of an update go to the ranks in turn.
 
     Args:
