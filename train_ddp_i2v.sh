@@ -66,7 +66,7 @@ LORA_ARGS=(
 )
 
 SYSTEM_ARGS=(
-    --num_workers 4                         # processes that decode clips and read the cache; 0 on very small machines
+    --num_workers 4                         # processes per GPU that decode clips before training
     --pin_memory true
     --nccl_timeout 1800                     # seconds that processes wait for each other; raise it for huge datasets
 )

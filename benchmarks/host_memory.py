@@ -85,7 +85,7 @@ def main() -> None:
     script = f"train_{'zero' if args.zero else 'ddp'}_t2v.sh"
     options = ["--model_path", model, "--data_root", ROOT / "examples/dataset", "--output_dir", tempfile.mkdtemp()]
     options += ["--train_resolution", "9x64x64", "--mixed_precision", "bf16", "--report_to", "none"]
-    options += ["--train_steps", 2, "--num_workers", 0, *args.flags]
+    options += ["--train_steps", 2, "--num_workers", 1, *args.flags]
     environment = {**os.environ, "NUM_PROCESSES": str(args.processes), **({"ZERO": args.zero} if args.zero else {})}
     command = ["bash", str(ROOT / script), *map(str, options)]
     with subprocess.Popen(command, env=environment, stdout=sys.stderr) as process:

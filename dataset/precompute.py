@@ -151,7 +151,7 @@ def precompute_clips(
                 else:
                     yield job
 
-        for result in run_in_workers(_decode, still_missing(), min(max(num_workers, 1), len(jobs)), timeout, largest):
+        for result in run_in_workers(_decode, still_missing(), min(num_workers, len(jobs)), timeout, largest):
             if isinstance(result.outcome, Failure):
                 errors |= dict.fromkeys(result.job.names, result.outcome.reason)
             else:

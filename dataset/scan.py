@@ -89,7 +89,7 @@ def scan_files(
             new.append(path)
         else:
             facts[path] = known
-    scans = run_in_workers(_scan_file, [(path, is_image[path]) for path in new], max(num_workers, 1), timeout)
+    scans = run_in_workers(_scan_file, [(path, is_image[path]) for path in new], num_workers, timeout)
     last_save = time.monotonic()
     for scan in tqdm(scans, "Scanning files", len(new), unit="file", delay=3, leave=False):
         path = scan.job[0]

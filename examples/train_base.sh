@@ -25,7 +25,7 @@ export NUM_PROCESSES=${NUM_PROCESSES:-2}
 bash "train_ddp_${NAME%-1.5}.sh" --model_path "$UNTRAINED" --data_root "$WORLD" --output_dir "$RUN" \
     --training_type sft --train_resolution 9x64x64 --fps 8 --caption_dropout 0.1 --batch_size $((16 / NUM_PROCESSES)) \
     --train_steps "$STEPS" --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 200 --mixed_precision no \
-    --gradient_checkpointing false --num_workers 0 --report_to none --checkpointing_steps 1000 --checkpointing_limit 2 \
+    --gradient_checkpointing false --num_workers 1 --report_to none --checkpointing_steps 1000 --checkpointing_limit 2 \
     --do_validation false "$@"
 
 python -m examples.make_base "$NAME" "$VAE" "examples/tiny/$NAME" \

@@ -45,7 +45,7 @@ def keys_of(scanned, flip=False, **facts) -> list[SampleKeys]:
     return encoding.keys(scanned.samples, scanned.facts, flip)
 
 
-def fill(cache, clip_samples, keys, load_encoders, shard=RankShard(0, 1), workers=0):  # noqa: B008
+def fill(cache, clip_samples, keys, load_encoders, shard=RankShard(0, 1), workers=1):  # noqa: B008
     return precompute_clips(cache, clip_samples, keys, load_encoders, shard, workers, 60, no_heartbeat)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from tests.conftest import arguments, run
 from utils.common.errors import UserError
 from utils.config.args import parse_args
-from utils.run.preflight import preflight
+from utils.model.spec import read_spec
+from utils.run.preflight import fill_in_defaults, preflight
 
 
 def errors_of(*args) -> list[str]:
@@ -176,6 +178,12 @@ def test_machine_without_a_compiler_is_reported(tiny, data, tmp_path):
     result = run("train_ddp_t2v.sh", *argv, processes=1, CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "graphs")
     assert result.returncode == 2, result.stdout
     assert "--compile_blocks: torch.compile does not work on this machine (" in result.stderr
+
+
+@pytest.mark.parametrize(("num_workers", "expected"), [(0, 1), (1, 1), (10**6, len(os.sched_getaffinity(0)))])
+def test_decoders_are_at_least_one_and_at_most_one_per_core(tiny, data, tmp_path, num_workers, expected):
+    args = parse_args(arguments(tiny("2b"), data, tmp_path, "--num_workers", num_workers))
+    assert fill_in_defaults(args, read_spec(tiny("2b"))).system.num_workers == expected
 
 
 def test_boolean_flags(tiny, data, tmp_path):

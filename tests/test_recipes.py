@@ -43,7 +43,7 @@ def test_recipe(tiny, shared_data, tmp_path, recipe):
     environment = dict(setting.split("=") for setting in settings.split())
     processes = min(int(environment.pop("NUM_PROCESSES", 1)), 2)  # without a GPU, one process is the default
     smaller = ["--model_path", tiny(VARIANT_OF[model[1]]), "--data_root", shared_data, "--output_dir", tmp_path]
-    smaller += ["--train_resolution", "9x64x64", "--train_steps", 1, "--num_workers", 0, "--report_to", "none"]
+    smaller += ["--train_resolution", "9x64x64", "--train_steps", 1, "--num_workers", 1, "--report_to", "none"]
     result = run(script, *flags.split(), *map(str, smaller), processes=processes, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     checkpoint = tmp_path / "checkpoint-1"

@@ -158,7 +158,7 @@ class MemoryArgs:
 
 @dataclass(frozen=True)
 class SystemArgs:
-    num_workers: int = option(4, help="processes that read the cache, and that decode clips (at least one)")
+    num_workers: int = option(4, help="processes per GPU that decode clips while the cache is filled (at least one)")
     pin_memory: bool = option(True, help="use pinned host memory for faster copies to the GPU")
     nccl_timeout: int = option(1800, help="seconds that processes wait for each other")
     enable_slicing: bool = option(True, help="VAE: process one sample of a batch at a time")

@@ -108,6 +108,7 @@ def resolve_strategy(
 
 def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
     """Fills in the defaults that depend on the model or the machine."""
+    num_workers = max(1, min(args.system.num_workers, len(os.sched_getaffinity(0))))
     precision: Literal["no", "fp16", "bf16"] = args.training.mixed_precision or (
         "fp16" if spec.trained_in_fp16 and torch.cuda.is_available() else "bf16"
     )
@@ -119,7 +120,7 @@ def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) 
         data=replace(args.data, fps=args.data.fps or spec.fps),
         training=replace(args.training, mixed_precision=precision),
         lora=replace(args.lora, lora_alpha=args.lora.alpha),
-        system=replace(args.system, num_workers=min(args.system.num_workers, len(os.sched_getaffinity(0)))),
+        system=replace(args.system, num_workers=num_workers),
         checkpoint=replace(args.checkpoint, export_dtype=export_dtype),
         validation=replace(args.validation, gen_fps=args.validation.gen_fps or spec.fps),
     )
