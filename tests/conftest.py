@@ -18,6 +18,7 @@ import torch
 
 import cli_demo
 from tests.tiny_models import build
+from tests.warm_start import run_warm
 from utils.common.filesystem import ROOT
 
 FIRST_FRAME = ROOT / "tests" / "first_frame.png"
@@ -28,11 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests marked gpu on a machine without a GPU."""
+    """Deselects the tests marked gpu on a machine without a GPU, and starts the longest test first."""
     needs_gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu:
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
+    items.sort(key=lambda item: item.name != "test_quick_start_teaches_the_concept")
 
 
 @pytest.fixture(scope="session")
@@ -72,19 +74,22 @@ def arguments(model: Path, data: Path, output: Path, *more: object, task: str = 
 
 
 def run(script: str, *args: str, processes: int | None = None, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Runs a script of the project from another folder and returns the finished process with its output."""
-    return subprocess.run(
-        command(script, *args),
-        env=environment(processes, **variables),
-        cwd="/",
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
+    """Runs a script of the project from another folder and returns the finished process with its output.
+
+    Training and the demo start with finished imports, see tests/warm_start.py.
+    """
+    argv, env = command(script, *args), environment(processes, **variables)
+    if script.startswith(("train", "cli_demo")):
+        return run_warm(argv, env, cwd="/", timeout=600)
+    return subprocess.run(argv, env=env, cwd="/", text=True, capture_output=True, timeout=600)
 
 
 def patch_programs(folder: Path, module: str, code: str) -> dict[str, Path]:
-    """Returns environment variables that make started programs execute `code` in `module` after its import."""
+    """Returns environment variables that make started programs execute `code` in `module` after its import.
+
+    A program that starts with finished imports executes it at its start. The code then must not replace a name that
+    another module has imported.
+    """
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=module, code=code))
     return {"PYTHONPATH": folder}
 
@@ -105,7 +110,10 @@ class Finder:
         spec.loader.exec_module = exec_module
         return spec
 
-sys.meta_path.insert(0, Finder())
+if {module!r} in sys.modules:
+    exec({code!r}, vars(sys.modules[{module!r}]))
+else:
+    sys.meta_path.insert(0, Finder())
 """
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, arguments, command, environment, read_metrics, run, succeed
+from tests.warm_start import start_warm
 
 pytestmark = pytest.mark.slow
 
@@ -83,22 +85,24 @@ def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
         task = ["--precompute_only", "--cache_dir", tmp_path / cache, "--flip"]
         return command("train.py", *arguments(tiny("1.5-i2v"), data, tmp_path / "out", *task, task="i2v"))
 
-    def start(cache: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            precompute(cache), env=environment(1), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+    def start(cache: str) -> BaseProcess:
+        return start_warm(precompute(cache), environment(1), "/", stdout=os.devnull, stderr=os.devnull)
 
-    assert start("uninterrupted").wait() == 0
+    def wait(process: BaseProcess) -> int | None:
+        process.join()
+        return process.exitcode
+
+    assert wait(start("uninterrupted")) == 0
     entries = {path.name: path.read_bytes() for path in (tmp_path / "uninterrupted").glob("*.safetensors")}
     for kill in range(3):
-        with start("killed") as process:
-            while len(list((tmp_path / "killed").glob("*.safetensors"))) <= 12 * kill and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(random.random() / 5)
-            for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                member.kill()
-    both = [start("killed"), start("killed")]
-    assert [process.wait() for process in both] == [0, 0]
+        process = start("killed")
+        while len(list((tmp_path / "killed").glob("*.safetensors"))) <= 12 * kill and process.exitcode is None:
+            time.sleep(0.01)
+        time.sleep(random.random() / 5)
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            member.kill()
+        wait(process)
+    assert [wait(process) for process in (start("killed"), start("killed"))] == [0, 0]
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {*entries, "files.jsonl"}
     assert all((tmp_path / "killed" / name).read_bytes() == content for name, content in entries.items())
 

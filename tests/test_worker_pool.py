@@ -34,6 +34,7 @@ def misbehave(job: str, buffer) -> str:
 
 @pytest.mark.parametrize(("num_workers", "encoding_s"), [(1, 0), (3, 0), (1, 0.2)])
 def test_failed_jobs_do_not_affect_others(num_workers, encoding_s):
+    other_children = psutil.Process().children()
     failing = ["hangs", "aborts", "is killed", "is unfit", "fails"]
     jobs = [name for number, job in enumerate(failing) for name in (f"a{number}", job, f"b{number}")]
     outcomes = {}
@@ -50,11 +51,11 @@ def test_failed_jobs_do_not_affect_others(num_workers, encoding_s):
     assert "host memory" in reasons["is killed"]
     assert reasons["is unfit"] == "is too short"
     assert "KeyError" in reasons["fails"]
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == other_children
 
 
 def test_jobs_are_consumed_only_as_fast_as_results():
-    taken = []
+    taken, other_children = [], psutil.Process().children()
 
     def jobs():
         for number in range(50):
@@ -70,7 +71,7 @@ def test_jobs_are_consumed_only_as_fast_as_results():
         assert len(taken) <= count + 2 * JOBS_PER_WORKER
     assert isinstance(results, Generator)
     results.close()
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == other_children
 
 
 def test_slow_encoder_does_not_trigger_the_decoding_timeout():

@@ -200,12 +200,17 @@ def maintain_cache(
     existing = set(cache.names())
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:
+        names = sorted(used & existing)
         with ThreadPoolExecutor() as pool:
-            results = pool.map(partial(cache.verify, read=True), sorted(used & existing))
-            num_damaged = list(tqdm(results, "Reading entries", len(used & existing), unit="entry")).count(False)
-        if num_damaged:
-            print(f"{num_damaged} entries were damaged and have been removed; the next run encodes them again")
-        else:
+            results = pool.map(partial(cache.verify, read=True), names)
+            results = tqdm(results, "Reading entries", len(names), unit="entry")
+            damaged = [cache.path(name) for name, is_intact in zip(names, results, strict=True) if not is_intact]
+        kept = [path for path in damaged if path.exists()]
+        if removed := len(damaged) - len(kept):
+            print(f"{removed} entries were damaged and have been removed; the next run encodes them again")
+        if kept:
+            print(f"{len(kept)} entries, such as {kept[0]}, cannot be read, or are damaged and cannot be removed")
+        if not damaged:
             print("All entries are intact")
     unused = existing - used
     if options.prune_cache and (scan.unusable or not scan.samples):

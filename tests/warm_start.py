@@ -1,0 +1,127 @@
+"""Runs the launch scripts with the real launcher, but in processes that have imported their modules already.
+
+Importing torch, diffusers and DeepSpeed takes 5 CPU seconds per process and would be most of the suite's time. A server
+(`multiprocessing`'s "forkserver") imports them once; the launcher of each run is forked from it, and the launcher forks
+its ranks. Tests that kill ranks or start several launchers start programs as a user does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+from unittest.mock import patch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.warm_start", "train", "deepspeed", "accelerate.commands.launch"])
+# Stands for `python` in a launch script, and writes down how it is called.
+RECORD_ARGUMENTS = '#!/bin/sh\nprintf "%s\\0" "$@" > "$RECORDED"\n'
+
+
+def run_warm(
+    command: Sequence[str], environment: Mapping[str, str], cwd: str, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Does what `subprocess.run` does with `bash SCRIPT ...` or `python SCRIPT ...`, without the time for imports.
+
+    Raises:
+        subprocess.TimeoutExpired: the program ran for longer than `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        process = start_warm(command, environment, cwd, *map(str, outputs))
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(list(command), timeout)
+        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+
+
+def start_warm(
+    command: Sequence[str], environment: Mapping[str, str], cwd: str, stdout: str, stderr: str
+) -> multiprocessing.process.BaseProcess:
+    """Does what `subprocess.Popen` does, with paths for the outputs."""
+    argv = record_python(command, environment) if command[0] == "bash" else list(command[1:])
+    process = CONTEXT.Process(target=_start, args=(argv, dict(environment), cwd, stdout, stderr))
+    process.start()
+    return process
+
+
+def record_python(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Runs a bash script and returns the arguments with which it calls `python`."""
+    with tempfile.TemporaryDirectory() as folder:
+        python, recorded = Path(folder, "python"), Path(folder, "recorded")
+        python.write_text(RECORD_ARGUMENTS)
+        python.chmod(0o755)
+        path = os.pathsep.join([folder, environment["PATH"]])
+        subprocess.run(command, env={**environment, "PATH": path, "RECORDED": str(recorded)}, check=True)
+        return recorded.read_text().split("\0")[:-1]
+
+
+class ForkedRank:
+    """A rank that the launcher forks in place of starting it; the part of `subprocess.Popen` that torchrun uses."""
+
+    def __init__(self, args: Sequence[str], env: dict[str, str]):
+        self.args = args
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            _run_script(args[args.index("-u") + 1 :], env)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or float("inf"))
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.01)
+        return code
+
+
+def _start(argv: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str) -> NoReturn:
+    """Runs in a process of the server."""
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    for folder in environment.get("PYTHONPATH", "").split(os.pathsep):
+        if Path(folder, "sitecustomize.py").exists():
+            runpy.run_path(str(Path(folder, "sitecustomize.py")))
+    with patch.object(SubprocessHandler, "_popen", lambda _, args, env: ForkedRank(args, env)):
+        _run_script(argv, environment)
+
+
+def _run_script(argv: Sequence[str], environment: dict[str, str]) -> NoReturn:
+    """Runs a Python script as the main module, and ends the process with its exit code."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    sys.argv, sys.path[0] = list(argv), str(Path(argv[0]).parent)
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
