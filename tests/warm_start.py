@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ class ForkedRank:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):  # torchrun handles these
+                signal.signal(number, signal.SIG_DFL)
             _run_script(args[args.index("-u") + 1 :], env)
 
     def poll(self) -> int | None:
