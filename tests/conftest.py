@@ -20,6 +20,11 @@ import cli_demo
 from tests.tiny_models import build
 from utils.common.filesystem import ROOT
 
+# Metrics of throughput and GPU memory; they are allowed to differ between equal runs.
+TIMINGS = (
+    *("step_s", "data_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "tflops", "utilization"),
+    "reserved_gib",
+)
 FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 
@@ -137,7 +142,8 @@ def generate(*args: object) -> str:
     return output.getvalue()
 
 
-def read_metrics(output: Path) -> list[dict]:
-    """Returns the lines of metrics.jsonl without timings, which differ between runs."""
+def read_metrics(output: Path, timings: bool = False) -> list[dict]:
+    """Returns the lines of metrics.jsonl, by default without timings, which differ between runs."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "step_s"} for line in lines]
+    dropped = () if timings else TIMINGS
+    return [{name: value for name, value in line.items() if name not in dropped} for line in lines]

@@ -27,6 +27,7 @@ from utils.model.loading import load_text_encoder, load_transformer
 from utils.model.spec import read_spec
 from utils.run.preflight import fill_in_defaults
 from utils.training.optimizer import make_optimizer
+from utils.training.throughput import model_flop
 from utils.training.trainable import make_trainable, trained_parameters
 
 
@@ -71,6 +72,18 @@ def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant,
     terms = simulated_run.simulate_updates(context).terms
     static = terms["weights"] + terms.get("adapters", 0)
     assert sum(terms.values()) - static == pytest.approx(real_peak(model, context), rel=0.03)
+
+
+@pytest.mark.parametrize(("variant", "options"), [("2b", []), ("1.5-i2v", SFT)])
+def test_model_flop_matches_the_counter(tiny, tmp_path, variant, options):
+    """The counter of torch includes the recomputed scores in the backward pass of attention; `model_flop` does not."""
+    flags = ["--gradient_checkpointing", "none", *options]
+    argv, spec = arguments(tiny(variant), tmp_path, tmp_path, *flags, task=task_of(variant)), read_spec(tiny(variant))
+    context = RunContext(fill_in_defaults(parse_args(argv), spec), spec, {})
+    updates = simulated_run.simulate_updates(context)
+    scores = 2 * sum(spec.tokens(context.resolution)) ** 2 * spec.width * spec.transformer["num_layers"]
+    adapter_weights = 0 if options else updates.trained
+    assert model_flop(spec, context.resolution, adapter_weights) == pytest.approx(updates.flop - scores, rel=0.02)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
