@@ -30,11 +30,13 @@ FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+    parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on a CPU too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects the tests marked gpu on a machine without a GPU."""
-    needs_gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    may_run = torch.cuda.is_available() or config.getoption("--rehearse")
+    needs_gpu = [] if may_run else [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu:
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
