@@ -59,11 +59,11 @@ def groups(rehearse: bool) -> Iterator[Group]:
     parallel = ("-n", "4", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     pytest = ("-m", "pytest", "-vv", "--tb=short", "-m", "gpu", "tests/test_gpu.py")
     if rehearse:
-        yield Group(("tests",), 90, (*pytest, "--rehearse", "-k", "slow_streams"))
+        yield Group(("tests",), 150, (*pytest, "--rehearse", "-k", "slow_streams"))
         rows = [f"row/{row.name}" for row in TINY_ROWS]
-        yield Group((*rows, "attention/tiny/flash", "vae/tiny/tiles", "vae/tiny/batch", "t5/tiny/1"), 90)
+        yield Group((*rows, "attention/tiny/flash", "vae/tiny/tiles", "vae/tiny/batch", "t5/tiny/1"), 150)
         return
-    yield Group(("tests",), 120, (*pytest, *parallel))
+    yield Group(("tests",), 100, (*pytest, *parallel))
     measured = [row.name for row in ROWS if row.zero is None]
     for recipe in ("5b-lora", "2b-lora", "1.5-lora", "sft"):
         yield from (Group((f"row/{name}",), 150) for name in measured if recipe in name)
@@ -88,6 +88,9 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / RESULTS_FILE
         self.last = {line["item"]: line for line in read_lines(self.path)}
+        if self.path.is_file() and not self.path.read_text().endswith("\n"):  # a kill has cut the last line short
+            with self.path.open("a") as file:
+                file.write("\n")
 
     def has(self, item: str) -> bool:
         """Whether an item is finished; a failed one is, until the commit changes."""
@@ -210,12 +213,14 @@ def run_tests(group: Group, items: list[str], results: Results, seconds: float) 
         with KillAfter(process, seconds) as limit:
             process.wait()
     text = log.read_text()
-    passed = set(re.findall(r"PASSED (tests/\S+)|(tests/\S+) PASSED", text))
-    failed = set(re.findall(r"(?:FAILED|ERROR) (tests/\S+)|(tests/\S+) (?:FAILED|ERROR)", text))
+    passed, failed = (
+        {before or after for before, after in re.findall(rf"(?:{word}) (tests/\S+)|(tests/\S+) (?:{word})", text)}
+        for word in ("PASSED", "FAILED|ERROR")
+    )
     line: dict[str, Any] = {
         "item": "tests",
         "passed": len(passed),
-        "failed": sorted("".join(names) for names in failed),
+        "failed": sorted(failed),
         "seconds": round(time.monotonic() - start, 1),
     }
     if limit.expired:

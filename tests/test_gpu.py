@@ -175,7 +175,7 @@ def train_here(tiny, shared_data, tmp_path, monkeypatch):
     exec(NOISE_ON_CPU, namespace)
     monkeypatch.setattr(step_module, "sample_inputs", namespace["sample_inputs"])
     # the real one starts a program that predicts the memory of the run
-    monkeypatch.setattr(preflight, "this_machine", lambda try_compiler: Machine())
+    monkeypatch.setattr(preflight, "this_machine", lambda *args, **options: Machine())
 
     def run(variant: str, name: str, *options: object) -> list[dict]:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -201,14 +201,15 @@ def assert_matches(lines: list[dict], golden: str) -> None:
 # the options of the golden runs, and those of these runs
 LORA_RUN = ["--train_steps", 4, "--id_token", "SKS", "--caption_dropout", 0.5]
 SFT_RUN = [*SFT, "--train_steps", 4, "--epsilon", 1e-5]
-BF16, FP16, HALF = ["--mixed_precision", "bf16"], ["--mixed_precision", "fp16"], ["--autocast", "false"]
+BF16, FP16 = (["--mixed_precision", precision] for precision in ("bf16", "fp16"))
+AUTOCAST, HALF = ["--autocast", "true"], ["--autocast", "false"]
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ["--offload_text_encoder"],
-        BF16,
+        [*BF16, *AUTOCAST],
         [*BF16, *HALF, *SELECTIVE, *OFFLOAD],
         [*BF16, "--quantize_base", "int8"],
         [*BF16, "--quantize_base", "fp8"],
@@ -227,8 +228,8 @@ IN_BACKWARD = ["--quantize_optimizer", "4bit", "--optimizer_in_backward", "--max
     "options",
     [
         [],
-        *([*BF16, *options] for options in ([], OFFLOADED, EIGHT_BIT, IN_BACKWARD)),
-        *(pytest.param([*FP16, *options], marks=needs_cuda) for options in ([], OFFLOADED, EIGHT_BIT)),
+        *([*BF16, *options] for options in (AUTOCAST, OFFLOADED, EIGHT_BIT, IN_BACKWARD)),
+        *(pytest.param([*FP16, *options], marks=needs_cuda) for options in (AUTOCAST, OFFLOADED, EIGHT_BIT)),
     ],
 )
 def test_optimizers_train_as_on_a_cpu_and_resume(train_here, tmp_path, monkeypatch, options):
@@ -244,7 +245,7 @@ def test_optimizers_train_as_on_a_cpu_and_resume(train_here, tmp_path, monkeypat
 
 
 @needs_cuda
-@pytest.mark.parametrize("options", [[], OFFLOADED, EIGHT_BIT])
+@pytest.mark.parametrize("options", [AUTOCAST, OFFLOADED, EIGHT_BIT])
 def test_fp16_skips_updates_that_overflow(train_here, tmp_path, monkeypatch, options):
     monkeypatch.setattr(optimizer_module, "LossScale", partial(LossScale, init_scale=2.0**30))
     lines = train_here("2b", "out", *SFT_RUN, *FP16, *options)

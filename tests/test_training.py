@@ -31,7 +31,9 @@ from tests.conftest import (
 from tests.golden_losses import compare_with_golden
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
+from utils.common.units import GIB
 from utils.model.spec import ModelSpec, read_spec
+from utils.training.throughput import DATA, MODEL, OPTIMIZER, StepTimer, Work
 
 
 def adapters(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -92,6 +94,41 @@ def assert_throughput_is_recorded(out: Path, printed: str, samples_per_step: int
     title, *rows = (out / "profile" / "kernels.txt").read_text().splitlines()
     assert title.split() == ["share", "ms", "calls", "name"] and 10 < len(rows) <= 20
     assert any("aten::addmm" in row for row in rows)
+
+
+def test_parts_of_an_update_are_read_one_update_later(monkeypatch):
+    """On a GPU, only events of the previous update are waited for and read."""
+    waited_for: list[int] = []
+    updates: list[None] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.update = len(updates)
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            waited_for.append(self.update)
+
+        def elapsed_time(self, end):
+            assert self.update == end.update == len(updates) - 1  # the GPU has not reached later events
+            return 500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * GIB)
+    timer, lines = StepTimer(torch.device("cuda")), []
+    for _ in range(3):
+        for part in (DATA, MODEL, OPTIMIZER, DATA, MODEL, OPTIMIZER):  # two micro-batches
+            timer.mark(part)
+        lines.append(timer.lap(Work(tokens=100, flop=1e12)))
+        updates.append(None)
+        timer.start()
+    assert waited_for == [0, 1] and not {DATA, MODEL, OPTIMIZER} & lines[0].keys()
+    assert [line[DATA] for line in lines[1:]] == [1.0, 1.0] and lines[0]["reserved_gib"] == 3
+    assert lines[0]["utilization"] == pytest.approx(1 / lines[0]["step_s"] / 989)
+    assert "3 updates in this run" in timer.summary() and "% of the GPU's peak" in timer.summary()
 
 
 @pytest.mark.golden
