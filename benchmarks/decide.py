@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,12 +36,30 @@ def read_results(folder: Path) -> Measured:
 
 
 def decide(measured: Measured, predicted: dict[str, Any]) -> Iterator[str]:
+    yield from recipes(measured, predicted)
     yield from margin(measured, predicted)
     yield from utilization(measured, predicted)
     yield from costs(measured)
     yield from levers(measured, "gradient checkpointing, base weights, compilation", LORA_LEVERS)
     yield from levers(measured, "optimizers", SFT_LEVERS)
     yield from encoders_and_kernels(measured)
+
+
+def recipes(measured: Measured, predicted: dict[str, Any]) -> Iterator[str]:
+    """Lists the rows of each recipe from fastest to slowest, and tells which memory goals are met."""
+    for recipe in dict.fromkeys(re.match(r"[^-]+-(?:i2v-)?[a-z]+", name)[0] for name in predicted):  # type: ignore[index]
+        rows = {
+            name: row
+            for name in predicted
+            if name.startswith(recipe) and "reserved_gib" in (row := measured.get(f"row/{name}", {}))
+        }
+        if rows:
+            yield f"\n{recipe}, from fastest to slowest: seconds, GiB, utilization"
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["seconds"]):
+            goal = predicted[name]["goal_gib"]
+            verdict = "" if goal is None else f"  goal {goal} GiB: {'met' if row['reserved_gib'] <= goal else 'missed'}"
+            share = row.get("utilization", math.nan)
+            yield f"  {name:22} {row['seconds']:7.3f} {row['reserved_gib']:6.2f} {share:5.0%}{verdict}"
 
 
 def margin(measured: Measured, predicted: dict[str, Any]) -> Iterator[str]:
@@ -73,7 +92,6 @@ def utilization(measured: Measured, predicted: dict[str, Any]) -> Iterator[str]:
 
 def costs(measured: Measured) -> Iterator[str]:
     """The slowdowns that the settings search assumes, each relative to the same settings without the saving."""
-    yield "\nutils/estimate/settings_search.py, relative to the first of each list"
     for base, names in (
         ("none", ("selective", "selective-offload", "full", "full-offload", "int8", "fp8", "int4", "autocast")),
         ("compiled", ("none", "compiled-selective-offload")),
@@ -81,9 +99,8 @@ def costs(measured: Measured) -> Iterator[str]:
     ):
         if reference := measured.get(f"lever/{base}"):
             times = {name: row["seconds"] for name in names if (row := measured.get(f"lever/{name}"))}
-            yield "  " + ", ".join(
-                [base, *(f"{name} {s / reference['seconds'] - 1:+.2f}" for name, s in times.items())]
-            )
+            slowdowns = ", ".join(f"{name} {s / reference['seconds'] - 1:+.2f}" for name, s in times.items())
+            yield f"\nutils/estimate/settings_search.py, slowdown relative to {base}: {slowdowns}"
 
 
 def levers(measured: Measured, title: str, names: dict[str, str]) -> Iterator[str]:
@@ -97,7 +114,7 @@ def levers(measured: Measured, title: str, names: dict[str, str]) -> Iterator[st
             for other, its in rows.items()
             if its["seconds"] < 0.99 * row["seconds"] and its["reserved_gib"] <= row["reserved_gib"]
         ]
-        verdict = f"  <- useless: {', '.join(better)} is faster and no larger" if better else ""
+        verdict = f"  <- useless: {better[0]} is faster and no larger" if better else ""
         yield f"  {name:28} {row['seconds']:6.3f} {row['reserved_gib']:6.2f} {row['first_s']:6.1f}{verdict}"
     if {"none", "compiled"} <= rows.keys():
         none, compiled = rows["none"], rows["compiled"]

@@ -14,15 +14,15 @@ import re
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.gpu_rows import LORA_LEVERS, SFT_LEVERS, TINY_ROWS
 from benchmarks.rows import ROWS
@@ -177,41 +177,33 @@ def run_items(group: Group, items: list[str], results: Results, seconds: float) 
     """Runs items in one process and saves each result as it is printed.
 
     Returns:
-        The finished items, and what the process wrote to stderr if it failed; None after a timeout.
+        The finished items, and what the process wrote to stderr if it ended; None after a timeout.
     """
-    done = set()
-    log = results.folder / "stderr.log"
-    with log.open("w+") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, *group.command, *items],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
-        with KillAfter(process, seconds) as limit:
-            assert process.stdout is not None
-            for text in process.stdout:
-                if text.startswith('{"item"'):  # libraries print too
-                    line = json.loads(text)
-                    results.add(line)
-                    done.add(line["item"])
-        process.wait()
-    message = f"exit code {process.returncode}\n{log.read_text()[-4000:]}"
-    log.unlink()
-    return done, None if limit.expired else message
+    done: set[str] = set()
+    with tempfile.NamedTemporaryFile("w+") as stdout, tempfile.NamedTemporaryFile("w+") as stderr:
+        process = start(group, items, stdout, stderr)
+        with Path(stdout.name).open() as printed:
+
+            def save_results() -> None:
+                position = printed.tell()
+                while (text := printed.readline()).endswith("\n"):
+                    position = printed.tell()
+                    if text.startswith('{"item"'):  # libraries print too
+                        results.add(json.loads(text))
+                        done.add(json.loads(text)["item"])
+                printed.seek(position)  # the rest of this line follows
+
+            is_in_time = wait(process, seconds, save_results)
+        message = f"exit code {process.returncode}\n{Path(stderr.name).read_text()[-4000:]}"
+    return done, message if is_in_time else None
 
 
 def run_tests(group: Group, items: list[str], results: Results, seconds: float) -> tuple[set[str], str | None]:
     """Runs pytest. Its output, with all tracebacks, is in TESTS_LOG even if the time does not suffice."""
-    log, start = results.folder / TESTS_LOG, time.monotonic()
+    log, started = results.folder / TESTS_LOG, time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *group.command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        with KillAfter(process, seconds) as limit:
-            process.wait()
+        process = start(group, [], output, output)
+        is_in_time = wait(process, seconds, lambda: None)
     text = log.read_text()
     passed, failed = (
         {before or after for before, after in re.findall(rf"(?:{word}) (tests/\S+)|(tests/\S+) (?:{word})", text)}
@@ -221,9 +213,9 @@ def run_tests(group: Group, items: list[str], results: Results, seconds: float) 
         "item": "tests",
         "passed": len(passed),
         "failed": sorted(failed),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(time.monotonic() - started, 1),
     }
-    if limit.expired:
+    if not is_in_time:
         line["error"] = f"not finished in {seconds:.0f} s; see {TESTS_LOG}"
     elif process.returncode:
         line["error"] = f"see {TESTS_LOG}\n{text[-4000:]}"
@@ -231,28 +223,34 @@ def run_tests(group: Group, items: list[str], results: Results, seconds: float) 
     return {"tests"}, None
 
 
-class KillAfter:
-    """Ends a process and its children when a time limit expires, or when the block ends in an exception."""
+def start(group: Group, items: list[str], stdout: IO[str], stderr: IO[str]) -> subprocess.Popen[bytes]:
+    """Starts the process of a group as the leader of its own process group."""
+    command = [sys.executable, *group.command, *items]
+    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, start_new_session=True)
 
-    def __init__(self, process: subprocess.Popen[Any], seconds: float) -> None:
-        self.process, self.expired = process, False
-        self.timer = threading.Timer(seconds, self._expire)
 
-    def __enter__(self) -> KillAfter:
-        self.timer.start()
-        return self
+def wait(process: subprocess.Popen[bytes], seconds: float, poll: Callable[[], None]) -> bool:
+    """Waits until a process ends, and then ends its children, such as compiler processes.
 
-    def __exit__(self, *exception: object) -> None:
-        self.timer.cancel()
-        self._kill()
+    Args:
+        seconds: time limit, after which the process is ended.
+        poll: called repeatedly, and once more at the end.
 
-    def _expire(self) -> None:
-        self.expired = True
-        self._kill()
-
-    def _kill(self) -> None:
+    Returns:
+        Whether the process ended in time.
+    """
+    end = time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            poll()
+            time.sleep(0.1)
+        is_in_time = process.poll() is not None
+    finally:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    poll()
+    return is_in_time
 
 
 def describe_gpu() -> tuple[str, float, str]:
