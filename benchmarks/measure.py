@@ -71,7 +71,7 @@ def measure_row(name: str) -> Iterator[Result]:
 
 
 def measure_lever(name: str) -> Iterator[Result]:
-    [row] = [row for row in LEVER_ROWS if row.name == name]
+    [row] = [row for row in [*LEVER_ROWS, *TINY_ROWS] if row.name == name]
     yield next(measure_updates(context_of(row).with_num_layers(NUM_LAYERS)))
 
 

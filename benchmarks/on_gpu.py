@@ -32,8 +32,8 @@ from utils.common.filesystem import ROOT
 RESULTS = Path(__file__).parent / "results"
 RESULTS_FILE, TESTS_LOG = "results.jsonl", "tests.log"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed")
-# No group is started with less time left, in seconds.
-MIN_SECONDS = 25
+# No group is started with less than this share of its time limit left.
+MIN_SHARE = 0.25
 DESCRIBE_GPU = (
     "import json, torch; gpu = torch.cuda.get_device_properties(0); "
     "print(json.dumps([gpu.name, gpu.total_memory / 2**30, torch.version.cuda]))"
@@ -61,14 +61,16 @@ def groups(rehearse: bool) -> Iterator[Group]:
     if rehearse:
         yield Group(("tests",), 150, (*pytest, "--rehearse", "-k", "slow_streams"))
         rows = [f"row/{row.name}" for row in TINY_ROWS]
-        yield Group((*rows, "attention/tiny/flash", "vae/tiny/tiles", "vae/tiny/batch", "t5/tiny/1"), 150)
+        yield Group(
+            (*rows, "lever/tiny-lora", "attention/tiny/flash", "vae/tiny/tiles", "vae/tiny/batch", "t5/tiny/1"), 150
+        )
         return
     yield Group(("tests",), 100, (*pytest, *parallel))
     measured = [row.name for row in ROWS if row.zero is None]
     for recipe in ("5b-lora", "2b-lora", "1.5-lora", "sft"):
-        yield from (Group((f"row/{name}",), 150) for name in measured if recipe in name)
-        if recipe == "5b-lora":
+        if recipe == "sft":
             yield Group(tuple(f"lever/{name}" for name in LORA_LEVERS), 200)
+        yield from (Group((f"row/{name}",), 200) for name in measured if recipe in name)
     yield Group(tuple(f"lever/{name}" for name in SFT_LEVERS), 90)
     kernels = [f"attention/{model}/{name}" for model in ("5b", "1.5", "2b") for name in ("cudnn", "flash", "efficient")]
     yield Group(tuple(kernels), 60)
@@ -160,7 +162,7 @@ def run_group(group: Group, items: list[str], results: Results, deadline: float)
     """
     while items:
         time_left = deadline - time.monotonic()
-        if time_left < MIN_SECONDS:
+        if time_left < MIN_SHARE * group.seconds:
             return False
         run = run_tests if items == ["tests"] else run_items
         seconds = min(group.seconds, time_left)

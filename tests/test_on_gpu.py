@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import decide, on_gpu, tables
-from benchmarks.gpu_rows import LORA_LEVERS, SFT_LEVERS
+from benchmarks import decide, on_gpu, real_size, tables
+from benchmarks.gpu_rows import LEVER_ROWS, LORA_LEVERS, SFT_LEVERS
 from benchmarks.on_gpu import Group
 from benchmarks.rows import ROWS
 from tests.conftest import ROOT, succeed
@@ -74,7 +74,7 @@ def test_failures_are_recorded_and_do_not_stop_other_items(monkeypatch, tmp_path
 
 
 def test_time_limit_leaves_the_rest_to_the_next_call(monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu, "MIN_SECONDS", 0.5)
+    monkeypatch.setattr(on_gpu, "MIN_SHARE", 0.02)
     groups = [Group((name,), 30, ("-c", ITEMS)) for name in ("a", "hang", "b")]
     start = time.monotonic()
     lines = run(monkeypatch, tmp_path, groups, "--minutes", "0.05")
@@ -140,5 +140,7 @@ def test_tables_tell_measured_from_predicted_figures():
 
 
 def test_every_row_is_measured():
+    for row in LEVER_ROWS:  # their flags fit together
+        real_size.context_of(row)
     items = {item for group in on_gpu.groups(rehearse=False) for item in group.items}
     assert {f"row/{row.name}" for row in ROWS if row.zero is None and "i2v" not in row.name} <= items
