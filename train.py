@@ -162,7 +162,8 @@ def train(plan: RunPlan) -> None:
     update_losses, update_timesteps = [], []
     timer = StepTimer(accelerator.device)
     work_of = partial(work_per_update, args, plan.spec, num_trained, accelerator.num_processes)
-    profiler = UpdateProfiler(args.output.profile * accelerator.is_main_process, args.output.output_dir / "profile")
+    num_profiled = args.output.profile if accelerator.is_main_process else 0
+    profiler = UpdateProfiler(num_profiled, args.output.output_dir / "profile")
     while progress.step < plan.total_steps:
         batch = next(loader)
         timer.mark(DATA)

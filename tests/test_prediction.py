@@ -19,6 +19,7 @@ from examples.tiny_configs import task_of
 from tests.conftest import ROOT, arguments
 from utils.commands import estimate_memory
 from utils.common.errors import UserError
+from utils.common.gpus import peak_tflops
 from utils.common.units import GIB
 from utils.config.args import parse_args
 from utils.estimate import memory_tracker, prediction, simulated_run
@@ -72,6 +73,13 @@ def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant,
     terms = simulated_run.simulate_updates(context).terms
     static = terms["weights"] + terms.get("adapters", 0)
     assert sum(terms.values()) - static == pytest.approx(real_peak(model, context), rel=0.03)
+
+
+def test_peak_is_known_only_for_the_cards_of_the_table():
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090")
+    assert [peak_tflops(name) for name in names] == [989, 312, 165]
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "T4"):
+        assert peak_tflops(name) is None
 
 
 @pytest.mark.parametrize(("variant", "options"), [("2b", []), ("1.5-i2v", SFT)])
