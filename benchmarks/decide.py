@@ -47,11 +47,12 @@ def decide(measured: Measured, predicted: dict[str, Any]) -> Iterator[str]:
 
 def recipes(measured: Measured, predicted: dict[str, Any]) -> Iterator[str]:
     """Lists the rows of each recipe from fastest to slowest, and tells which memory goals are met."""
-    for recipe in dict.fromkeys(re.match(r"[^-]+-(?:i2v-)?[a-z]+", name)[0] for name in predicted):  # type: ignore[index]
+    recipe_of = {name: re.sub(r"-(default|smallest|fastest|selective|zero.*)$", "", name) for name in predicted}
+    for recipe in dict.fromkeys(recipe_of.values()):
         rows = {
             name: row
             for name in predicted
-            if name.startswith(recipe) and "reserved_gib" in (row := measured.get(f"row/{name}", {}))
+            if recipe_of[name] == recipe and "reserved_gib" in (row := measured.get(f"row/{name}", {}))
         }
         if rows:
             yield f"\n{recipe}, from fastest to slowest: seconds, GiB, utilization"

@@ -67,10 +67,12 @@ def groups(rehearse: bool) -> Iterator[Group]:
         return
     yield Group(("tests",), 100, (*pytest, *parallel))
     measured = [row.name for row in ROWS if row.zero is None]
-    for recipe in ("5b-lora", "2b-lora", "1.5-lora", "sft"):
+    for recipe in ("train_ddp_t2v", "5b-lora", "2b-lora", "1.5-lora", "sft"):
         if recipe == "sft":
             yield Group(tuple(f"lever/{name}" for name in LORA_LEVERS), 200)
-        yield from (Group((f"row/{name}",), 200) for name in measured if recipe in name)
+        names = [name for name in measured if recipe in name]
+        names.sort(key=lambda name: {"fastest": 0, "smallest": 1}.get(name.rpartition("-")[2], 2))
+        yield from (Group((f"row/{name}",), 200) for name in names)
     yield Group(tuple(f"lever/{name}" for name in SFT_LEVERS), 90)
     kernels = [f"attention/{model}/{name}" for model in ("5b", "1.5", "2b") for name in ("cudnn", "flash", "efficient")]
     yield Group(tuple(kernels), 60)

@@ -35,15 +35,18 @@ class Row:
 
 
 ROWS = [
+    # what each script runs without further flags
+    Row("train_ddp_t2v.sh", "CogVideoX-5b", ""),
+    Row("train_ddp_i2v.sh", "CogVideoX-5b-I2V", ""),
+    Row("train_zero_t2v.sh", "CogVideoX-5b", "--training_type sft", zero=("zero2", 8)),
+    Row("train_zero_i2v.sh", "CogVideoX-5b-I2V", "--training_type sft", zero=("zero2", 8)),
     Row("2b-lora", "CogVideoX-2b", "--mixed_precision bf16", 7.8),
     Row("2b-lora-smallest", "CogVideoX-2b", f"--mixed_precision bf16 {SMALLEST_LORA}", 5.5),
     Row("2b-lora-fastest", "CogVideoX-2b", f"--mixed_precision bf16 {NO_CHECKPOINTING}"),
-    Row("5b-lora-default", "CogVideoX-5b", ""),
     Row("5b-lora", "CogVideoX-5b", "--offload_activations true --autocast false", 15.6),
     Row("5b-lora-smallest", "CogVideoX-5b", SMALLEST_LORA, 10.5),
     Row("5b-lora-fastest", "CogVideoX-5b", NO_CHECKPOINTING),
     Row("5b-lora-selective", "CogVideoX-5b", SELECTIVE),
-    Row("5b-i2v-lora-default", "CogVideoX-5b-I2V", ""),
     Row("5b-i2v-lora-smallest", "CogVideoX-5b-I2V", SMALLEST_LORA),
     Row("1.5-lora-default", "CogVideoX1.5-5B", NATIVE_1_5),
     Row("1.5-lora", "CogVideoX1.5-5B", f"{NATIVE_1_5} --offload_activations true --autocast false", 20.8),

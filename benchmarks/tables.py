@@ -25,8 +25,8 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DO
 # model -> rows of the default and of the smallest LoRA settings
 MODELS = {
     "CogVideoX-2b": ("2b-lora", "2b-lora-smallest"),
-    "CogVideoX-5b": ("5b-lora-default", "5b-lora-smallest"),
-    "CogVideoX-5b-I2V": ("5b-i2v-lora-default", "5b-i2v-lora-smallest"),
+    "CogVideoX-5b": ("train_ddp_t2v.sh", "5b-lora-smallest"),
+    "CogVideoX-5b-I2V": ("train_ddp_i2v.sh", "5b-i2v-lora-smallest"),
     "CogVideoX1.5-5B": ("1.5-lora-default", "1.5-lora-smallest"),
     "CogVideoX1.5-5B-I2V": ("1.5-i2v-lora-default", "1.5-i2v-lora-smallest"),
 }

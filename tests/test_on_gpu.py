@@ -128,7 +128,7 @@ def test_tables_are_current(page):
 
 
 def test_tables_tell_measured_from_predicted_figures():
-    predicted = {"5b-lora-default": {"peak_gib": 19.21}, "5b-lora-smallest": {"peak_gib": 7.5}}
+    predicted = {"train_ddp_t2v.sh": {"peak_gib": 19.21}, "5b-lora-smallest": {"peak_gib": 7.5}}
     measured = {name: line for name, line in results("NVIDIA H100") if name == "row/5b-lora-smallest"}
     page = "<!-- table: models -->\nold\n<!-- end of table -->\n"
     text = tables.render(page, predicted, [measured], tables.ENGLISH)
