@@ -12,6 +12,7 @@ import signal
 import warnings
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 gc.disable()  # imports create a million objects and hardly any garbage
 
@@ -38,11 +39,13 @@ from utils.run.plan import RunPlan
 from utils.run.preflight import preflight
 from utils.run.validation import validate
 from utils.training.divergence import OverflowGuard, check_gradients, check_losses
-from utils.training.metrics import Metrics, quarter_means
+from utils.training.metrics import Metrics, peak_memory, quarter_means, reset_peak_memory
 from utils.training.optimizer import make_lr_scheduler, make_optimizer
+from utils.training.profiling import UpdateProfiler
 from utils.training.schedule import is_due
 from utils.training.step import DenoisingObjective
 from utils.training.strategy import make_strategy
+from utils.training.throughput import DATA, MODEL, OPTIMIZER, StepTimer, work_per_update
 from utils.training.trainable import (
     compute_dtype,
     make_trainable,
@@ -103,6 +106,7 @@ def train(plan: RunPlan) -> None:
     args, progress = plan.args, plan.progress
     training, seed = args.training, args.training.seed
     set_seed(seed)
+    reset_peak_memory()
     strategy = make_strategy(args, plan.zero)
     accelerator = strategy.accelerator
 
@@ -117,7 +121,8 @@ def train(plan: RunPlan) -> None:
     if args.memory.compile_blocks:
         accelerator.print("The first update compiles the blocks, which takes minutes.")
     parameters = trained_parameters(transformer)
-    accelerator.print(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    accelerator.print(f"Trained parameters: {num_trained:,}")
 
     # ---- optimizer, checkpoint to resume from, learning-rate schedule
     optimizer = make_optimizer(parameters, args, strategy.uses_deepspeed)
@@ -155,18 +160,24 @@ def train(plan: RunPlan) -> None:
     # ---- the loop: one micro-batch per iteration
     overflow = OverflowGuard(training.mixed_precision)
     update_losses, update_timesteps = [], []
-    metrics.start_lap()
+    timer = StepTimer(accelerator.device)
+    work_of = partial(work_per_update, args, plan.spec, num_trained, accelerator.num_processes)
+    num_profiled = args.output.profile if accelerator.is_main_process else 0
+    profiler = UpdateProfiler(num_profiled, args.output.output_dir / "profile")
     while progress.step < plan.total_steps:
         batch = next(loader)
+        timer.mark(DATA)
         with accelerator.accumulate(model):
             losses, timesteps = objective(model, batch, [seed_for(DRAWS, seed, number) for number in batch["number"]])
             check_losses(losses, timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
             strategy.backward(losses.mean(), progress.step)
+            timer.mark(MODEL)
             if accelerator.sync_gradients:
                 grad_norm = strategy.clip_gradients()
                 check_gradients(grad_norm, training.mixed_precision, progress.step)
             optimizer.step()
             optimizer.zero_grad()
+        timer.mark(OPTIMIZER)
         update_losses.append(losses.detach())
         update_timesteps.append(timesteps)
         progress.samples_seen += training.batch_size * accelerator.num_processes
@@ -175,7 +186,7 @@ def train(plan: RunPlan) -> None:
 
         if overflow.skips(accelerator.optimizer_step_was_skipped, progress.step):  # the loss scale has been halved
             update_losses, update_timesteps = [], []
-            metrics.start_lap()
+            timer.start()
             continue
 
         # ---- the update is done
@@ -190,16 +201,19 @@ def train(plan: RunPlan) -> None:
             loss=mean_loss,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            step_s=metrics.lap(),
+            **timer.lap(work_of(plan.samples[batch["index"][0]].resolution)),
             **quarter_means(all_losses, all_timesteps, len(alphas_cumprod), "loss"),
         )
         metrics.advance(loss=mean_loss, lr=learning_rate)
+        profiler.step()
         if plan.validation and is_due(progress.step, args.validation.validation_steps, plan.total_steps):
             validate(accelerator, transformer, objective, plan, progress.step, metrics)
         if is_due(progress.step, args.checkpoint.checkpointing_steps, plan.total_steps):
             checkpoints.save(progress, is_last=progress.step == plan.total_steps)
-        metrics.start_lap()
-    accelerator.print(metrics.close(progress.step))
+        timer.start()
+    profiler.stop()
+    metrics.close()
+    accelerator.print(f"Done: step {progress.step}, {timer.summary()}, {peak_memory()}.")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ class Row:
 
 
 ROWS = [
+    # what each script runs without further flags
+    Row("train_ddp_t2v.sh", "CogVideoX-5b", ""),
+    Row("train_ddp_i2v.sh", "CogVideoX-5b-I2V", ""),
+    Row("train_zero_t2v.sh", "CogVideoX-5b", "--training_type sft", zero=("zero2", 8)),
+    Row("train_zero_i2v.sh", "CogVideoX-5b-I2V", "--training_type sft", zero=("zero2", 8)),
     Row("2b-lora", "CogVideoX-2b", "--mixed_precision bf16", 7.8),
     Row("2b-lora-smallest", "CogVideoX-2b", f"--mixed_precision bf16 {SMALLEST_LORA}", 5.5),
     Row("2b-lora-fastest", "CogVideoX-2b", f"--mixed_precision bf16 {NO_CHECKPOINTING}"),
@@ -42,9 +47,13 @@ ROWS = [
     Row("5b-lora-smallest", "CogVideoX-5b", SMALLEST_LORA, 10.5),
     Row("5b-lora-fastest", "CogVideoX-5b", NO_CHECKPOINTING),
     Row("5b-lora-selective", "CogVideoX-5b", SELECTIVE),
+    Row("5b-i2v-lora-smallest", "CogVideoX-5b-I2V", SMALLEST_LORA),
+    Row("1.5-lora-default", "CogVideoX1.5-5B", NATIVE_1_5),
     Row("1.5-lora", "CogVideoX1.5-5B", f"{NATIVE_1_5} --offload_activations true --autocast false", 20.8),
     Row("1.5-lora-smallest", "CogVideoX1.5-5B", f"{NATIVE_1_5} {SMALLEST_LORA}", 14.5),
     Row("1.5-lora-fastest", "CogVideoX1.5-5B", f"{NATIVE_1_5} {SELECTIVE}"),
+    Row("1.5-i2v-lora-default", "CogVideoX1.5-5B-I2V", NATIVE_1_5),
+    Row("1.5-i2v-lora-smallest", "CogVideoX1.5-5B-I2V", f"{NATIVE_1_5} {SMALLEST_LORA}"),
     Row("2b-sft", "CogVideoX-2b", SFT_8BIT, 14.4),
     Row("2b-sft-smallest", "CogVideoX-2b", f"{SFT} {SMALLEST_SFT}", 8),
     Row("5b-sft", "CogVideoX-5b", SFT_4BIT, 26),

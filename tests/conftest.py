@@ -21,16 +21,23 @@ from tests.tiny_models import build
 from tests.warm_start import run_warm
 from utils.common.filesystem import ROOT
 
+# Metrics of throughput and GPU memory; they are allowed to differ between equal runs.
+TIMINGS = (
+    *("step_s", "data_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "tflops", "utilization"),
+    "reserved_gib",
+)
 FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+    parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on a CPU too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects the tests marked gpu on a machine without a GPU, and starts the longest test first."""
-    needs_gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    may_run = torch.cuda.is_available() or config.getoption("--rehearse")
+    needs_gpu = [] if may_run else [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu:
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
@@ -76,10 +83,10 @@ def arguments(model: Path, data: Path, output: Path, *more: object, task: str = 
 def run(script: str, *args: str, processes: int | None = None, **variables: object) -> subprocess.CompletedProcess[str]:
     """Runs a script of the project from another folder and returns the finished process with its output.
 
-    Training and the demo start with finished imports, see tests/warm_start.py.
+    Without a GPU, training and the demo start with finished imports, see tests/warm_start.py.
     """
     argv, env = command(script, *args), environment(processes, **variables)
-    if script.startswith(("train", "cli_demo")):
+    if script.startswith(("train", "cli_demo")) and not torch.cuda.is_available():  # forks could not use CUDA
         return run_warm(argv, env, cwd="/", timeout=600)
     return subprocess.run(argv, env=env, cwd="/", text=True, capture_output=True, timeout=600)
 
@@ -145,7 +152,8 @@ def generate(*args: object) -> str:
     return output.getvalue()
 
 
-def read_metrics(output: Path) -> list[dict]:
-    """Returns the lines of metrics.jsonl without timings, which differ between runs."""
+def read_metrics(output: Path, timings: bool = False) -> list[dict]:
+    """Returns the lines of metrics.jsonl, by default without timings, which differ between runs."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "step_s"} for line in lines]
+    dropped = () if timings else TIMINGS
+    return [{name: value for name, value in line.items() if name not in dropped} for line in lines]

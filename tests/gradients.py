@@ -49,21 +49,23 @@ class CountAttention(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def prepare_model(model_dir: Path, folder: Path, *options: object, dtype: torch.dtype = torch.float32) -> Model:
-    """Loads a transformer and makes it trainable as a run with the given flags does."""
+def prepare_model(
+    model_dir: Path, folder: Path, *options: object, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Model:
+    """Loads a transformer and makes it trainable as a run with the given flags does. Equal on every device."""
     spec = read_spec(model_dir)
     args = fill_in_defaults(parse_args(arguments(model_dir, folder, folder, *options, task=spec.task)), spec)
-    transformer = load_transformer(model_dir / "transformer", dtype)
-    make_trainable(transformer, args)
+    transformer = load_transformer(model_dir / "transformer", dtype, device)
+    make_trainable(transformer, args, device)
     torch.manual_seed(1)
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:  # initialized to zero, which would make the gradients of lora_A zero
-            parameter.data.normal_(std=0.02)
+            parameter.data.copy_(torch.randn(parameter.shape) * 0.02)
     return Model(transformer, RunContext(args, spec, {}))
 
 
 def compute_gradients(model: Model, dtype: torch.dtype = torch.float32, count_attention: bool = True) -> BatchResult:
-    """Runs one forward and backward pass on a random batch of two.
+    """Runs one forward and backward pass on a random batch of two, on the device of the transformer.
 
     Args:
         count_attention: count attention operations with a dispatch mode. `torch.compile` does not work within one.
@@ -72,14 +74,16 @@ def compute_gradients(model: Model, dtype: torch.dtype = torch.float32, count_at
     torch.manual_seed(2)
     batch = {name: torch.randn(value.shape) for name, value in simulated_run.empty_batch(context, 2).items()}
     inputs = sample_inputs(context.spec, batch["video"], batch.get("image"), [3, 4], 1000)
-    latents, prompt = inputs.latents, batch["prompt"].to(dtype)
+    device = next(transformer.parameters()).device
+    latents, prompt = inputs.latents.to(device), batch["prompt"].to(device, dtype)
+    image_latents = None if inputs.image_latents is None else inputs.image_latents.to(device)
     counter = CountAttention()
     with counter if count_attention else nullcontext():
         enabled = dtype != torch.float32 and uses_autocast(context.args, False)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            timesteps = torch.tensor([700, 20])
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            timesteps = torch.tensor([700, 20], device=device)
             prediction = predict_velocity(
-                transformer, context.spec, latents, timesteps, prompt, inputs.image_latents, dtype
+                transformer, context.spec, latents, timesteps, prompt, image_latents, dtype
             ).float()
         (prediction - latents.flip(0)).square().mean().backward()
     gradients = [parameter.grad for parameter in trained_parameters(transformer)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dataset.video import Resolution
 from examples.tiny_configs import VARIANTS, task_of
 from tests.conftest import (
     FIRST_FRAME,
@@ -28,6 +31,9 @@ from tests.conftest import (
 from tests.golden_losses import compare_with_golden
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
+from utils.common.units import GIB
+from utils.model.spec import ModelSpec, read_spec
+from utils.training.throughput import DATA, MODEL, OPTIMIZER, StepTimer, Work
 
 
 def adapters(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -73,6 +79,58 @@ def test_compiled_blocks_without_checkpointing_train_the_same_losses_under_ddp(t
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def assert_throughput_is_recorded(out: Path, printed: str, samples_per_step: int, spec: ModelSpec) -> None:
+    """Asserts that the metrics relate time and work, and that the fourth update was profiled."""
+    lines = [line for line in read_metrics(out, timings=True) if "loss" in line]
+    parts = ("data_s", "forward_backward_s", "optimizer_s")
+    assert not any(part in lines[0] for part in parts)  # a line holds the parts of the update before
+    for previous, line in pairwise(lines):
+        assert all(line[part] > 0 for part in parts) and sum(line[part] for part in parts) < previous["step_s"]
+    tokens = samples_per_step * sum(spec.tokens(Resolution(9, 64, 64)))
+    assert lines[1]["tokens_per_s"] * lines[1]["step_s"] == pytest.approx(tokens)
+    assert "4 updates in this run" in printed and "tokens/s" in printed and "TFLOP/s per process, peak" in printed
+    trace = json.loads(gzip.decompress((out / "profile" / "trace.json.gz").read_bytes()))
+    assert {event["name"] for event in trace["traceEvents"] if "ProfilerStep" in event["name"]} == {"ProfilerStep#3"}
+    title, *rows = (out / "profile" / "kernels.txt").read_text().splitlines()
+    assert title.split() == ["share", "ms", "calls", "name"] and 10 < len(rows) <= 20
+    assert any("aten::addmm" in row for row in rows)
+
+
+def test_parts_of_an_update_are_read_one_update_later(monkeypatch):
+    """On a GPU, only events of the previous update are waited for and read."""
+    waited_for: list[int] = []
+    updates: list[None] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.update = len(updates)
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            waited_for.append(self.update)
+
+        def elapsed_time(self, end):
+            assert self.update == end.update == len(updates) - 1  # the GPU has not reached later events
+            return 500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * GIB)
+    timer, lines = StepTimer(torch.device("cuda")), []
+    for _ in range(3):
+        for part in (DATA, MODEL, OPTIMIZER, DATA, MODEL, OPTIMIZER):  # two micro-batches
+            timer.mark(part)
+        lines.append(timer.lap(Work(tokens=100, flop=1e12)))
+        updates.append(None)
+        timer.start()
+    assert waited_for == [0, 1] and not {DATA, MODEL, OPTIMIZER} & lines[0].keys()
+    assert [line[DATA] for line in lines[1:]] == [1.0, 1.0] and lines[0]["reserved_gib"] == 3
+    assert lines[0]["utilization"] == pytest.approx(1 / lines[0]["step_s"] / 989)
+    assert "3 updates in this run" in timer.summary() and "% of the GPU's peak" in timer.summary()
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize(
     "variant", [name if name == "2b" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
@@ -89,7 +147,8 @@ def test_every_variant_trains_validates_and_generates(tiny, data, validation, tm
             (folder / "images.txt").write_text("image.png\n" * count)
         checks += ["--image_column", "images.txt", "--validation_images", "images.txt", "--image_dropout", 0.2]
     more = [*steps, *checks, "--report_to", "tensorboard", "--id_token", "SKS", "--caption_dropout", 0.5]
-    succeed(f"train_ddp_{task}.sh", *arguments(tiny(variant), data, out, *more, task=task), processes=2)
+    more += ["--profile", 1]
+    output = succeed(f"train_ddp_{task}.sh", *arguments(tiny(variant), data, out, *more, task=task), processes=2)
 
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]  # --checkpointing_limit
     assert any(weight.abs().max() > 0 for name, weight in adapters(out / "checkpoint-4").items() if "lora_B" in name)
@@ -102,6 +161,7 @@ def test_every_variant_trains_validates_and_generates(tiny, data, validation, tm
     assert all(f"held_out_loss_quarter_{q}" in log[0] for q in (1, 2, 3, 4))
     assert all(any(name.startswith("loss_quarter_") for name in line) for line in log if "loss" in line)
     assert list(out.glob("logs/*/events.out.tfevents.*"))
+    assert_throughput_is_recorded(out, output, samples_per_step=2, spec=read_spec(tiny(variant)))
 
     image = [] if task == "t2v" else ["--image_or_video_path", str(FIRST_FRAME)]
     options = ["--prompt", "SKS a red circle", "--num_inference_steps", "2"]

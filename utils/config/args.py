@@ -42,6 +42,11 @@ class OutputArgs:
     )
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", help="metric trackers to use")
     dry_run: bool = option(False, help="run all checks, print the plan of the run and stop")
+    profile: int = option(0, help="number of updates to trace with the torch profiler, after three updates of warm-up")
+
+    def errors(self) -> Iterator[str]:
+        if self.profile < 0:
+            yield f"--profile is {self.profile}; it must not be negative."
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,16 @@ class Args:
 
     def errors(self) -> Iterator[str]:
         """Yields an error for each invalid value or combination; preflight reports them with its own errors."""
-        for group in (self.data, self.training, self.lora, self.memory, self.system, self.checkpoint, self.validation):
+        for group in (
+            self.output,
+            self.data,
+            self.training,
+            self.lora,
+            self.memory,
+            self.system,
+            self.checkpoint,
+            self.validation,
+        ):
             yield from group.errors()
         if self.memory.quantize_base != "none" and self.model.training_type == "sft":
             yield "--quantize_base is for --training_type lora; full fine-tuning trains the base weights."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from utils.common.gpus import PEAK_TFLOPS
 from utils.common.units import GIB
 from utils.config.deepspeed_config import get_key
 from utils.estimate.context import RunContext
@@ -22,8 +23,6 @@ from utils.training.trainable import compute_dtype
 MARGIN, CONTEXT_GIB = 1.15, 1.0
 # Memory of common cards in GB.
 CARDS_GB = (12, 16, 24, 32, 40, 48, 80, 141)
-# Dense bf16 TFLOP/s by data sheet.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 # Range of the GPU utilization that a training step is expected to reach.
 UTILIZATION = (0.25, 0.5)
 # Numbers of blocks to extrapolate from. The first must exceed the number of blocks with copies in flight.

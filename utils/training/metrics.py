@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import resource
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ class Metrics:
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / METRICS_FILE
-        self.laps: list[float] = []
         if accelerator.is_main_process:
             _remove_lines_after(self.path, step)
         # trackers accept only numbers and strings
@@ -51,15 +48,6 @@ class Metrics:
         self.bar = tqdm(
             total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
-
-    def start_lap(self) -> None:
-        """Starts timing the next update."""
-        self.lap_started = time.perf_counter()
-
-    def lap(self) -> float:
-        """Returns the seconds since `start_lap`: the duration of an update, without validation and checkpoints."""
-        self.laps.append(time.perf_counter() - self.lap_started)
-        return self.laps[-1]
 
     def log(self, step: int, **values: float) -> None:
         """Writes values to the metrics file and the trackers."""
@@ -86,12 +74,16 @@ class Metrics:
                 clips = [wandb.Video(str(path), caption=prompt, format="mp4") for path, prompt in videos]
                 tracker.tracker.log({"validation": clips}, step=step)
 
-    def close(self, step: int) -> str:
-        """Closes progress bar and trackers; returns a summary of the run."""
+    def close(self) -> None:
+        """Closes progress bar and trackers."""
         self.bar.close()
         self.accelerator.end_training()
-        seconds = statistics.median(self.laps)
-        return f"Done: step {step}, {len(self.laps)} updates in this run, {seconds:.3g} s per step, {peak_memory()}."
+
+
+def reset_peak_memory() -> None:
+    """Starts a new peak of GPU memory: that of training does not include encoding."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> str:

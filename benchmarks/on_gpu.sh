@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Tests and measures everything on one NVIDIA GPU, in at most eight minutes. Each result is saved as soon as it is there.
+#
+#   bash benchmarks/on_gpu.sh                      what is not in the results yet, in the order of its worth
+#   bash benchmarks/on_gpu.sh row/5b-lora --again  only items whose names contain row/5b-lora, even if they are there
+#   bash benchmarks/on_gpu.sh --rehearse           the same on a CPU, with tiny models
+#
+# The results are in benchmarks/results/<GPU>/results.jsonl and tests.log; --results names another folder. Failed items
+# keep their traceback there and are repeated once the commit has changed. COMMIT names the commit outside of a git
+# checkout. PyTorch and the packages of requirements-dev.txt must be installed. Then:
+#
+#   python -m benchmarks.decide     prints the constants that follow from the results
+#   python -m benchmarks.tables     writes the tables of the documentation
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec python -m benchmarks.on_gpu "$@"
