@@ -53,7 +53,9 @@ class DemoArgs:
     )
     seed: int = option(42, help="seed of the initial noise")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
-        None, help="dtype of the weights; default: that of the checkpoint, but fp32 in place of fp16 on a CPU"
+        None,
+        help="dtype of the weights; default: that of the checkpoint, but fp32 in place of fp16 on a CPU",
+        aliases={"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
     )
     offload: Literal["none", "model", "sequential"] = option(
         "model",

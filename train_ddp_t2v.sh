@@ -11,7 +11,7 @@
 #
 # `python train.py --help` explains every flag.
 set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 MODEL_ARGS=(
     --model_path "THUDM/CogVideoX-5b"       # folder or model hub id; also: CogVideoX-2b, CogVideoX1.5-5B

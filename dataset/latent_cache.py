@@ -95,7 +95,7 @@ class LatentCache:
         try:
             status = path.stat()
             marker = _mtime_marker(name, status.st_size)
-            if status.st_mtime_ns % 10**9 == marker and not read:
+            if status.st_mtime_ns % 10**9 == marker and not read and os.access(path, os.R_OK, effective_ids=True):
                 return True
             self.read(name)
         except OSError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
 
 Content = TypeVar("Content")
 
@@ -106,6 +107,8 @@ def read_manifest(
     Raises:
         UserError: lists all errors: a missing folder, missing files, different numbers of lines, empty lines.
     """
+    if reason := unreadable(root):
+        raise UserError(f"{flag}: {reason}.")
     if not root.is_dir():
         raise UserError(f"{flag} {root}: there is no such folder.")
     errors: list[str] = []
@@ -119,8 +122,12 @@ def read_manifest(
             if not text:
                 subject = "the line" if table is None else f"the {name}"
                 errors.append(f"{column.source}, line {line}: {subject} is empty.")
+            elif not _is_unicode(text):
+                errors.append(f"{column.source}, line {line}: the {name} holds half of a surrogate pair: {text!a}.")
             elif name != "prompt" and not _is_file(root / text):
-                errors.append(f"{column.source}, line {line}: there is no file {str(root / text)[:200]}.")
+                reason = unreadable(root / text) if _is_unicode(text) and "\0" not in text else None
+                reason = reason or f"there is no file {str(root / text)[:200]}"
+                errors.append(f"{column.source}, line {line}: {reason}.")
     if errors:
         raise UserError(errors)
 
@@ -178,7 +185,7 @@ def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> C
     except FileNotFoundError:
         errors.append(f"{path}: there is no such file.")
     except (UnicodeDecodeError, OSError) as error:
-        errors.append(f"{path}: cannot be read as UTF-8 text ({error}).")
+        errors.append(f"{unreadable(path) or f'{path}: cannot be read as UTF-8 text ({error})'}.")
     return None
 
 
@@ -199,10 +206,13 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
 
 
 def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Returns (number of the row's last line, row) for each row. The first row of the file names the columns."""
-    rows = []
+    """Returns (number of the row's last line, row) for each row. The first row of the file names the columns.
+
+    Strict parsing refuses a quote that is not closed. Otherwise it would swallow the rows behind it.
+    """
+    rows, row_end = [], 0
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="")
+        reader = csv.DictReader(file, restkey="", strict=True)
         try:
             for row in reader:
                 if "" in row:
@@ -210,9 +220,13 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
                         "comma in quotes."
                     )
-                rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
+                row_end = reader.line_num
+                rows.append((row_end, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
-            errors.append(f"{path}, line {reader.line_num}: not valid CSV ({error}).")
+            errors.append(
+                f"{path}, line {row_end + 1}: not valid CSV from here to line {reader.line_num} ({error}). Is a quote "
+                "not closed? A quote inside a quoted field is written twice."
+            )
     return rows
 
 
@@ -221,6 +235,14 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
         return False
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, such as the JSON text "\\ud83d"
+        return False
+    return True
 
 
 def read_lines(path: Path) -> list[str]:

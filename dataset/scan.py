@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import image_size
 from dataset.manifest import Sample
-from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
+from dataset.video import NATIVE_STRIDE, ClipError, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
 # Clips that are stretched or cropped by more than this share are reported.
@@ -109,6 +110,8 @@ def scan_files(
 def _scan_file(job: tuple[str, bool], buffer: Any) -> FileFacts:
     """Scans one file in a worker process. The job is (path, whether it is an image)."""
     path, is_image = Path(job[0]), job[1]
+    if not os.access(path, os.R_OK, effective_ids=True):
+        raise ClipError("cannot be read: this user has no permission")
     signature = stat_signature(job[0])
     if is_image:
         height, width = image_size(path)

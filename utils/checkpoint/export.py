@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from utils.checkpoint.stored_weights import StoredTensor, read_safetensors, read_zero, zero_folder
 from utils.common.errors import UserError
+from utils.common.filesystem import apply_umask
 from utils.model.weight_files import check_shapes, read_config
 
 TRANSFORMER_CONFIG = "transformer_config.json"  # in a ZeRO checkpoint, next to DeepSpeed's files
@@ -79,6 +80,7 @@ def export(weights: Mapping[str, StoredTensor], config_file: Path, folder: Path,
                     raise UserError(f"{flag} {config_file.parent}: {name} holds values that are not finite in {dtype}.")
                 progress.update()
             save_file(shard, tmp_dir / file, metadata={"format": "pt"})
+            apply_umask(tmp_dir / file)
             del shard
             gc.collect()
         if split.is_sharded:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "lora"
@@ -94,7 +95,8 @@ def _adapter_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> se
         with safe_open(file, framework="pt") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora_path {file} cannot be read as safetensors ({error}).") from error
+        reason = unreadable(file) or f"it cannot be read as safetensors ({error})"
+        raise UserError(f"--lora_path {file}: {reason}.") from error
     layers = dict(transformer.named_modules())
     unexpected, modules = [], set()
     for name, shape in shapes.items():

@@ -34,6 +34,7 @@ from utils.checkpoint.export import TRANSFORMER_CONFIG, export
 from utils.checkpoint.lora_files import save_lora
 from utils.checkpoint.stored_weights import LATEST, rank_files, read_zero, zero_folder
 from utils.common.errors import UserError
+from utils.common.filesystem import apply_umask
 from utils.config.args import Args
 from utils.model.loading import DTYPES
 from utils.training.trainable import lora_config
@@ -108,6 +109,7 @@ class Checkpoints:
             self._save_weights(tmp_dir)
             write_args(self.args, tmp_dir)
             (tmp_dir / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
+            apply_umask(*tmp_dir.rglob("*.safetensors"))
             tmp_dir.rename(final)
             if is_last:
                 export_last_checkpoint(final, self.args)

@@ -20,6 +20,7 @@ from utils.checkpoint.manager import (
     find_checkpoints,
 )
 from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
 from utils.config.args import Args
 from utils.model.weight_files import check_weights, read_config
 
@@ -55,7 +56,7 @@ def choose_checkpoint(args: Args) -> Path | None:
         )
     if requested is None or (requested == "latest" and not existing):
         return None
-    return existing[-1] if requested == "latest" else Path(requested)
+    return existing[-1] if requested == "latest" else Path(requested).expanduser()
 
 
 def fixed_memory_options(folder: Path | None) -> dict[str, Any]:
@@ -81,6 +82,8 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
     existing = find_checkpoints(args.output.output_dir)
     available = f"Checkpoints in --output_dir: {', '.join(path.name for path in existing) or 'none'}."
     needed = [ARGS_FILE, PROGRESS_FILE]
+    if reason := unreadable(folder):
+        raise UserError(f"{flag}: {reason}.")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -126,6 +129,8 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
             f"{flag}: --output_dir {args.output.output_dir} holds later checkpoints: {', '.join(later)}. "
             "Remove them, or give another --output_dir."
         )
+    if not errors and (reasons := [reason for path in sorted(folder.rglob("*")) if (reason := unreadable(path))]):
+        errors.append(f"{flag}: {reasons[0]}.")
     if not errors and (damaged := _damaged_files(args, folder, progress)):
         errors.append(f"{flag}: {folder} is damaged ({damaged}); use another checkpoint. {available}")
     if errors:

@@ -31,6 +31,7 @@ from unittest.mock import patch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MACHINE_SETTINGS = ("NUM_PROCESSES", "NUM_MACHINES", "MACHINE_RANK", "MAIN_PROCESS_IP", "MAIN_PROCESS_PORT")
+ACCELERATE_LOGGING = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE")
 # The variables that torchrun sets for a single process. Port 0 picks a free one.
 SINGLE_PROCESS = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
@@ -39,6 +40,8 @@ SINGLE_PROCESS = {
 
 
 def main() -> int:
+    use_utf8()
+    ignore_accelerate_variables()
     flags = [*flags_from_environment(), *sys.argv[1:]]
     num_cores, user_threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))  # torch reads it when it is imported
@@ -77,6 +80,21 @@ def main() -> int:
     return code if code > 0 else 128 - code  # a negative code is the signal that ended the process
 
 
+def use_utf8() -> None:
+    """Starts this program again in Python's UTF-8 mode if the locale has another encoding; captions are UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONUTF8": "1"})
+
+
+def ignore_accelerate_variables() -> None:
+    """Removes environment variables by which accelerate would train otherwise than the command line says."""
+    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in ACCELERATE_LOGGING]
+    for name in names:
+        del os.environ[name]
+    if names:
+        print(f"Note: {', '.join(sorted(names))} is ignored; flags and configs/*.yaml set this.", file=sys.stderr)
+
+
 def flags_from_environment() -> Iterator[str]:
     """Translates environment variables to flags of the launcher."""
     for name in MACHINE_SETTINGS:
@@ -88,7 +106,7 @@ def flags_from_environment() -> Iterator[str]:
 
 def template_path(name: str, flag: str) -> Path:
     """Returns the path of a DeepSpeed template, given by its name in configs/ or its path. Exits if it is missing."""
-    template = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
+    template = Path(name).expanduser() if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not template.is_file():
         names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
         fail(f"{flag}{name}: there is no {template}; {CONFIGS} has {names}.")

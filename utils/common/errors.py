@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 EXIT_CODE = 2
+# Errors of the system that the user can resolve, wherever they occur.
+SYSTEM_ERRORS = {
+    errno.EACCES: "this user has no permission",
+    errno.EPERM: "this user has no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "no space is left on the disk; free some, or give a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space, or give a folder on another disk",
+}
 
 
 class UserError(ValueError):
@@ -48,12 +58,27 @@ class CheckReport:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Prints the messages of a `UserError` to stderr and exits with code 2."""
+    """Prints the messages of a `UserError`, or of an error in `SYSTEM_ERRORS`, to stderr and exits with code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a caption may hold characters that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with _system_errors_as_user_errors():
+            yield
     except UserError as error:
         rank = int(os.environ.get("LOCAL_RANK", "0"))  # one rank per machine prints a shared error
         if rank == 0 or not error.on_every_rank:
             for message in error.errors:
                 print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
+
+
+@contextmanager
+def _system_errors_as_user_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SYSTEM_ERRORS:
+            raise
+        path = error.filename2 or error.filename or "a file"
+        raise UserError(f"{path}: {SYSTEM_ERRORS[error.errno]} ({error}).", on_every_rank=False) from error

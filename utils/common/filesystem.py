@@ -32,9 +32,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
     tmp_dir.mkdir(parents=True, exist_ok=True)
     try:
         yield tmp_dir / path.name
+        apply_umask(tmp_dir / path.name)
         (tmp_dir / path.name).replace(path)
     finally:
         shutil.rmtree(tmp_dir)
+
+
+def apply_umask(*files: Path) -> None:
+    """Gives files the permissions of new files. safetensors writes files that only their owner may read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)
+
+
+def unreadable(path: Path) -> str | None:
+    """Returns what keeps this user from reading an existing file or folder, or None if nothing does.
+
+    Some libraries report a missing permission as a missing or damaged file.
+    """
+    for folder in reversed(path.absolute().parents):
+        if not os.access(folder, os.X_OK, effective_ids=True):
+            return f"this user may not enter the folder {folder}" if folder.exists() else None
+    mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
+    if path.exists() and not os.access(path, mode, effective_ids=True):
+        return f"this user has no permission to read {path}"
+    return None
 
 
 def remove_stale_temporaries(folder: Path) -> None:

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from dataset.video import NATIVE_STRIDE, Rate, Resolution
@@ -30,7 +31,7 @@ def option(default: Any = MISSING, *, help: str, aliases: dict[str, str] | None 
 
     Args:
         default: default value; the flag is required without one.
-        aliases: for a `Literal`, alternative spelling -> value. A flag without a value means the alias `true`.
+        aliases: for a `Literal`, alternative spelling -> value. With an alias `true`, the flag alone means it too.
     """
     return field(default=default, metadata={"help": help, "aliases": aliases})
 
@@ -113,13 +114,15 @@ def _argparse_keywords(annotation: Any, aliases: dict[str, str] | None = None) -
         return {"type": parse_resolution, "metavar": "FxHxW"}
     if typing.get_origin(annotation) is Literal and aliases:
         choices = typing.get_args(annotation)
+        alone = {"nargs": "?", "const": aliases["true"]} if "true" in aliases else {}
         return {
             "type": lambda text: aliases.get(text.lower(), text),
             "choices": choices,
-            "nargs": "?",
-            "const": aliases["true"],
             "metavar": "|".join(choices),
+            **alone,
         }
+    if annotation is Path:
+        return {"type": lambda text: Path(text).expanduser(), "metavar": "PATH"}
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:

@@ -80,10 +80,10 @@ def fingerprint(folder: Path, **settings: Any) -> str:
     """Returns a digest of a component's files and settings, 32 hex digits; part of the cache keys.
 
     Files up to 64 MiB are hashed in full. Of larger files, the size and 256 evenly spaced blocks of 64 KiB are hashed;
-    any retraining changes them.
+    any retraining changes them. Hidden files, such as those of file managers, do not count.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

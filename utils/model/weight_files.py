@@ -12,6 +12,7 @@ from diffusers import CogVideoXDPMScheduler
 from safetensors import SafetensorError, safe_open
 
 from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
 
 
 def read_config(path: Path, model_class: Any | None, flag: str = "--model_path") -> dict[str, Any]:
@@ -28,7 +29,7 @@ def read_config(path: Path, model_class: Any | None, flag: str = "--model_path")
     except FileNotFoundError:
         raise UserError(f"{flag}: {path} is missing.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: {path} cannot be read as JSON ({error}).") from error
+        raise UserError(f"{flag}: {unreadable(path) or f'{path} cannot be read as JSON ({error})'}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{flag}: {path} is not a config; a JSON object is expected.")
     if model_class is None:
@@ -55,6 +56,8 @@ def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict
     Raises:
         UserError: a file is missing or truncated, or a tensor is missing or has another shape.
     """
+    if reason := unreadable(folder):
+        raise UserError(f"{flag}: {reason}.")
     files = sorted(folder.glob("*.safetensors"))
     if folder.is_dir() and not files:
         raise UserError(f"{flag}: {folder} holds no .safetensors file; is the download complete?")
@@ -73,7 +76,8 @@ def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict
             with safe_open(file, framework="pt") as weights:
                 shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            errors.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
+            damage = f"{file} is damaged ({error}); is the download complete?"
+            errors.append(f"{flag}: {unreadable(file) or damage}")
     if errors:
         raise UserError(errors)
     if model_class is not None and config is not None:

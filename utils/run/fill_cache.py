@@ -67,7 +67,7 @@ def report_bad_samples(plan: RunPlan, processes: PartialState) -> None:
     if processes.is_main_process:
         list_file.unlink(missing_ok=True)
         if plan.unusable:
-            list_file.write_text("\n".join(plan.unusable) + "\n")
+            list_file.write_text("\n".join(plan.unusable) + "\n", encoding="utf-8", errors="backslashreplace")
     processes.wait_for_everyone()
     if plan.unusable and not plan.args.data.skip_bad_samples:
         raise UserError(

@@ -8,7 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 
 from utils.config.args import Args
 from utils.training.divergence import gradient_overflow_error
@@ -116,7 +121,8 @@ def make_accelerator(args: Args, mixed_precision: str | None, plugin: DeepSpeedP
     output_dir = args.output.output_dir
     return Accelerator(
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=args.training.gradient_accumulation_steps,
+        # unlike the plain number, a plugin is not overridden by ACCELERATE_GRADIENT_ACCUMULATION_STEPS
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.training.gradient_accumulation_steps),
         log_with=TRACKERS[args.output.report_to] or None,
         deepspeed_plugin=plugin,
         # Gradients are views of DDP's buckets, without a second copy. Buffers (positions, codes of a quantized base)

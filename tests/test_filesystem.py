@@ -1,0 +1,126 @@
+"""Permissions: files that others may read, and messages about files that this user may not read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.latent_cache import LatentCache
+from tests.conftest import arguments, succeed
+from utils.checkpoint.lora_files import find_lora, load_lora
+from utils.common.errors import UserError, exit_on_user_error
+from utils.common.filesystem import unreadable
+from utils.config.args import parse_args
+from utils.model.loading import fingerprint, load_transformer
+from utils.run.preflight import preflight
+
+NOBODY = 65534
+
+
+@contextmanager
+def another_user(*folders: Path) -> Iterator[None]:
+    """Runs the block as a user who may read what all users may. `folders` are made accessible with their parents."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for folder in folders:
+        for parent in (folder, *folder.parents[:3]):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.slow
+def test_files_of_a_run_have_the_permissions_of_new_files(tiny, data, tmp_path):
+    """Also in a folder whose files belong to the group of the folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if os.geteuid() == 0:
+        os.chown(out, 0, NOBODY)
+    out.chmod(0o2775)
+    umask = os.umask(0o027)
+    try:
+        succeed("train.py", *arguments(tiny("5b"), data, out, "--train_steps", 1))
+    finally:
+        os.umask(umask)
+    files = [path for folder in (out, data / "videos" / "latent") for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) > 2
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+    assert {path.stat().st_gid for path in out.rglob("*")} == {out.stat().st_gid}
+
+
+def test_missing_permission_is_called_that(tiny, data, tmp_path):
+    model, out = shutil.copytree(tiny("2b"), tmp_path / "model"), tmp_path / "out"
+    for weights in model.rglob("*.safetensors"):
+        weights.chmod(0o644)
+    out.mkdir()
+    out.chmod(0o777)
+
+    args = parse_args(arguments(model, data, out, "--cache_dir", out / "cache", "--dry_run"))
+    preflight(args, 1)  # imports what the other user might not be able to import
+
+    def errors() -> str:
+        with another_user(tmp_path, data, data / "videos", model), pytest.raises(UserError) as caught:
+            preflight(args, 1)
+        return "\n".join(caught.value.errors)
+
+    for path in (
+        model / "transformer" / "diffusion_pytorch_model.safetensors",
+        model / "vae" / "config.json",
+        data / "prompts.txt",
+    ):
+        path.chmod(0)
+        assert f"this user has no permission to read {path}" in errors()
+        path.chmod(0o644)
+    clip = data / (data / "videos.txt").read_text().split()[0]
+    clip.chmod(0)
+    assert f"{clip} (line 1) cannot be read: this user has no permission" in errors()
+    clip.chmod(0o644)
+    (model / "text_encoder").chmod(0)
+    assert f"this user may not enter the folder {model / 'text_encoder'}" in errors()
+
+
+def test_lora_file_of_another_user_is_called_that(tiny, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(b"x")
+    file.chmod(0)
+    transformer = load_transformer(tiny("2b") / "transformer")
+    with another_user(tmp_path), pytest.raises(UserError, match=f"this user has no permission to read {file}"):
+        load_lora(transformer, find_lora(file), 1.0)
+
+
+def test_unreadable_cache_entry_counts_as_missing(tmp_path):
+    cache = LatentCache(tmp_path)
+    cache.write("prompt-0", torch.zeros(2))
+    with another_user(tmp_path):
+        assert cache.verify("prompt-0")
+    cache.path("prompt-0").chmod(0)
+    with another_user(tmp_path):
+        assert not cache.verify("prompt-0")
+
+
+def test_missing_file_is_not_called_unreadable(tmp_path):
+    assert unreadable(tmp_path / "a" / "b") is None and unreadable(tmp_path) is None
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/a/b"), OSError(28, "No space", "/a/b")])
+def test_errors_of_the_system_are_sentences(capsys, error):
+    with pytest.raises(SystemExit) as stopped, exit_on_user_error():
+        raise error
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: /a/b: ")
+
+
+def test_hidden_files_do_not_change_a_fingerprint(tiny, tmp_path):
+    folder = shutil.copytree(tiny("2b") / "vae", tmp_path / "vae")
+    before = fingerprint(folder)
+    (folder / ".DS_Store").write_bytes(b"x")
+    assert fingerprint(folder) == before
