@@ -26,6 +26,7 @@ from dataset.sampler import SampleStream
 from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, write_args
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
+from utils.common.filesystem import lock_folder
 from utils.common.heartbeat import HeartbeatBarrier
 from utils.common.processes import end_with_parent, exit_without_teardown
 from utils.common.seeds import DRAWS, seed_for
@@ -73,6 +74,7 @@ def main() -> None:
             print("\n".join(describe_prediction(run_in_subprocess(predict, plan.context), plan.context)))
             print(json.dumps(plan.args.as_dict(), indent=2))
         return
+    on_main_process(processes, heartbeat, lock_folder, plan.args.output.output_dir, "--output_dir")
     if plan.args.data.precompute_only or not plan.is_finished:
         create_output(processes, plan)
         plan = fill_cache(processes, heartbeat, plan)

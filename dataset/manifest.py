@@ -125,8 +125,7 @@ def read_manifest(
             elif not _is_unicode(text):
                 errors.append(f"{column.source}, line {line}: the {name} holds half of a surrogate pair: {text!a}.")
             elif name != "prompt" and not _is_file(root / text):
-                reason = unreadable(root / text) if _is_unicode(text) and "\0" not in text else None
-                reason = reason or f"there is no file {str(root / text)[:200]}"
+                reason = unreadable(root / text) or f"there is no file {str(root / text)[:200]}"
                 errors.append(f"{column.source}, line {line}: {reason}.")
     if errors:
         raise UserError(errors)
@@ -210,7 +209,7 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
 
     Strict parsing refuses a quote that is not closed. Otherwise it would swallow the rows behind it.
     """
-    rows, row_end = [], 0
+    rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="", strict=True)
         try:
@@ -220,12 +219,11 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
                         "comma in quotes."
                     )
-                row_end = reader.line_num
-                rows.append((row_end, {key.strip(): value for key, value in row.items() if key}))
+                rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
             errors.append(
-                f"{path}, line {row_end + 1}: not valid CSV from here to line {reader.line_num} ({error}). Is a quote "
-                "not closed? A quote inside a quoted field is written twice."
+                f"{path}, line {reader.line_num + 1}: not valid CSV from here to line {reader.reader.line_num} "
+                f"({error}). Is a quote not closed? A quote inside a quoted field is written twice."
             )
     return rows
 

@@ -86,7 +86,7 @@ def run(script: str, *args: str, processes: int | None = None, **variables: obje
     Without a GPU, training and the demo start with finished imports, see tests/warm_start.py.
     """
     argv, env = command(script, *args), environment(processes, **variables)
-    if script.startswith(("train", "cli_demo")) and not torch.cuda.is_available():  # forks could not use CUDA
+    if Path(script).name.startswith(("train", "cli_demo")) and not torch.cuda.is_available():  # forks cannot use CUDA
         return run_warm(argv, env, cwd="/", timeout=600)
     return subprocess.run(argv, env=env, cwd="/", text=True, capture_output=True, timeout=600)
 

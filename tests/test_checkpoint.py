@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+from unittest.mock import Mock
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from tests.conftest import arguments
-from utils.checkpoint.manager import Checkpoints, Progress, find_checkpoints
+from utils.checkpoint.manager import Checkpoints, Progress, checkpoint_bytes, find_checkpoints
+from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.model import loading
 from utils.training.optimizer import make_optimizer
-from utils.training.trainable import make_trainable, trained_parameters
+from utils.training.trainable import count_trained, make_trainable, trained_parameters, weight_dtype
 
 
 def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, monkeypatch):
@@ -31,8 +35,39 @@ def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, mo
         patched.setattr(accelerator, "save_state", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             checkpoints.save(Progress("base", 10), is_last=False)
+        patched.setattr(accelerator, "save_state", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UserError, match=r"no space is left for checkpoint-10\. The last .* is checkpoint-2\."):
+            checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-1", "checkpoint-2"]
     checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-2", "checkpoint-10"]  # ordered by number, not by name
     assert not list(tmp_path.glob(".checkpoint-*"))
     checkpoints.load(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--training_type", "sft"],
+        ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "8bit"],
+        ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "4bit"],
+        ["--training_type", "sft", "--mixed_precision", "bf16", "--offload_optimizer"],
+    ],
+)
+def test_size_of_a_checkpoint_is_known_before(tiny, data, tmp_path, options):
+    args = parse_args(arguments(tiny("5b"), data, tmp_path, "--rank", 64, *options))
+    accelerator = Accelerator(cpu=True)
+    transformer = loading.load_transformer(tiny("5b") / "transformer", weight_dtype(args, uses_deepspeed=False))
+    make_trainable(transformer, args)
+    parameters = trained_parameters(transformer)
+    optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
+    accelerator.prepare(transformer, optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    Checkpoints(accelerator, transformer, args).save(Progress("base", 1), is_last=False)
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file())
+    num_trained = count_trained(dict(transformer.config), args)
+    assert num_trained == sum(parameter.numel() for parameter in parameters)
+    assert 0.75 * size < checkpoint_bytes(args, num_trained, uses_deepspeed=False) < 1.05 * size

@@ -1,9 +1,12 @@
-"""Permissions: files that others may read, and messages about files that this user may not read."""
+"""Permissions, locks, full disks, and terminals of another encoding."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +15,12 @@ import pytest
 import torch
 
 from dataset.latent_cache import LatentCache
-from tests.conftest import arguments, succeed
+from tests.conftest import ROOT, arguments, succeed
 from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.common.errors import UserError, exit_on_user_error
-from utils.common.filesystem import unreadable
+from utils.common.filesystem import lock_folder, unreadable
 from utils.config.args import parse_args
-from utils.model.loading import fingerprint, load_transformer
+from utils.model.loading import load_transformer
 from utils.run.preflight import preflight
 
 NOBODY = 65534
@@ -119,8 +122,23 @@ def test_errors_of_the_system_are_sentences(capsys, error):
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: /a/b: ")
 
 
-def test_hidden_files_do_not_change_a_fingerprint(tiny, tmp_path):
-    folder = shutil.copytree(tiny("2b") / "vae", tmp_path / "vae")
-    before = fingerprint(folder)
-    (folder / ".DS_Store").write_bytes(b"x")
-    assert fingerprint(folder) == before
+def test_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    with exit_on_user_error():
+        print("a 红 circle", flush=True)
+    assert terminal.getvalue() == b"a \\u7ea2 circle\n"
+
+
+def test_folder_is_locked_until_its_process_is_gone(tmp_path):
+    program = "import sys, time; from pathlib import Path; from utils.common.filesystem import lock_folder; "
+    program += "lock_folder(Path(sys.argv[1]), '--x'); print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"--output_dir {tmp_path} is in use by process {other.pid} on "):
+            lock_folder(tmp_path, "--output_dir")
+        other.kill()
+        other.wait()
+    lock_folder(tmp_path, "--output_dir")

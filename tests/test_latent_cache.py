@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +23,13 @@ from dataset.manifest import read_manifest
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips, precompute_prompts
 from dataset.scan import ScanResult, scan_and_sample
 from dataset.video import Resolution, decode
+from tests.conftest import arguments
+from utils.common.errors import UserError
+from utils.config.args import parse_args
 from utils.model import encoders, loading
 from utils.model.encoders import to_model_range
+from utils.model.spec import read_spec
+from utils.run.preflight import preflight
 
 SIZE = Resolution(9, 64, 64)
 CPU = torch.device("cpu")
@@ -132,6 +138,40 @@ def test_fingerprint_depends_on_weights_and_settings(tiny, tmp_path):
     weights[-3] ^= 1
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(weights)
     assert loading.fingerprint(folder, tiling=True) != first
+
+
+def test_fingerprint_ignores_who_wrote_the_files(tiny, tmp_path):
+    folder = shutil.copytree(tiny("5b") / "vae", tmp_path / "vae")
+    first = loading.fingerprint(folder)
+    (folder / ".DS_Store").write_bytes(b"x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_diffusers_version": "9.0"}))
+    assert loading.fingerprint(folder) == first
+    (folder / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-3}))
+    assert loading.fingerprint(folder) != first
+
+
+def test_cache_and_checkpoint_of_an_earlier_version_stay_valid(tiny, data, tmp_path):
+    """Entries and bases were named by the text of the configs."""
+    args = parse_args(arguments(tiny("5b"), data, tmp_path, "--resume_from_checkpoint", "latest"))
+    args = preflight(args, 1).args
+    names = set(preflight(args, 1).prompts)
+    earlier = loading.fingerprint(
+        tiny("5b") / "text_encoder",
+        config_as_text=True,
+        tokenizer=loading.fingerprint(tiny("5b") / "tokenizer"),
+        length=read_spec(tiny("5b")).max_text_seq_length,
+    )
+    empty_prompt = EncoderSettings("", earlier, None).prompt_key("")
+    LatentCache(data / "videos" / "latent").write(empty_prompt, torch.zeros(1))
+    assert empty_prompt in (later := set(preflight(args, 1).prompts)) and not names & later
+    base = loading.fingerprint(tiny("5b") / "transformer", config_as_text=True)
+    (tmp_path / "checkpoint-1" / "training_state").mkdir(parents=True)
+    (tmp_path / "checkpoint-1" / "args.json").write_text(json.dumps(args.as_dict()))
+    (tmp_path / "checkpoint-1" / "progress.json").write_text(json.dumps({"base": base, "step": 1}))
+    with pytest.raises(UserError) as caught:
+        preflight(args, 1)
+    assert len(caught.value.errors) == 1 and "optimizer.bin is missing" in caught.value.errors[0]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "swapped"])

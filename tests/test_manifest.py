@@ -61,3 +61,26 @@ def test_errors_in_tables_name_the_line(folder, text, message):
     with pytest.raises(UserError) as caught:
         read_manifest(folder, table=TABLE)
     assert any(message in error for error in caught.value.errors), caught.value.errors
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metadata.csv",
+            'video,prompt\na.mp4,"a cat\nb.mp4,a dog\nc.mp4,a cow\n',
+            "line 2: not valid CSV .* to line 4",
+        ),
+        ("metadata.csv", 'video,prompt\na.mp4,a cat\nb.mp4,"a dog\nc.mp4,"a cow"\n', "line 3: not valid CSV"),
+        (
+            "metadata.jsonl",
+            '{"video": "a.mp4", "prompt": "a \\ud83d cat"}\n',
+            "line 1: the prompt holds half of a surr",
+        ),
+        ("metadata.jsonl", '{"video": "\\ud83d.mp4", "prompt": "a cat"}\n', "line 1: the video holds half of a surr"),
+    ],
+)
+def test_damaged_tables_are_refused(folder, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}, {message}"):
+        read_manifest(folder, table=Table(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import arguments, run
+from tests.conftest import ROOT, arguments, run
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.model.spec import read_spec
@@ -167,9 +167,10 @@ def test_incomplete_checkpoints_are_reported(tiny, data, tmp_path, damage, messa
     assert any(message in error for error in errors_of(*arguments(model, data, tmp_path / "out")))
 
 
-def test_missing_disk_space_for_the_cache_is_reported(tiny, data, tmp_path, monkeypatch):
+def test_missing_disk_space_is_reported(tiny, data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    assert "the latent cache needs" in errors_of(*arguments(tiny("2b"), data, tmp_path))[0]
+    cache, checkpoint = errors_of(*arguments(tiny("2b"), data, tmp_path))
+    assert "the latent cache needs" in cache and "a checkpoint needs" in checkpoint and "in all)" in checkpoint
 
 
 @pytest.mark.slow
@@ -218,6 +219,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, data, tmp_path):
     shown = json.loads(result.stdout[result.stdout.index("{\n") :])
     assert shown["lora"]["lora_alpha"] == 8 and shown["data"]["id_token"] == "SKS"
     assert not out.exists() and not (data / "videos" / "latent").exists()
+
+
+def test_paths_may_start_with_a_tilde(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parse_args(arguments(tiny("2b"), Path("~/data"), Path("~/out"), "--cache_dir=~/cache"))
+    folders = (args.data.data_root, args.output.output_dir, args.data.cache_dir)
+    assert folders == (tmp_path / "data", tmp_path / "out", tmp_path / "cache")
+
+
+def test_script_can_be_started_through_a_link(tmp_path):
+    link = tmp_path / "train_link.sh"
+    link.symlink_to(ROOT / "train_ddp_t2v.sh")
+    result = run(str(link), "--rank", "many", processes=1)
+    assert result.returncode == 2 and result.stderr.startswith("error: argument --rank")
 
 
 @pytest.mark.parametrize(("processes", "options"), [(1, ["--rank", "many"]), (2, ["--train_resolution", "9x60x60"])])

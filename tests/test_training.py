@@ -277,7 +277,9 @@ def test_resumed_run_follows_its_command_line(tiny, data, tmp_path):
     """Changes the learning rate, the number of processes and the accumulation at once."""
     out = tmp_path / "out"
     options = ["--train_steps", 2, "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"]
-    succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=1)
+    environment_of_another_tool = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": 5}
+    argv = arguments(tiny("5b"), data, out, *options)
+    succeed("train_ddp_t2v.sh", *argv, processes=1, **environment_of_another_tool)
     options = ["--train_steps", 4, "--gradient_accumulation_steps", 3, "--lr_scheduler", "constant"]
     options += ["--learning_rate", 5e-6, "--weight_decay", 0.5, "--beta2", 0.9]
     succeed("train_ddp_t2v.sh", *arguments(tiny("5b"), data, out, *options), processes=2)

@@ -16,6 +16,7 @@ Under ZeRO, instead of training_state/:
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -28,16 +29,17 @@ from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME, DistributedType
 from diffusers import CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.checkpoint.export import TRANSFORMER_CONFIG, export
 from utils.checkpoint.lora_files import save_lora
 from utils.checkpoint.stored_weights import LATEST, rank_files, read_zero, zero_folder
 from utils.common.errors import UserError
-from utils.common.filesystem import apply_umask
+from utils.common.filesystem import apply_umask, disk_is_full
 from utils.config.args import Args
 from utils.model.loading import DTYPES
-from utils.training.trainable import lora_config
+from utils.training.trainable import lora_config, weight_dtype
 
 ARGS_FILE = "args.json"
 PROGRESS_FILE = "progress.json"
@@ -84,8 +86,26 @@ class Checkpoints:
         The files are written to a temporary folder, which is renamed when all ranks are done.
 
         Raises:
-            UserError: files of other machines are not visible on this one.
+            UserError: the disk is full, or files of other machines are not visible on this one.
         """
+        try:
+            self._save(progress, is_last)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            output_dir = self.args.output.output_dir
+            is_named = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not (is_named or "os error 28" in str(error) or disk_is_full(output_dir)):
+                raise
+            if self.accelerator.is_main_process:
+                shutil.rmtree(output_dir / f".checkpoint-{progress.step}.tmp", ignore_errors=True)
+            complete = [path.name for path in find_checkpoints(output_dir)]
+            raise UserError(
+                f"--output_dir {output_dir}: no space is left for checkpoint-{progress.step}. "
+                f"The last complete one is {complete[-1] if complete else 'none'}. Free some space and resume; "
+                "--checkpointing_limit keeps fewer.",
+                on_every_rank=False,
+            ) from error
+
+    def _save(self, progress: Progress, is_last: bool) -> None:
         output_dir = self.args.output.output_dir
         final = output_dir / f"checkpoint-{progress.step}"
         tmp_dir = output_dir / f".{final.name}.tmp"
@@ -180,6 +200,23 @@ def export_last_checkpoint(checkpoint: Path, args: Args) -> None:
         export(
             read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG, checkpoint / "transformer", dtype, "--output_dir"
         )
+
+
+def checkpoint_bytes(args: Args, num_trained: int, uses_deepspeed: bool) -> int:
+    """Returns the size of one checkpoint.
+
+    Args:
+        num_trained: number of trained weights.
+    """
+    is_lora, is_float32 = args.model.training_type == "lora", args.training.mixed_precision == "no"
+    if uses_deepspeed:  # float32 weights and moments on all ranks, and the export of the last checkpoint
+        per_weight = 12.0 + (4 if is_lora or args.checkpoint.export_dtype == "fp32" else 2)
+    else:
+        states = {"none": 8.0, "8bit": 2.0, "4bit": 1.5}[args.memory.quantize_optimizer]
+        weights = DTYPES["fp32"] if is_lora else weight_dtype(args, uses_deepspeed)
+        copies = 2 if is_lora else 1  # adapters as trained and as users load them
+        per_weight = states + copies * weights.itemsize + 4 * (args.memory.offload_optimizer and not is_float32)
+    return int(num_trained * per_weight)
 
 
 def _first_line(error: Exception) -> str:

@@ -68,11 +68,12 @@ def fixed_memory_options(folder: Path | None) -> dict[str, Any]:
         return {}
 
 
-def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
+def read_progress(args: Args, folder: Path, current: Progress, earlier_base: str = "") -> Progress:
     """Returns the progress stored in a checkpoint, after checking that this run can continue from it.
 
     Args:
         current: base, ZeRO stage and number of processes of this run.
+        earlier_base: fingerprint of the same base by an earlier version.
 
     Raises:
         UserError: the folder is not a complete checkpoint, its base or fixed options differ from those of this run, or
@@ -105,7 +106,7 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         for (group, name), value in trained_with.items()
         if _unordered(value) != _unordered(options[group][name]) and (group != "lora" or is_lora)
     ]
-    if progress.base != current.base:
+    if progress.base not in (current.base, earlier_base):
         errors.append(f"--model_path {args.model.model_path} is not the base that {folder} was trained on.")
     if progress.zero_stage != current.zero_stage:
         errors.append(

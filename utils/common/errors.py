@@ -56,6 +56,14 @@ class CheckReport:
             return None
 
 
+def describe_system_error(error: OSError) -> str | None:
+    """Returns a sentence about an error in `SYSTEM_ERRORS`; None for all others."""
+    if error.errno not in SYSTEM_ERRORS:
+        return None
+    path = error.filename2 or error.filename or "A file could not be read or written"
+    return f"{path}: {SYSTEM_ERRORS[error.errno]}."
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Prints the messages of a `UserError`, or of an error in `SYSTEM_ERRORS`, to stderr and exits with code 2."""
@@ -78,7 +86,6 @@ def _system_errors_as_user_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in SYSTEM_ERRORS:
+        if (message := describe_system_error(error)) is None:
             raise
-        path = error.filename2 or error.filename or "a file"
-        raise UserError(f"{path}: {SYSTEM_ERRORS[error.errno]} ({error}).", on_every_rank=False) from error
+        raise UserError(message, on_every_rank=False) from error

@@ -1,7 +1,8 @@
-"""The project folder, atomic writes, cleanup after killed runs, and path checks."""
+"""The project folder, atomic writes, locks, cleanup after killed runs, and path checks."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from utils.common.errors import UserError
 
@@ -20,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _TMP_PREFIX = ".writing-"
 # A temporary folder of another machine counts as stale after this time, because its process cannot be checked.
 _STALE_AFTER_S = 24 * 3600
+_LOCK_FILE = ".lock"
+# Open as long as the process lives: closing a file releases its lock.
+_lock_files: list[IO[str]] = []
 
 
 @contextmanager
@@ -51,13 +56,48 @@ def unreadable(path: Path) -> str | None:
 
     Some libraries report a missing permission as a missing or damaged file.
     """
-    for folder in reversed(path.absolute().parents):
-        if not os.access(folder, os.X_OK, effective_ids=True):
-            return f"this user may not enter the folder {folder}" if folder.exists() else None
-    mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
-    if path.exists() and not os.access(path, mode, effective_ids=True):
-        return f"this user has no permission to read {path}"
+    with suppress(OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
+        for folder in reversed(path.absolute().parents):
+            if not os.access(folder, os.X_OK, effective_ids=True):
+                return f"this user may not enter the folder {folder}" if folder.exists() else None
+        mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
+        if path.exists() and not os.access(path, mode, effective_ids=True):
+            return f"this user has no permission to read {path}"
     return None
+
+
+def lock_folder(folder: Path, flag: str) -> None:
+    """Creates a folder if needed and locks it until this process ends, however it ends. The file system keeps the lock.
+
+    Args:
+        flag: the option that names the folder, for the message.
+
+    Raises:
+        UserError: another process, on this machine or on another, has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / _LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            owner = file.read().strip() or "another run"
+        raise UserError(
+            f"{flag} {folder} is in use by {owner}. Wait until that run ends, stop it, or give another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _lock_files.append(file)
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether less than 1 MiB is free. torch, safetensors and ffmpeg hide the error of the system."""
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def remove_stale_temporaries(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
+from utils.common.filesystem import disk_is_full
 from utils.model.spec import COMPONENTS
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,6 +37,8 @@ PIPELINES = {
     "i2v": CogVideoXImageToVideoPipeline,
     "v2v": CogVideoXVideoToVideoPipeline,
 }
+# Entries of a config that name the software which wrote it.
+_WRITER = ("_diffusers_version", "_name_or_path", "transformers_version")
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -76,14 +80,21 @@ def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def fingerprint(folder: Path, **settings: Any) -> str:
+def fingerprint(folder: Path, config_as_text: bool = False, **settings: Any) -> str:
     """Returns a digest of a component's files and settings, 32 hex digits; part of the cache keys.
 
     Files up to 64 MiB are hashed in full. Of larger files, the size and 256 evenly spaced blocks of 64 KiB are hashed;
-    any retraining changes them. Hidden files, such as those of file managers, do not count.
+    any retraining changes them. Hidden files, such as those of file managers, do not count. Neither do the entries of
+    config.json that name the software which wrote it.
+
+    Args:
+        config_as_text: whether to hash the text of config.json, as earlier versions did.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."):
+        if path.name == "config.json" and not config_as_text:
+            digest.update(_meaning_of_config(path))
+            continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -94,6 +105,11 @@ def fingerprint(folder: Path, **settings: Any) -> str:
                 file.seek(block * (size - 2**16) // 255)
                 digest.update(file.read(2**16))
     return digest.hexdigest()[:32]
+
+
+def _meaning_of_config(path: Path) -> bytes:
+    config = json.loads(path.read_text())
+    return json.dumps({name: config[name] for name in sorted(config) if name not in _WRITER}).encode()
 
 
 def load_vae(
@@ -150,7 +166,8 @@ def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
     path.unlink(missing_ok=True)
     export_to_video(frames, str(path), fps=fps)
     if not path.is_file() or path.stat().st_size == 0:
-        raise OSError(f"{path} could not be written")
+        code = errno.ENOSPC if disk_is_full(path.parent) else errno.EIO
+        raise OSError(code, "the video could not be written", str(path))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
@@ -12,6 +13,7 @@ from urllib.parse import urlparse
 import torch
 
 from dataset.manifest import Sample
+from utils.checkpoint.manager import checkpoint_bytes
 from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
 from utils.common.units import GIB
@@ -21,7 +23,7 @@ from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.model.spec import ModelSpec
 from utils.run.plan import RunPlan
 from utils.training.metrics import TRACKERS
-from utils.training.trainable import compile_error, invalid_target_modules, weight_dtype
+from utils.training.trainable import compile_error, count_trained, invalid_target_modules, weight_dtype
 
 # Number of prompts that are tokenized together. All at once would take more memory than the dataset.
 TOKENIZER_BATCH = 100
@@ -144,17 +146,29 @@ def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> lis
 
 
 def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
-    """Raises UserError if the missing entries of the latent cache do not fit its disk."""
+    """Raises UserError if the missing entries of the latent cache, or the next checkpoint, do not fit their disks."""
     prompt_size = plan.spec.max_text_seq_length * plan.spec.transformer["text_embed_dim"]
     sizes = dict.fromkeys(plan.prompts, prompt_size)
     for clip_sample, keys in zip(plan.samples + plan.validation, plan.keys + plan.validation_keys, strict=True):
         frames, height, width = plan.spec.latent_size(clip_sample.resolution)
         moments = 2 * plan.spec.latent_channels * height * width
         sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
-    needed = 4 * sum(sizes[name] for name in missing)  # float32 is the largest dtype
-    free = shutil.disk_usage(nearest_existing(plan.cache_dir)).free
-    if needed > free:
-        raise UserError(
-            f"{plan.cache_dir}: the latent cache needs {needed / GIB:.1f} GiB more, but {free / GIB:.1f} GiB are "
-            "free; free some space or give another --cache_dir."
-        )
+    needs = [("the latent cache", plan.cache_dir, 4 * sum(sizes[name] for name in missing))]  # float32 at most
+    if not (plan.args.data.precompute_only or plan.is_finished):
+        num_trained = count_trained(plan.spec.transformer, plan.args)
+        size = checkpoint_bytes(plan.args, num_trained, plan.zero is not None)
+        needs.append(("a checkpoint", plan.args.output.output_dir, size))
+    needed_on_disk: Counter[int] = Counter()
+    errors = []
+    for name, folder, size in needs:
+        existing = nearest_existing(folder)
+        needed_on_disk[existing.stat().st_dev] += size
+        needed, free = needed_on_disk[existing.stat().st_dev], shutil.disk_usage(existing).free
+        if needed > free:
+            in_all = f" ({needed / GIB:.2f} GiB in all)" if needed > size else ""
+            errors.append(
+                f"{folder}: {name} needs {size / GIB:.2f} GiB more{in_all}, but {free / GIB:.2f} GiB are free; free "
+                "some space or give another folder."
+            )
+    if errors:
+        raise UserError(errors)

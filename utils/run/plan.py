@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def make_plan(
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
-    encoding = encoder_settings(model_dir, spec, args.system.enable_tiling)
+    encoding = encoder_settings(model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir))
     keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
     validation_keys = encoding.keys(scan.validation, scan.facts)
     prompts = {encoding.prompt_key(""): ""}
@@ -162,14 +163,20 @@ def make_plan(
     )
 
 
-def encoder_settings(model_dir: Path, spec: ModelSpec, tiling: bool) -> EncoderSettings:
+def encoder_settings(model_dir: Path, spec: ModelSpec, tiling: bool, cache: LatentCache) -> EncoderSettings:
     """Returns the encoder settings that are part of the cache keys."""
-    return EncoderSettings(
-        vae=loading.fingerprint(model_dir / "vae", tiling=tiling),
-        text_encoder=loading.fingerprint(
-            model_dir / "text_encoder",
-            tokenizer=loading.fingerprint(model_dir / "tokenizer"),
-            length=spec.max_text_seq_length,
-        ),
-        image_noise=IMAGE_NOISE if spec.task == "i2v" else None,
-    )
+
+    def settings(config_as_text: bool) -> EncoderSettings:
+        fingerprint = partial(loading.fingerprint, config_as_text=config_as_text)
+        return EncoderSettings(
+            vae=fingerprint(model_dir / "vae", tiling=tiling),
+            text_encoder=fingerprint(
+                model_dir / "text_encoder",
+                tokenizer=loading.fingerprint(model_dir / "tokenizer"),
+                length=spec.max_text_seq_length,
+            ),
+            image_noise=IMAGE_NOISE if spec.task == "i2v" else None,
+        )
+
+    earlier = settings(config_as_text=True)  # a cache of an earlier version keeps its keys
+    return earlier if cache.has(earlier.prompt_key("")) else settings(config_as_text=False)

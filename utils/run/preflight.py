@@ -175,7 +175,8 @@ def check_resume(
     )
     if resume_from is None:
         return start
-    return report.run(read_progress, context.args, resume_from, start)
+    earlier_base = loading.fingerprint(model.folder / "transformer", config_as_text=True)
+    return report.run(read_progress, context.args, resume_from, start, earlier_base)
 
 
 def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sample]]:
@@ -203,7 +204,7 @@ def scan_samples(
 
 
 def check_cache(report: CheckReport, plan: RunPlan) -> None:
-    """Checks that the missing cache entries can be written and fit the disk."""
+    """Checks that the missing cache entries can be written, and that they and a checkpoint fit the disk."""
     if missing := plan.missing_entries():
         report.run(check_writable, plan.cache_dir, "--cache_dir")
-        report.run(check_disk_space, plan, missing)
+    report.run(check_disk_space, plan, missing)

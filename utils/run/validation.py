@@ -25,6 +25,7 @@ from dataset.images import load_image
 from dataset.latent_cache import LatentCache
 from dataset.precompute import RankShard
 from dataset.video import Resolution, decode
+from utils.common.errors import describe_system_error
 from utils.common.seeds import HELD_OUT, seed_for
 from utils.model import loading
 from utils.run.plan import RunPlan
@@ -79,9 +80,14 @@ def validate(
 
 @contextmanager
 def collect_failures(failures: list[str]) -> Iterator[None]:
-    """Appends the traceback of any exception in the block to `failures`; nothing may stop the training run."""
+    """Appends any exception in the block to `failures`; nothing may stop the training run.
+
+    Errors of the system become a sentence, all others a traceback.
+    """
     try:
         yield
+    except OSError as error:
+        failures.append(describe_system_error(error) or traceback.format_exc())
     except Exception:
         failures.append(traceback.format_exc())
 

@@ -133,6 +133,19 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
+def count_trained(config: dict, args: Args) -> int:
+    """Returns the number of weights that a run trains. Reads no weights."""
+    with init_empty_weights(include_buffers=True):
+        transformer = CogVideoXTransformer3DModel.from_config(config)
+    if args.model.training_type == "sft":
+        return sum(parameter.numel() for parameter in transformer.parameters())
+    targets = tuple(f".{target}" for target in args.lora.target_modules)
+    layers = [layer for name, layer in transformer.named_modules() if f".{name}".endswith(targets)]
+    return args.lora.rank * sum(
+        layer.in_features + layer.out_features for layer in layers if isinstance(layer, torch.nn.Linear)
+    )
+
+
 def invalid_target_modules(config: dict, target_modules: tuple[str, ...]) -> list[str]:
     """Returns the target modules that match no layer, or match a layer that is not linear. Reads no weights.
 
