@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from dataset.bucketing import SamplingPolicy
@@ -254,3 +255,10 @@ def test_ranks_share_the_work_and_idle_ranks_load_no_encoder(data, tmp_path):
         assert fill(cache, samples, keys, never, RankShard(rank, 12)) == {}
         precompute_prompts(cache, {}, never, RankShard(rank, 12), no_heartbeat)
     assert not list(cache.folder.glob(".*"))  # no temporary files remain
+
+
+def test_other_variant_in_a_folder_is_not_read(tiny, tmp_path):
+    folder = shutil.copytree(tiny("5b") / "text_encoder", tmp_path / "text_encoder")
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in state.items()}, folder / "model.fp16.safetensors")
+    assert loading.stored_dtype(folder) == torch.float32

@@ -123,6 +123,14 @@ def edit_config(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 791656\n"
+
+
+def rename_weights(folder: Path, suffix: str) -> None:
+    weights = next(folder.glob("*.safetensors"))
+    weights.rename(folder / f"{weights.stem}{suffix}")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -138,6 +146,17 @@ def truncate(path: Path) -> None:
             "describes a Flux",
         ),
         (lambda model: next((model / "text_encoder").glob("*.safetensors")).unlink(), "holds no .safetensors file"),
+        (
+            lambda model: rename_weights(model / "vae", ".fp16.safetensors"),
+            "the plain file diffusion_pytorch_mo",
+        ),
+        (lambda model: rename_weights(model / "vae", "-00001-of-00001.safetensors"), "holds shards without their"),
+        (lambda model: rename_weights(model / "text_encoder", ".bin"), "holds .bin files only"),
+        (lambda model: (model / "tokenizer" / "spiece.model").write_text(LFS_POINTER), "spiece.model is a Git LFS poi"),
+        (
+            lambda model: (model / "text_encoder" / "model.safetensors").write_text(LFS_POINTER),
+            "model.safetensors is a Git LFS pointer",
+        ),
         (lambda model: (model / "tokenizer" / "spiece.model").unlink(), "lacks spiece.model"),
         (lambda model: (model / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
         (lambda model: (model / "vae" / "config.json").write_text("[]"), "is not a config"),

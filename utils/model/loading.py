@@ -30,6 +30,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from utils.common.errors import UserError
 from utils.common.filesystem import disk_is_full
 from utils.model.spec import COMPONENTS
+from utils.model.weight_files import weight_files
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {
@@ -62,7 +63,7 @@ def resolve_model_dir(model_path: str) -> Path:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Returns the dtype of the first tensor in a component's safetensors files."""
-    with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as weights:
+    with safe_open(weight_files(folder)[0], framework="pt") as weights:
         name = next(iter(weights.keys()))
         return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
 

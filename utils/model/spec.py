@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTr
 
 from dataset.video import Resolution
 from utils.common.errors import CheckReport, UserError
-from utils.model.weight_files import check_weights, read_config
+from utils.model.weight_files import LFS_POINTER, check_weights, is_lfs_pointer, read_config
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
@@ -216,8 +216,11 @@ def read_spec(model_dir: Path) -> ModelSpec:
         if name != "scheduler":
             report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name))
     errors += report.errors
-    if not any((model_dir / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
+    tokenizer_files = [model_dir / "tokenizer" / file for file in ("spiece.model", "tokenizer.json")]
+    found = [file for file in tokenizer_files if file.is_file()]
+    if not found:
         errors.append(f"--model_path: {model_dir / 'tokenizer'} lacks spiece.model.")
+    errors += [f"--model_path: {file} is {LFS_POINTER}" for file in found if is_lfs_pointer(file)]
     if errors:
         raise UserError(errors)
     if errors := list(_config_errors(model_dir, **configs)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,46 @@ def with_defaults(model_class: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files from which diffusers or transformers loads a component; they may be missing.
+
+    Empty if there is neither a single file nor an index of shards. Other variants in the folder, such as
+    `model.fp16.safetensors`, are not loaded.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if index.is_file() and not (stem == "model" and single.is_file()):  # only diffusers looks for an index first
+            return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if single.is_file():
+            return [single]
+    return []
+
+
+def describe_other_weights(folder: Path) -> str:
+    """Returns a sentence about a folder without weights that can be loaded."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in names):
+        return f"{folder} holds shards without their .safetensors.index.json; is the download complete?"
+    if names:
+        expected = f"{names[0].partition('.')[0]}.safetensors"
+        return (
+            f"{folder} holds {names[0]}, which is not loaded; the plain file {expected} is expected. Download the "
+            "model without a variant, or rename the files."
+        )
+    if any(folder.glob("*.bin")):
+        return f"{folder} holds .bin files only, which are not loaded; download the model as safetensors."
+    return f"{folder} holds no .safetensors file; is the download complete?"
+
+
+LFS_POINTER = "a Git LFS pointer and not the file itself; run `git lfs pull` in the model's folder."
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file was cloned without Git LFS and only names the content."""
+    with file.open("rb") as content:
+        return content.read(64).startswith(b"version https://git-lfs")
+
+
 def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict[str, Any] | None) -> None:
     """Checks the headers of a component's safetensors files.
 
@@ -58,26 +99,25 @@ def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict
     """
     if reason := unreadable(folder):
         raise UserError(f"{flag}: {reason}.")
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        files = weight_files(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{flag}: the index of the shards in {folder} cannot be read ({error}).") from error
     if folder.is_dir() and not files:
-        raise UserError(f"{flag}: {folder} holds no .safetensors file; is the download complete?")
+        raise UserError(f"{flag}: {describe_other_weights(folder)}")
     shapes: dict[str, list[int]] = {}
     errors = []
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            errors.append(f"{flag}: {index} cannot be read ({error}).")
-            continue
-        missing = sorted(shards - {file.name for file in files})
-        errors += [f"{flag}: {folder / shard} is missing; is the download complete?" for shard in missing]
     for file in files:
         try:
             with safe_open(file, framework="pt") as weights:
                 shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            damage = f"{file} is damaged ({error}); is the download complete?"
-            errors.append(f"{flag}: {unreadable(file) or damage}")
+            problem = f"{file} is damaged ({error}); is the download complete?"
+            if not file.exists():
+                problem = f"{file} is missing; is the download complete?"
+            elif is_lfs_pointer(file):
+                problem = f"{file} is {LFS_POINTER}"
+            errors.append(f"{flag}: {unreadable(file) or problem}")
     if errors:
         raise UserError(errors)
     if model_class is not None and config is not None:
