@@ -93,6 +93,10 @@ def renamed(state: dict, count: int) -> dict:
         (lambda state: {name: weight[:, :3] for name, weight in state.items()}, "do not belong|no adapter module"),
         (lambda state: {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "no adapter module matches"),
         (lambda state: {}, "nothing at all"),
+        (
+            lambda state: {f"diffusion_model.{name}": weight for name, weight in state.items()},
+            "is in the format of ComfyUI",
+        ),
         (lambda state: {name: weight for name, weight in state.items() if "lora_A" in name}, "no adapter module"),
         (lambda state: {name: weight * torch.nan for name, weight in state.items()}, "not finite"),
     ],

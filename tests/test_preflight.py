@@ -240,6 +240,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, data, tmp_path):
     assert not out.exists() and not (data / "videos" / "latent").exists()
 
 
+def test_prompts_that_the_tokenizer_does_not_know_are_noted(tiny, data, tmp_path):
+    prompts = (data / "prompts.txt").read_text().splitlines()
+    prompts[:3] = ["一个红色的圆形", "蓝色的方块", "a red circle moves 到左边"]
+    (data / "prompts.txt").write_text("\n".join(prompts))
+    notes = preflight(parse_args(arguments(tiny("2b"), data, tmp_path)), 1).notes
+    assert any(
+        re.match("2 distinct prompts consist largely of characters that the tokenizer .* '一个红色", note)
+        for note in notes
+    )
+    assert any("1 prompts become the same tokens as another" in note for note in notes)
+
+
 def test_paths_may_start_with_a_tilde(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse_args(arguments(tiny("2b"), Path("~/data"), Path("~/out"), "--cache_dir=~/cache"))

@@ -16,6 +16,16 @@ from utils.common.filesystem import unreadable
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "lora"
+# Part of the tensor names -> the tool that writes such files.
+FOREIGN_FORMATS = {
+    "lora_unet_": "kohya's sd-scripts",
+    "lora_transformer_": "kohya's sd-scripts",
+    "diffusion_model.": "ComfyUI or the original CogVideoX code",
+    "base_model.model.": "peft",
+    ".lora_down.": "kohya's sd-scripts",
+    ".lora.down.": "an old version of diffusers",
+    ".processor.": "an old version of diffusers",
+}
 
 
 def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
@@ -113,6 +123,13 @@ def _adapter_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> se
             modules.add(module)
         else:
             unexpected.append(f"{name} {list(shape)}")
+    if foreign := next(
+        (tool for marker, tool in FOREIGN_FORMATS.items() if any(marker in name for name in shapes)), None
+    ):
+        raise UserError(
+            f"--lora_path {file} is in the format of {foreign}, which is not read: {next(iter(shapes))}. Convert it to "
+            "the diffusers format, whose names are like transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
+        )
     if not modules:
         first = unexpected[0] if unexpected else "nothing at all"
         raise UserError(f"--lora_path {file}: no adapter module matches this transformer; the file holds {first}.")

@@ -187,7 +187,7 @@ def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sa
 
 
 def check_prompts(report: CheckReport, model: BaseModel, samples: list[Sample]) -> None:
-    """Notes prompts that are truncated."""
+    """Notes prompts of which the text encoder sees only a part."""
     report.notes += report.run(prompt_notes, model.folder, samples, model.spec.max_text_seq_length) or []
 
 
