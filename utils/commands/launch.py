@@ -24,13 +24,18 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MACHINE_SETTINGS = ("NUM_PROCESSES", "NUM_MACHINES", "MACHINE_RANK", "MAIN_PROCESS_IP", "MAIN_PROCESS_PORT")
+# Time after which a lock on a network file system counts as left behind.
+MAX_COMPILE_S = 15 * 60
+# Variables of accelerate that do not change the training.
 ACCELERATE_LOGGING = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE")
 # The variables that torchrun sets for a single process. Port 0 picks a free one.
 SINGLE_PROCESS = {
@@ -124,6 +129,8 @@ def complete(args: argparse.Namespace) -> None:
     if args.num_machines is None:  # then rank and address come from the file as well
         for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port"):
             setattr(args, name, getattr(defaults, name) if getattr(args, name) is None else getattr(args, name))
+    if defaults.distributed_type == "DEEPSPEED":
+        check_extensions()
     machines = args.num_machines
     if args.num_processes is None:  # a file without the number gives -1
         args.num_processes = max(defaults.num_processes, 0) or max(torch.cuda.device_count(), 1) * machines
@@ -141,6 +148,45 @@ def complete(args: argparse.Namespace) -> None:
         )
     if torch.cuda.device_count() == 0:  # is_available() would fix the GPUs that this process sees
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def check_extensions() -> None:
+    """Removes the locks of processes that were killed while DeepSpeed compiled; DeepSpeed would wait for them forever.
+
+    torch's `FileBaton` keeps the lock open while it compiles, so a lock that no process has open belongs to no one. A
+    network file system may be in use by another machine; then the lock is removed after fifteen minutes.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    owners: dict[str, str] = {}
+    for file in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with suppress(OSError):  # closed in the meantime, or of another user
+            owners[str(file.readlink())] = file.parts[2]
+    for lock in locks:
+        what = f"DeepSpeed's {lock.parent.name} is being compiled"
+        if owner := owners.get(str(lock.resolve())):
+            print(f"{what} by process {owner}; this run waits for it, a few minutes at most.", file=sys.stderr)
+        elif is_on_this_machine(lock) or time.time() - lock.stat().st_mtime > MAX_COMPILE_S:
+            lock.unlink(missing_ok=True)
+            print(f"Removed {lock}, which a process left behind that was ended while it compiled.", file=sys.stderr)
+        else:
+            print(
+                f"{what}, perhaps by another machine; this run waits for it. If none does so: rm {lock}",
+                file=sys.stderr,
+            )
+    if not any(root.rglob("*.so")):
+        print("DeepSpeed compiles its extensions at the first start, which takes minutes.", file=sys.stderr)
+
+
+def is_on_this_machine(path: Path) -> bool:
+    """Whether a file is on a local disk, as far as the table of mounts tells."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    _, kind = max(
+        (mount for mount in mounts if path.resolve().is_relative_to(mount[0])), key=lambda mount: len(mount[0])
+    )
+    return kind in ("ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "f2fs", "ext3")
 
 
 def grow_segments() -> None:
