@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dataset.images import load_image
-from dataset.video import ClipError, FrameSelection, Resolution, decode, frames_available, probe
+from dataset.images import image_size, load_image
+from dataset.scan import REPORTED_CHANGE
+from dataset.video import ClipError, ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
 from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged
@@ -36,6 +37,10 @@ class DemoArgs:
     negative_prompt: str = option("", help="text that the video should not match")
     generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
     image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
+    resize_mode: Literal["stretch", "crop"] = option(
+        "stretch",
+        help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
+    )
     lora_path: Path | None = option(None, help="folder checkpoint-N of a LoRA run, or its .safetensors file")
     lora_scale: float = option(1.0, help="adapter strength; 1.0: as trained; 0: base model")
     transformer_path: Path | None = option(
@@ -193,9 +198,13 @@ def read_task_inputs(args: DemoArgs, spec: ModelSpec, task: str, resolution: Res
     if path is None:
         return {"num_frames": resolution.frames}
     if task == "i2v":
-        pixels = as_user_error(load_image, path, resolution, "stretch")
+        height, width = as_user_error(image_size, path)
+        change = stretch(ClipInfo(1, 1.0, 0.0, height, width), resolution)
+        if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
+            print(f"Note: the image is stretched by {change:.0%}; --resize_mode crop keeps the aspect ratio.")
+        pixels = as_user_error(load_image, path, resolution, args.resize_mode)
         return {"num_frames": resolution.frames, "image": Image.fromarray(pixels.numpy())}
-    selection = FrameSelection(resolution, args.fps or spec.fps, "stretch", 0, resolution.frames)
+    selection = FrameSelection(resolution, args.fps or spec.fps, args.resize_mode, 0, resolution.frames)
     clip = as_user_error(decode, path, selection)
     return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
 

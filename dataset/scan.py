@@ -134,7 +134,9 @@ def split_readable(samples: list[Sample], file_errors: Mapping[str, str]) -> tup
 
 @dataclass
 class _BucketStats:
-    """Statistics of the clips of one bucket. A change is the share by which a clip is cropped or stretched.
+    """Statistics of the clips of one bucket, or of all condition images.
+
+    A change is the share by which a clip is cropped or stretched.
 
     Attributes:
         num_changed: number of clips with a change above `REPORTED_CHANGE`.
@@ -149,6 +151,14 @@ class _BucketStats:
     total_change: float = 0.0
     worst: tuple[float, str] = (0.0, "")
 
+    def count(self, info: ClipInfo, resolution: Resolution, mode: str, path: str) -> None:
+        """Adds a clip or an image."""
+        change = (cropped if mode == "crop" else stretch)(info, resolution)
+        self.num_clips += 1
+        self.num_changed += change > REPORTED_CHANGE
+        self.total_change += change
+        self.worst = max(self.worst, (change, path))
+
 
 def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
     """Returns log lines that describe the clips and how much of them each bucket uses.
@@ -160,6 +170,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
     """
     sizes: Counter[str] = Counter()
     stats_by_bucket: defaultdict[Resolution, _BucketStats] = defaultdict(_BucketStats)
+    images = _BucketStats()
     num_slower, last_sample = 0, None
     for clip_sample in clip_samples:
         sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
@@ -169,22 +180,23 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         last_sample, info = sample, facts[sample.clip].info
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
         num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
-        change = (cropped if mode == "crop" else stretch)(info, clip_sample.resolution)
-        stats.num_clips += 1
         stats.seconds += info.seconds
-        stats.num_changed += change > REPORTED_CHANGE
-        stats.total_change += change
-        stats.worst = max(stats.worst, (change, sample.clip))
+        stats.count(info, clip_sample.resolution, mode, sample.clip)
+        if sample.image is not None:
+            images.count(facts[sample.image].info, clip_sample.resolution, mode, sample.image)
     listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
     more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
+    verb = "cropped" if mode == "crop" else "stretched"
     total_seconds = sum(stats.seconds for stats in stats_by_bucket.values())
     lines = [f"Clips: {listed}{more}; {total_seconds:.0f} s in total"]
     for bucket, stats in stats_by_bucket.items():
         used = 1.0 if rate == NATIVE_STRIDE else min(stats.num_samples * bucket.frames / rate / stats.seconds, 1)
         lines.append(
             f"  {bucket}: {stats.num_samples} samples from {stats.num_clips} clips, {used:.0%} of their duration; "
-            + _describe_change(stats, "cropped" if mode == "crop" else "stretched")
+            + _describe_change(stats, verb)
         )
+    if images.num_clips:
+        lines.append(f"  Condition images: {images.num_clips}; {_describe_change(images, verb)}")
     if num_slower:
         lines.append(
             f"Note: {num_slower} of {sizes.total()} clips have a lower frame rate than {rate:g} fps, so frames repeat."

@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, arguments, run
+from utils.commands.inspect_dataset import contact_sheet
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.model.spec import read_spec
@@ -250,6 +252,22 @@ def test_prompts_that_the_tokenizer_does_not_know_are_noted(tiny, data, tmp_path
         for note in notes
     )
     assert any("1 prompts become the same tokens as another" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [("stretch", "stretched, by 6% on average, at most 50%"), ("crop", "cropped, by 4% on average, at most 33%")],
+)
+def test_images_of_another_shape_are_reported(tiny, data, tmp_path, mode, change):
+    Image.new("RGB", (96, 64)).save(data / "wide.png")
+    Image.new("RGB", (64, 64)).save(data / "square.png")
+    (data / "images.txt").write_text("wide.png\n" + 7 * "square.png\n")
+    more = ["--image_column", "images.txt", "--resize_mode", mode]
+    plan = preflight(parse_args(arguments(tiny("1.5-i2v"), data, tmp_path, *more, task="i2v")), 1)
+    (line,) = [line for line in plan.clip_summary if "Condition images" in line]
+    assert line.startswith(f"  Condition images: 8; 1 {change} (") and "wide.png" in line
+    sheet = contact_sheet(plan.samples, 60)
+    assert sheet.width == 7 * 120 and sheet.getpixel((60, 76)) == (0, 0, 0)  # the image is the first picture
 
 
 def test_paths_may_start_with_a_tilde(tiny, tmp_path, monkeypatch):

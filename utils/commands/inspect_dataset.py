@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
+from dataset.images import load_image
 from dataset.latent_cache import LatentCache
 from dataset.scan import ScanResult, summarize
 from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
@@ -146,7 +147,9 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
 
 
 def contact_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
-    """Draws one row of frames per sample, as training sees them. Samples and frames are evenly spaced.
+    """Draws one row per sample, as training sees it: the condition image, if it has one, and some frames.
+
+    Samples and frames are evenly spaced.
 
     Args:
         timeout: maximum number of seconds per sample.
@@ -179,10 +182,13 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
     decode(Path(job[1].sample.clip), job[1].selection, pixels)
+    pictures = [pixels[frame] for frame in np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)]
+    if job[1].sample.image is not None:
+        pictures.insert(0, load_image(Path(job[1].sample.image), size, job[1].selection.mode))
     width = round(THUMBNAIL_HEIGHT * size.width / size.height)
-    strip = Image.new("RGB", (SHEET_COLUMNS * width, THUMBNAIL_HEIGHT))
-    for column, frame in enumerate(np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)):
-        strip.paste(Image.fromarray(pixels[frame].numpy()).resize((width, THUMBNAIL_HEIGHT)), (column * width, 0))
+    strip = Image.new("RGB", (len(pictures) * width, THUMBNAIL_HEIGHT))
+    for column, picture in enumerate(pictures):
+        strip.paste(Image.fromarray(picture.numpy()).resize((width, THUMBNAIL_HEIGHT)), (column * width, 0))
     return strip
 
 
