@@ -6,6 +6,7 @@ the number of ranks or on where a run is resumed. `dataset.sampler` describes th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -66,7 +67,7 @@ def batches(
         pin_memory: whether to use pinned memory if there is a GPU.
 
     Raises:
-        UserError: a cache entry was damaged or removed after the run started.
+        UserError: a cache entry was damaged or removed after the run started, or the host memory does not suffice.
     """
     device = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
 
@@ -83,6 +84,13 @@ def batches(
         raise UserError(
             f"{dataset.cache.folder}: the entry {error} was damaged or removed during training. Run the same "
             "command again to encode it again.",
+            on_every_rank=False,
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        raise UserError(
+            "The host memory does not suffice for the next batches; lower --batch_size, or try --pin_memory false.",
             on_every_rank=False,
         ) from error
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from itertools import count, islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,7 +83,18 @@ def test_damaged_entry_ends_the_run_with_a_sentence(tmp_path, damage):
     assert not prefetching_threads()
 
 
-@pytest.mark.parametrize("error", [OSError("disk"), MemoryError("no memory"), SystemExit(3)])
+OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OUT_OF_MEMORY])
+def test_thread_without_memory_ends_the_run_with_a_sentence(tmp_path, monkeypatch, error):
+    dataset = make_dataset(tmp_path)
+    monkeypatch.setattr(dataset.cache, "read", Mock(side_effect=error))
+    with pytest.raises(UserError, match="The host memory does not suffice"):
+        next(batches(dataset, make_stream(), False))
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("other"), SystemExit(3)])
 def test_exception_in_the_thread_reaches_the_loop(tmp_path, monkeypatch, error):
     def fail(name: str) -> torch.Tensor:
         raise error
@@ -148,6 +160,7 @@ LARGE_BATCHES = f"""
 import sys
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 

@@ -115,11 +115,17 @@ def test_missing_file_is_not_called_unreadable(tmp_path):
     assert unreadable(tmp_path / "a" / "b") is None and unreadable(tmp_path) is None
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/a/b"), OSError(28, "No space", "/a/b")])
-def test_errors_of_the_system_are_sentences(capsys, error):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b: this user has no permission."),
+        (OSError(28, "No space left on device"), "No space is left on the disk; free some, "),
+    ],
+)
+def test_errors_of_the_system_are_sentences(capsys, error, message):
     with pytest.raises(SystemExit) as stopped, exit_on_user_error():
         raise error
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: /a/b: ")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):

@@ -18,6 +18,7 @@ SYSTEM_ERRORS = {
     errno.EPERM: "this user has no permission",
     errno.EROFS: "the file system is read-only",
     errno.ENOSPC: "no space is left on the disk; free some, or give a folder on another disk",
+    errno.ENOMEM: "the host memory does not suffice",
     errno.EDQUOT: "the disk quota is used up; free some space, or give a folder on another disk",
 }
 
@@ -60,8 +61,8 @@ def describe_system_error(error: OSError) -> str | None:
     """Returns a sentence about an error in `SYSTEM_ERRORS`; None for all others."""
     if error.errno not in SYSTEM_ERRORS:
         return None
-    path = error.filename2 or error.filename or "A file could not be read or written"
-    return f"{path}: {SYSTEM_ERRORS[error.errno]}."
+    path, message = error.filename2 or error.filename, SYSTEM_ERRORS[error.errno]
+    return f"{path}: {message}." if path else f"{message[0].upper()}{message[1:]}."
 
 
 @contextmanager
