@@ -15,7 +15,7 @@ from utils.config.args import Args
 from utils.model.loading import load_transformer
 from utils.training.divergence import gradient_overflow_error
 from utils.training.metrics import TRACKERS
-from utils.training.optimizer import clip, make_loss_scale
+from utils.training.optimizer import LossScale, clip
 from utils.training.trainable import weight_dtype
 
 
@@ -63,7 +63,7 @@ class DDP:
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         if self.args.training.mixed_precision == "fp16":
-            self.accelerator.scaler = make_loss_scale(self.args, self.accelerator.device)
+            self.accelerator.scaler = LossScale(self.accelerator.device.type)
         placement = [True, not self.args.memory.offload_optimizer]
         model, wrapped_optimizer = self.accelerator.prepare(transformer, optimizer, device_placement=placement)
         self.optimizer = wrapped_optimizer.optimizer
