@@ -200,6 +200,7 @@ def test_zero_peaks_match_published_figures(model):
         assert default == pytest.approx(row.goal, rel=0.1) and shipped < row.goal, template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", ["--quantize_base int4", "--training_type sft", "--training_type sft --quantize_optimizer 8bit"]
 )
