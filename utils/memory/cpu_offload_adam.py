@@ -50,6 +50,7 @@ class CPUOffloadAdam(torch.optim.Adam):
         self._norms: dict[int, torch.Tensor] = {}
         self._factor: torch.Tensor | float = 1.0
         self._copies, self._pending = CopyStream(), deque[tuple[torch.Tensor, Any]]()
+        self._arrivals: dict[int, Any] = {}  # events of the last copies of gradients
         for index, weight in enumerate(weights):
             weight.register_post_accumulate_grad_hook(lambda weight, index=index: self._offload_gradient(weight, index))
 
@@ -63,13 +64,14 @@ class CPUOffloadAdam(torch.optim.Adam):
         else:
             self._norms[index] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self._num_arrived[index] += 1
-        self._pending.append((gradient, self._copies.copy(gradient, self._staging[index])))
+        self._arrivals[index] = self._copies.copy(gradient, self._staging[index])
+        self._pending.append((gradient, self._arrivals[index]))
         if len(self._pending) > MAX_PENDING_OFFLOADS:
             self._copies.wait(self._pending.popleft()[1])
 
     def _add_to_sum(self, index: int) -> None:
         """Makes room in the staging buffer for the gradient of another backward pass."""
-        self._finish_copies()
+        self._copies.wait_on_host(self._arrivals[index])
         self._norms.pop(index, None)
         if index not in self._sums:
             self._sums[index] = torch.empty_like(self.masters[index])
