@@ -221,7 +221,7 @@ def test_predicted_start_matches_loading_and_resuming(tiny, monkeypatch, flags):
                     moved = torch.empty_like(weight, device=device)
                     module._parameters[name] = torch.nn.Parameter(moved, weight.requires_grad)
 
-    with simulated_run.simulation() as tracker:
+    with memory_tracker.simulate() as tracker:
         move(host)
         tracker.watch_peak()
         if args.memory.quantize_base != "none":

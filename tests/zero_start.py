@@ -19,7 +19,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from utils.commands.estimate_memory import make_context
 from utils.estimate import memory_tracker
-from utils.estimate.simulated_run import UpdateProfile
 from utils.estimate.start import block_sizes, zero_start_peak
 from utils.training.optimizer import make_optimizer
 from utils.training.strategy import make_strategy
@@ -46,8 +45,8 @@ def main(model: str, template: str) -> dict[str, int]:
         parameters = trained_parameters(transformer)
         count = sum(parameter.numel() for parameter in parameters)
         strategy.prepare(transformer, make_optimizer(parameters, context.args, uses_deepspeed=True))
-    updates, sizes = UpdateProfile({}, weights=count, trained=count, flop=0, host=0), block_sizes(context)
-    predicted = zero_start_peak(updates, sizes, context.zero, torch.bfloat16.itemsize, PROCESSES)
+    sizes = block_sizes(context)
+    predicted = zero_start_peak(count, count, sizes, context.zero, torch.bfloat16.itemsize, PROCESSES)
     return {"weights": count, "largest": max(sizes), "measured": tracker.peak, "predicted": predicted}
 
 

@@ -11,8 +11,8 @@ import torch
 
 from utils.config.deepspeed_config import get_key
 from utils.estimate.context import RunContext
-from utils.estimate.memory_tracker import HOST_PLACEHOLDER, storage_size
-from utils.estimate.simulated_run import UpdateProfile, empty_transformer, simulation
+from utils.estimate.memory_tracker import HOST_PLACEHOLDER, simulate, storage_size
+from utils.estimate.simulated_run import UpdateProfile, empty_transformer
 from utils.memory.quantized_linear import encode
 from utils.training.trainable import compute_dtype
 
@@ -23,9 +23,9 @@ def start_peak(context: RunContext, updates: UpdateProfile) -> int:
     Weights go to the GPU one at a time, from memory-mapped files. Optimizer states do too.
     """
     if context.zero is not None:
-        return zero_start_peak(
-            updates, block_sizes(context), context.zero, compute_dtype(context.args).itemsize, context.num_processes
-        )
+        itemsize = compute_dtype(context.args).itemsize
+        sizes = block_sizes(context)
+        return zero_start_peak(updates.weights, updates.trained, sizes, context.zero, itemsize, context.num_processes)
     terms = updates.terms
     buckets = terms["gradients"] if context.num_processes > 1 else 0  # DDP allocates them at the start
     states = terms["optimizer"] + buckets
@@ -33,7 +33,7 @@ def start_peak(context: RunContext, updates: UpdateProfile) -> int:
 
 
 def zero_start_peak(
-    updates: UpdateProfile, block_sizes: list[int], zero: dict[str, Any], itemsize: int, num_processes: int
+    weights: int, trained: int, block_sizes: list[int], zero: dict[str, Any], itemsize: int, num_processes: int
 ) -> int:
     """Returns the peak in GPU bytes of one process under DeepSpeed.
 
@@ -42,20 +42,21 @@ def zero_start_peak(
     weights, on the host if GPU memory is short. A resumed run holds masters and Adam's states before the first batch.
 
     Args:
+        weights, trained: numbers of weights.
         block_sizes: number of weights of each parameter of a block.
         itemsize: bytes of a weight.
     """
     section = zero["zero_optimization"]
     offloads = {name: get_key(section, f"offload_{name}.device") == "cpu" for name in ("optimizer", "param")}
-    share = updates.trained // num_processes
+    share = trained // num_processes
     masters, states = (0 if offloads["optimizer"] else size * share for size in (4, 12))
     if section["stage"] < 3:
-        return itemsize * updates.weights + max(itemsize * share, states)
+        return itemsize * weights + max(itemsize * share, states)
     gradients = 0 if offloads["optimizer"] else itemsize * share
     buffers = itemsize * section.get("reduce_bucket_size", 500_000_000)
-    weights = 0 if offloads["param"] else itemsize * updates.weights // num_processes
+    partition = 0 if offloads["param"] else itemsize * weights // num_processes
     hooks = masters + itemsize * max(block_sizes)
-    return weights + max(itemsize * sum(block_sizes), gradients + buffers + max(states, hooks))
+    return partition + max(itemsize * sum(block_sizes), gradients + buffers + max(states, hooks))
 
 
 def block_sizes(context: RunContext) -> list[int]:
@@ -72,7 +73,7 @@ def quantization_peak(context: RunContext) -> int:
     block = empty_transformer(context.with_num_layers(1).with_memory(quantize_base="none")).transformer_blocks[0]
     weights = [layer.weight for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
     largest = max(weights, key=torch.Tensor.numel)
-    with simulation() as tracker:
+    with simulate() as tracker:
         on_host = torch.empty(largest.shape, dtype=largest.dtype, device=HOST_PLACEHOLDER)
         tracker.watch_peak()
         codes = encode(on_host.to("cpu"), scheme)
