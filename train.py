@@ -47,13 +47,7 @@ from utils.training.schedule import is_due
 from utils.training.step import DenoisingObjective
 from utils.training.strategy import make_strategy
 from utils.training.throughput import DATA, MODEL, OPTIMIZER, StepTimer, work_per_update
-from utils.training.trainable import (
-    compute_dtype,
-    make_trainable,
-    trained_parameters,
-    use_attention_kernel,
-    weight_dtype,
-)
+from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, use_attention_kernel
 
 gc.freeze()  # imported objects stay; forked processes share their memory
 gc.enable()
@@ -113,11 +107,7 @@ def train(plan: RunPlan) -> None:
     accelerator = strategy.accelerator
 
     # ---- model
-    transformer = loading.load_transformer(
-        strategy.transformer_folder(plan.model_dir, plan.resume_from),
-        weight_dtype(args, strategy.uses_deepspeed),
-        "cpu" if args.memory.quantize_base != "none" else accelerator.device.type,
-    )
+    transformer = strategy.load_transformer(plan.model_dir, plan.resume_from)
     make_trainable(transformer, args, accelerator.device)
     use_attention_kernel(args.memory.attention_kernel)
     if args.memory.compile_blocks:

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils import serialization
 
 from tests.conftest import arguments
 from utils.checkpoint.manager import Checkpoints, Progress, checkpoint_bytes, find_checkpoints
@@ -42,7 +43,16 @@ def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, mo
     checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-2", "checkpoint-10"]  # ordered by number, not by name
     assert not list(tmp_path.glob(".checkpoint-*"))
+
+    original, is_mapped = torch.load, []
+
+    def load(*args, **kwargs):
+        is_mapped.append(serialization.config.load.mmap)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
     checkpoints.load(tmp_path / "checkpoint-10")
+    assert is_mapped and all(is_mapped)  # without a copy in host memory
 
 
 @pytest.mark.parametrize(

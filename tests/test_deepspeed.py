@@ -32,6 +32,8 @@ from tests.conftest import (
     succeed,
 )
 from tests.golden_losses import compare_with_golden
+from tests.tiny_models import build
+from tests.zero_start import PROCESSES
 from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_files import WEIGHTS_FILE
 from utils.checkpoint.manager import PROGRESS_FILE
@@ -101,6 +103,25 @@ def tiny_template(template: str, folder: Path) -> Path:
     config["zero_optimization"] |= sizes
     (folder / f"{template}.json").write_text(json.dumps(config))
     return folder / f"{template}.json"
+
+
+@pytest.mark.slow
+def test_zero3_start_needs_the_predicted_memory(tmp_path):
+    """The GPU never holds the whole transformer.
+
+    The prediction includes Adam's states of a resumed run, 8 bytes per weight. Before they are there, DeepSpeed gathers
+    the largest matrix.
+    """
+    model, template = tmp_path / "model", tiny_template("zero3", tmp_path)
+    config = json.loads(template.read_text())
+    config["zero_optimization"] |= {"reduce_bucket_size": 100_000, "sub_group_size": 10**9}
+    template.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "tests.zero_start", str(build("5b", model, layers=4)), str(template)]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    start = json.loads(result.stdout.splitlines()[-1])
+    expected = start["predicted"] - 8 * start["weights"] / PROCESSES + 2 * start["largest"]
+    assert start["measured"] == pytest.approx(expected, rel=0.01)
+    assert start["measured"] < 2 * start["weights"]  # the transformer in bf16
 
 
 @pytest.mark.slow

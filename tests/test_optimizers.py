@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from tests.conftest import arguments, patch_programs, read_metrics, succeed
 from tests.gradients import flatten
 from utils.checkpoint.manager import PROGRESS_FILE
 from utils.config.args import parse_args
-from utils.memory import low_bit_adam, pinned_memory
+from utils.memory import cpu_offload_adam, low_bit_adam, pinned_memory
+from utils.memory.cpu_offload_adam import CPUOffloadAdam
 from utils.memory.low_bit_adam import LowBitAdam
 from utils.model.loading import load_transformer
 from utils.training.optimizer import LossScale, make_optimizer
@@ -30,6 +32,43 @@ def test_pinned_arena_allocates_without_gaps(monkeypatch):
     assert all((values == index).all() for index, values in enumerate(tensors))
     chunks = [values.untyped_storage().data_ptr() for values in tensors]
     assert chunks[0] == chunks[1] == chunks[2] != chunks[3] and tensors[2].storage_offset() == 512 + 1536
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.AdamW])
+def test_cpu_offload_adam_equals_fused_adam(tmp_path, monkeypatch, dtype, optimizer_class):
+    """Bit for bit: accumulated, scaled and clipped gradients, and a resume from a mapped file."""
+    monkeypatch.setattr(cpu_offload_adam, "CHUNK", 256)
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-2}
+    decoupled = optimizer_class is torch.optim.AdamW
+
+    def make(weights):
+        return CPUOffloadAdam(weights, **settings, decoupled_weight_decay=decoupled)
+
+    weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((33, 47), (5,), (1000,))]
+    expected = [torch.nn.Parameter(weight.detach().float().clone()) for weight in weights]
+    optimizer, reference = make(weights), optimizer_class(expected, **settings, fused=True)
+    for passes, scale, max_norm in ((1, 1.0, math.inf), (3, 8.0, 0.5), (2, 8.0, math.inf)):
+        for _ in range(passes):
+            for weight, master in zip(weights, expected, strict=True):
+                gradient = torch.randn_like(weight)
+                (scale * gradient * weight).sum().backward()
+                master.grad = gradient.float() + (0 if master.grad is None else master.grad)
+        assert all(weight.grad is None for weight in weights)
+        assert optimizer.clip(max_norm, scale) == torch.nn.utils.clip_grad_norm_(expected, max_norm)
+        for one in (optimizer, reference):
+            one.step()
+            one.zero_grad()
+        assert all(torch.equal(master, weight) for master, weight in zip(optimizer.masters, expected, strict=True))
+        assert all(torch.equal(weight, master.to(dtype)) for weight, master in zip(weights, expected, strict=True))
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+        weights = [torch.nn.Parameter(torch.zeros_like(weight)) for weight in weights]
+        optimizer = make(weights)
+        stored = torch.load(tmp_path / "optimizer.bin", mmap=True)
+        optimizer.load_state_dict(stored)
+        mapped = {value.data_ptr() for state in stored["state"].values() for value in state.values()}
+        assert not any(value.data_ptr() in mapped for state in optimizer.state.values() for value in state.values())
 
 
 @pytest.mark.slow

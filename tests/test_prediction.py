@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map_only
 from transformers import T5EncoderModel
 
 from benchmarks import real_size
@@ -22,8 +24,9 @@ from utils.common.errors import UserError
 from utils.common.gpus import peak_tflops
 from utils.common.units import GIB
 from utils.config.args import parse_args
-from utils.estimate import memory_tracker, prediction, simulated_run
+from utils.estimate import memory_tracker, prediction, simulated_run, start
 from utils.estimate.context import RunContext
+from utils.memory.quantized_linear import quantize_blocks
 from utils.model.loading import load_text_encoder, load_transformer
 from utils.model.spec import read_spec
 from utils.run.preflight import fill_in_defaults
@@ -198,6 +201,50 @@ def test_zero_peaks_match_published_figures(model):
             del section[key]
         default = sum(prediction.zero_terms(updates, config, 2, processes)[0].values()) / GIB
         assert default == pytest.approx(row.goal, rel=0.1) and shipped < row.goal, template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", ["--quantize_base int4", "--training_type sft", "--training_type sft --quantize_optimizer 8bit"]
+)
+def test_predicted_start_matches_loading_and_resuming(tiny, monkeypatch, flags):
+    """Runs the steps of a start on fake tensors. Weights and states come from the host, as from a mapped file."""
+    monkeypatch.setattr(memory_tracker, "ALLOCATION_UNIT", 1)
+    options = ["--model_path", str(tiny("5b")), "--mixed_precision", "bf16", "--train_resolution", "9x64x64"]
+    context = estimate_memory.make_context([*options, *flags.split()], None, 1)
+    args, host = context.args, memory_tracker.HOST_PLACEHOLDER
+    predicted = start.start_peak(context, simulated_run.simulate_updates(context))
+    transformer = simulated_run.empty_transformer(context.with_memory(quantize_base="none"))
+
+    def move(device):
+        """Moves the weights one at a time, as Module.to does, which refuses to replace fake tensors."""
+        for module in transformer.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is not None:
+                    moved = torch.empty_like(weight, device=device)
+                    module._parameters[name] = torch.nn.Parameter(moved, weight.requires_grad)
+
+    with memory_tracker.simulate() as tracker:
+        move(host)
+        tracker.watch_peak()
+        if args.memory.quantize_base != "none":
+            quantize_blocks(transformer, args.memory.quantize_base, "cpu")
+        move("cpu")
+        parameters = trained_parameters(transformer)
+        optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
+        peaks = [tracker.peak]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        stored = optimizer.state_dict()
+        stored = tree_map_only(torch.Tensor, lambda value: torch.empty_like(value, device=host), stored)
+        optimizer.state.clear()
+        gc.collect()
+        tracker.watch_peak()
+        optimizer.load_state_dict(stored)
+        peaks.append(tracker.peak)
+    assert max(peaks) == pytest.approx(predicted, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from diffusers import CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils import serialization
 
 from utils.checkpoint.export import TRANSFORMER_CONFIG, export
 from utils.checkpoint.lora_files import save_lora
@@ -148,18 +149,9 @@ class Checkpoints:
             UserError: a file is damaged.
         """
         try:
-            if self.uses_deepspeed:
-                # not strict for LoRA, whose files lack the frozen base
-                self.accelerator.load_state(str(folder), load_module_strict=not self.is_lora)
-            else:
-                if self.is_lora:
-                    state = load_file(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
-                    set_peft_model_state_dict(self.transformer, state)
-                scaler = self.accelerator.scaler
-                if not (folder / TRAINING_STATE / SCALER_NAME).is_file():  # saved in another precision
-                    self.accelerator.scaler = None
-                self.accelerator.load_state(str(folder / TRAINING_STATE))
-                self.accelerator.scaler = scaler
+            # files are memory-mapped, so that states go to their place without a copy of the file in host memory
+            with serialization.config.patch("load.mmap", True):  # type: ignore[attr-defined]
+                self._load(folder)
         except Exception as error:
             raise UserError(
                 f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); use another checkpoint.",
@@ -168,6 +160,20 @@ class Checkpoints:
         # accelerate restores its micro-batch count, but only on ranks that saved one. Checkpoints follow complete
         # updates, so the count restarts on all ranks, even if their number or the accumulation has changed.
         self.accelerator.step = 0
+
+    def _load(self, folder: Path) -> None:
+        if self.uses_deepspeed:
+            # not strict for LoRA, whose files lack the frozen base
+            self.accelerator.load_state(str(folder), load_module_strict=not self.is_lora)
+            return
+        if self.is_lora:
+            set_peft_model_state_dict(self.transformer, load_file(folder / TRAINING_STATE / ADAPTERS_AS_TRAINED))
+        scaler = self.accelerator.scaler
+        if not (folder / TRAINING_STATE / SCALER_NAME).is_file():  # saved in another precision
+            self.accelerator.scaler = None
+        # by default, several GPUs load the whole file to the GPU and copy the states from there
+        self.accelerator.load_state(str(folder / TRAINING_STATE), map_location="cpu")
+        self.accelerator.scaler = scaler
 
     def _save_weights(self, folder: Path) -> None:
         """Writes the trained weights in the formats that users load. Runs on the main process only.

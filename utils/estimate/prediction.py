@@ -16,6 +16,7 @@ from utils.estimate.simulated_run import (
     prompt_encoding_peak,
     simulate_updates,
 )
+from utils.estimate.start import start_peak
 from utils.training.trainable import compute_dtype
 
 # Safety margin, relative and in GiB, for the CUDA context, fragmentation and kernel workspaces. Fake tensors include
@@ -37,6 +38,7 @@ class Prediction:
         training: parts of the peak of an update, by name.
         validation: peak of generating a validation video; 0 without validation.
         encoding: peak of filling the latent cache.
+        start: peak between loading the transformer and the first batch, resuming included.
         host: offloaded tensors of one machine.
         flop: floating-point operations of an update, recomputation included.
     """
@@ -44,12 +46,13 @@ class Prediction:
     training: dict[str, int]
     validation: int
     encoding: int
+    start: int
     host: int
     flop: int
 
     @property
     def peak(self) -> int:
-        return max(sum(self.training.values()), self.validation, self.encoding)
+        return max(sum(self.training.values()), self.validation, self.encoding, self.start)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks
         resident = ["weights", "adapters", "optimizer", *(["gradients"] if context.num_processes > 1 else [])]
         validation = other.generating + sum(training.get(name, 0) for name in resident)
     flop = updates.flop * context.args.training.gradient_accumulation_steps
-    return Prediction(training, validation, other.encoding, host, flop)
+    return Prediction(training, validation, other.encoding, start_peak(context, updates), host, flop)
 
 
 def extrapolated_updates(context: RunContext) -> UpdateProfile:
@@ -172,6 +175,7 @@ def describe_prediction(prediction: Prediction, context: RunContext) -> list[str
     lines = [
         f"GPU memory of an update: {gib(sum(prediction.training.values()))} ({terms})",
         f"GPU memory of encoding clips and prompts, before training: {gib(prediction.encoding)}",
+        f"GPU memory of starting or resuming, before the first update: {gib(prediction.start)}",
     ]
     if prediction.validation:
         lines.append(f"GPU memory of generating a validation video: {gib(prediction.validation)}")

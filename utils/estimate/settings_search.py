@@ -88,8 +88,9 @@ def fit_to_budget(context: RunContext, machine: Machine, fixed: Settings) -> tup
         raise UserError(
             f"--vram_budget_gib {budget:g}: {required_gib(chosen.peak):.1f} GiB are needed with every saving on "
             f"(training {sum(chosen.training.values()) / GIB:.1f}, validation {chosen.validation / GIB:.1f}, encoding "
-            f"{chosen.encoding / GIB:.1f} GiB, and a margin), and {host_gib(chosen, context, machine):.1f} GiB of host "
-            "memory. Use fewer frames or a smaller --train_resolution."
+            f"{chosen.encoding / GIB:.1f}, start {chosen.start / GIB:.1f} GiB, and a margin), and "
+            f"{host_gib(chosen, context, machine):.1f} GiB of host memory. Use fewer frames or a smaller "
+            "--train_resolution."
         )
     return chosen, f"Fastest settings that fit {budget:g} GiB: {flags(chosen)}"
 

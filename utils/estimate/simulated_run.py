@@ -110,7 +110,9 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         terms["saved activations"] = min(saved, rest)  # fewer may remain when the peak is reached
         terms["working set"] = rest - terms["saved activations"]
     weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
-    host = tracker.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's two states
+    host = tracker.host
+    if args.memory.offload_optimizer:  # Adam's two states, and gradients of earlier micro-batches
+        host += (8 if args.training.gradient_accumulation_steps == 1 else 12) * trained
     return UpdateProfile(terms, weights, trained, counter.get_total_flops(), host)
 
 

@@ -203,7 +203,8 @@ class LowBitAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # casts states to the dtype of the weights; the loop below undoes it
+        # the base class would cast all states to the dtype of the weights, on their device
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for index, weight in enumerate(self._index):
             if index in state_dict["state"]:
                 self.state[weight] = {

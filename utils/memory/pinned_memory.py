@@ -65,6 +65,11 @@ class CopyStream:
         if copy_event is not None:
             torch.cuda.current_stream().wait_event(copy_event)
 
+    def wait_on_host(self, copy_event: torch.cuda.Event | None) -> None:
+        """Blocks the CPU until a copy is done, so that it may read the target."""
+        if copy_event is not None:
+            copy_event.synchronize()
+
     def synchronize(self) -> None:
         """Blocks the CPU until all copies are done, so that it may read their targets."""
         if self.stream is not None:

@@ -112,12 +112,14 @@ def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict
             with safe_open(file, framework="pt") as weights:
                 shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            problem = f"{file} is damaged ({error}); is the download complete?"
-            if not file.exists():
-                problem = f"{file} is missing; is the download complete?"
+            if reason := unreadable(file):
+                errors.append(f"{flag}: {reason}.")
+            elif not file.exists():
+                errors.append(f"{flag}: {file} is missing; is the download complete?")
             elif is_lfs_pointer(file):
-                problem = f"{file} is {LFS_POINTER}"
-            errors.append(f"{flag}: {unreadable(file) or problem}")
+                errors.append(f"{flag}: {file} is {LFS_POINTER}")
+            else:
+                errors.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
     if errors:
         raise UserError(errors)
     if model_class is not None and config is not None:

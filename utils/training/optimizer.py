@@ -40,7 +40,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
 class LossScale(torch.amp.GradScaler):
     """Torch's dynamic loss scale for fp16, extended to gradients that are fp16 themselves.
 
-    fp16 gradients are only checked for overflow here; `LowBitAdam` unscales them in float32.
+    fp16 gradients are only checked for overflow here; the optimizer unscales them in float32.
 
     Args:
         device: device type of the gradients.
@@ -51,13 +51,12 @@ class LossScale(torch.amp.GradScaler):
         self._lazy_init_scale_growth_tracker(torch.device(device))  # the default is the device of the loss
 
     def _unscale_grads_(self, optimizer: Any, inv_scale: torch.Tensor, found_inf: Any, allow_fp16: bool) -> Any:
+        if isinstance(optimizer, CPUOffloadAdam):  # its gradients are on the host, and their norm is on the GPU
+            norm = optimizer.norm()
+            return {norm.device: (~norm.isfinite()).float()}
         if isinstance(optimizer, LowBitAdam):
             inv_scale, allow_fp16 = torch.ones_like(inv_scale), True
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-
-
-def make_loss_scale(args: Args, device: torch.device) -> LossScale:
-    return LossScale("cpu" if args.memory.offload_optimizer else device.type)
 
 
 def clip(optimizer: torch.optim.Optimizer, max_norm: float, scale: float = 1.0) -> torch.Tensor:
@@ -66,9 +65,9 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float, scale: float = 1.0) 
     The norm includes gradients that the optimizer has already consumed in the backward pass.
 
     Args:
-        scale: loss scale that the gradients still carry, for `LowBitAdam.clip`.
+        scale: loss scale that the gradients still carry, for optimizers with a `clip` of their own.
     """
-    if isinstance(optimizer, LowBitAdam):
+    if isinstance(optimizer, LowBitAdam | CPUOffloadAdam):
         return optimizer.clip(max_norm or math.inf, scale)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)

@@ -14,11 +14,14 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
 )
+from diffusers import CogVideoXTransformer3DModel
 
 from utils.config.args import Args
+from utils.model.loading import load_transformer
 from utils.training.divergence import gradient_overflow_error
 from utils.training.metrics import TRACKERS
-from utils.training.optimizer import clip, make_loss_scale
+from utils.training.optimizer import LossScale, clip
+from utils.training.trainable import weight_dtype
 
 
 class Strategy(Protocol):
@@ -31,8 +34,8 @@ class Strategy(Protocol):
     uses_deepspeed: bool
     accelerator: Accelerator
 
-    def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
-        """Returns the folder of the weights to start from."""
+    def load_transformer(self, model_dir: Path, resume_from: Path | None) -> CogVideoXTransformer3DModel:
+        """Loads the weights to start from."""
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Wraps model and optimizer for distributed training."""
@@ -53,15 +56,19 @@ class DDP:
         self.args = args
         self.accelerator = make_accelerator(args, args.training.mixed_precision if args.memory.autocast else "no")
 
-    def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
-        """Returns the transformer of the checkpoint to resume full fine-tuning from, otherwise that of the base."""
-        if resume_from is not None and self.args.model.training_type == "sft":
-            return resume_from / "transformer"
-        return model_dir / "transformer"
+    def load_transformer(self, model_dir: Path, resume_from: Path | None) -> CogVideoXTransformer3DModel:
+        """Loads the base, or the transformer of the checkpoint to resume full fine-tuning from.
+
+        A base that will be quantized stays on the host.
+        """
+        is_sft, is_quantized = self.args.model.training_type == "sft", self.args.memory.quantize_base != "none"
+        folder = resume_from if is_sft and resume_from is not None else model_dir
+        device = "cpu" if is_quantized else self.accelerator.device.type
+        return load_transformer(folder / "transformer", weight_dtype(self.args, self.uses_deepspeed), device)
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         if self.args.training.mixed_precision == "fp16":
-            self.accelerator.scaler = make_loss_scale(self.args, self.accelerator.device)
+            self.accelerator.scaler = LossScale(self.accelerator.device.type)
         placement = [True, not self.args.memory.offload_optimizer]
         model, wrapped_optimizer = self.accelerator.prepare(transformer, optimizer, device_placement=placement)
         self.optimizer = wrapped_optimizer.optimizer
@@ -84,16 +91,29 @@ class DeepSpeed:
     uses_deepspeed = True
 
     def __init__(self, args: Args, config: dict[str, Any]) -> None:
-        self.args = args
+        self.args, self.config = args, config
         self.accelerator = make_accelerator(
             args, args.training.mixed_precision, DeepSpeedPlugin(config, zero3_init_flag=False)
         )
 
-    def transformer_folder(self, model_dir: Path, resume_from: Path | None) -> Path:
-        """Always returns the base: DeepSpeed loads the weights of a checkpoint itself."""
-        return model_dir / "transformer"
+    def load_transformer(self, model_dir: Path, resume_from: Path | None) -> CogVideoXTransformer3DModel:
+        """Loads the base; DeepSpeed loads the weights of a checkpoint itself. Weights to be divided stay on the host.
+
+        On the host they keep the dtype of the files, so the processes of a machine share the memory-mapped pages.
+        """
+        folder = model_dir / "transformer"
+        if self.divides_weights:
+            return load_transformer(folder)
+        return load_transformer(folder, weight_dtype(self.args, self.uses_deepspeed), self.accelerator.device.type)
+
+    @property
+    def divides_weights(self) -> bool:
+        return self.config["zero_optimization"]["stage"] == 3
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        if self.divides_weights:
+            dtype = weight_dtype(self.args, self.uses_deepspeed)
+            divide_weights(transformer, self.config, self.accelerator.device, dtype)
         return self.accelerator.prepare(transformer, optimizer)
 
     def backward(self, loss: torch.Tensor, step: int) -> None:
@@ -115,6 +135,27 @@ def make_strategy(args: Args, zero: dict[str, Any] | None) -> Strategy:
         zero: DeepSpeed configuration without "auto"; None for DDP.
     """
     return DDP(args) if zero is None else DeepSpeed(args, zero)
+
+
+def divide_weights(
+    transformer: torch.nn.Module, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Divides the weights among the processes as ZeRO-3 does, one block at a time.
+
+    `deepspeed.initialize` alone would first move the whole transformer to the GPU. It accepts divided weights as they
+    are, without casting them or moving buffers.
+
+    Args:
+        config: DeepSpeed configuration without "auto".
+    """
+    from deepspeed import zero  # takes two seconds to import
+
+    # DeepSpeed checks the batch size against the number of processes, which it does not know yet
+    config = {key: value for key, value in config.items() if key != "train_batch_size"}
+    for child in transformer.children():
+        for module in child if isinstance(child, torch.nn.ModuleList) else [child]:
+            module.to(device, dtype)
+            zero.Init(module=module, config_dict_or_path=config)
 
 
 def make_accelerator(args: Args, mixed_precision: str | None, plugin: DeepSpeedPlugin | None = None) -> Accelerator:
