@@ -77,7 +77,8 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         if args.model.training_type == "lora":
             adapters = sum(storage_size(parameter) for parameter in parameters)
             terms = {"weights": tracker.now - adapters, "adapters": adapters}
-        optimizer = None if uses_deepspeed else make_optimizer(parameters, args, uses_deepspeed)
+        not_compiled = context.with_memory(compile_blocks=False).args  # fake tensors cannot measure compiled code
+        optimizer = None if uses_deepspeed else make_optimizer(parameters, not_compiled, uses_deepspeed)
         if uses_deepspeed:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
