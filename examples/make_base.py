@@ -22,7 +22,7 @@ import sentencepiece
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.normalization import CogVideoXLayerNormZero
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # generated at run time
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from examples.tiny_configs import tiny_transformer, vae_options, write_scheduler_and_index
