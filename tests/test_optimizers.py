@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -106,6 +107,33 @@ def test_compiled_update_equals_the_eager_one_and_shares_its_graphs(monkeypatch)
     torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
     assert all((weight != start).any() for weight, start in zip(trained[1], before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "kernels", "bytes_per_weight"), [(8, 1, 14.1), (4, 2, 19.1)])
+def test_compiled_update_is_a_few_kernels(bits, kernels, bytes_per_weight):
+    """The figures are those of the code that the compiler generates for an H100. Random numbers are drawn before."""
+    from torch._inductor import metrics
+    from torch._inductor.compile_fx import inductor_metrics_log
+    from torch._inductor.utils import fresh_cache
+
+    torch._dynamo.reset()
+    metrics.reset()
+    before, gradient = (torch.randn(4096, 256, device="cuda").bfloat16() for _ in range(2))
+    trained = []
+    for compiled in (False, True):
+        weight = torch.nn.Parameter(before.clone())
+        weight.grad = gradient.clone()
+        options = OPTIONS | {"compiled": compiled}
+        optimizer = LowBitAdam([weight], 1e-3, (0.9, 0.95), 1e-8, 1e-2, mean_bits=bits, **options)
+        with patch.object(inductor_metrics_log, "isEnabledFor", lambda _: True), fresh_cache():
+            optimizer.step()
+        trained.append(weight)
+    assert metrics.generated_kernel_count == kernels
+    assert metrics.num_bytes_accessed / before.numel() == pytest.approx(bytes_per_weight, abs=0.1)
+    differs = trained[0] != trained[1]  # float32 rounding differs, which rarely changes the stochastic rounding
+    assert differs.float().mean() < 1e-3
+    torch.testing.assert_close(trained[1], trained[0])
 
 
 def test_stochastic_rounding_is_exact_in_expectation():

@@ -1,4 +1,4 @@
-"""Weights in pinned host memory, copied to the device one layer at a time."""
+"""Weights in host memory, copied to the device one layer at a time."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from itertools import chain
 
 import torch
 
-from utils.memory.pinned_memory import CopyStream, PinnedArena
-
-
-def pin_weights(module: torch.nn.Module) -> None:
-    """Moves the weights of a module to pinned host memory, in place and one at a time."""
-    arena = PinnedArena()
-    for weight in module.parameters():
-        pinned = arena.allocate(weight.numel(), weight.dtype).view(weight.shape)
-        weight.data = pinned.copy_(weight.data)
+from utils.memory.pinned_memory import CopyStream
 
 
 def stream_weights(layers: Iterable[torch.nn.Module], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yields the weights of each layer on the device, by name, for `torch.func.functional_call`.
 
-    Weights are valid until the next ones are requested. The next layer is copied while the current one computes, so the
-    device holds two layers.
+    Weights are valid until the next ones are requested. The next layer is copied while the current one and the one
+    before compute. The device holds two layers. The weights pass through pinned memory that PyTorch reuses, so the
+    processes of a machine can share weights that are memory-mapped.
     """
     copies = CopyStream()
     current: dict[str, torch.Tensor] = {}
@@ -32,7 +25,7 @@ def stream_weights(layers: Iterable[torch.nn.Module], device: torch.device) -> I
         upcoming, event = {}, None
         for name, weight in layer.named_parameters():
             upcoming[name] = torch.empty_like(weight, device=device)
-            event = copies.copy(weight, upcoming[name])
+            event = copies.copy(weight.pin_memory() if device.type == "cuda" else weight, upcoming[name])
         if current:
             copies.wait(current_event)
             yield current

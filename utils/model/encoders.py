@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from dataset.precompute import EncodePrompts, PixelEncoders
-from utils.memory.layer_streaming import pin_weights, stream_weights
+from utils.memory.layer_streaming import stream_weights
 from utils.model import loading
 
 # Number of prompts that pass the layers of an offloaded text encoder together. Each takes 2 to 4 MiB of GPU memory.
@@ -137,8 +137,6 @@ def prompt_encoder(model_dir: Path, device: torch.device, max_length: int, offlo
                 yield embedding[0].cpu()
 
     with loading.released(text_encoder):
-        if offload:
-            pin_weights(text_encoder.encoder.block)
         yield encode
 
 
