@@ -13,9 +13,9 @@ from utils.memory.pinned_memory import CopyStream
 def stream_weights(layers: Iterable[torch.nn.Module], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yields the weights of each layer on the device, by name, for `torch.func.functional_call`.
 
-    Weights are valid until the next ones are requested. The next layer is copied while the current one and the one
-    before compute. The device holds two layers. The weights pass through pinned memory that PyTorch reuses, so the
-    processes of a machine can share weights that are memory-mapped.
+    Weights are valid until the next ones are requested. The next layer is copied while the current one computes, so the
+    device holds two layers. The weights pass through pinned memory that PyTorch reuses, so the processes of a machine
+    can share weights that are memory-mapped.
     """
     copies = CopyStream()
     current: dict[str, torch.Tensor] = {}
