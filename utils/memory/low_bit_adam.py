@@ -74,9 +74,9 @@ class LowBitAdam(torch.optim.Optimizer):
         seed: seed of stochastic rounding. Results are the same on every process and after resuming.
         in_backward: update each weight during the backward pass as soon as its gradient is computed, then free the
             gradient. `step` does nothing, and gradients cannot be clipped or accumulated.
-        compiled: compile the update, which then takes one kernel in place of fifty. On a CPU, the states have equal bits,
-            and the weights differ by the rounding of the square root, which is exact only in compiled code. On a GPU,
-            all results differ by float32 rounding: the compiler fuses multiplications with additions.
+        compiled: compile the update, which then takes one kernel in place of fifty. On a CPU, the states have equal
+            bits, and the weights differ by the rounding of the square root, which is exact only in compiled code. On a
+            GPU, all results differ by float32 rounding: the compiler fuses multiplications with additions.
     """
 
     def __init__(
