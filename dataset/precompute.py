@@ -23,7 +23,8 @@ from dataset.latent_cache import LatentCache, SampleKeys
 from dataset.video import ClipError, FrameSelection, decode
 from dataset.worker_pool import Failure, run_in_workers
 
-EncodePrompt = Callable[[str], torch.Tensor]
+# Takes prompts and a function that sends a heartbeat, and yields the embedding of each prompt.
+EncodePrompts = Callable[[list[str], Callable[[], None]], Iterable[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class _Job:
 def precompute_prompts(
     cache: LatentCache,
     prompts: dict[str, str],
-    load_encoder: Callable[[], AbstractContextManager[EncodePrompt]],
+    load_encoder: Callable[[], AbstractContextManager[EncodePrompts]],
     shard: RankShard,
     beat: Callable[[], None],
 ) -> dict[str, str]:
@@ -104,8 +105,8 @@ def precompute_prompts(
     if not missing:
         return {}
     with load_encoder() as encode:
-        for name in tqdm(missing, desc="Encoding prompts", unit="prompt", disable=shard.rank != 0):
-            embedding = encode(prompts[name])
+        bar = tqdm(missing, desc="Encoding prompts", unit="prompt", disable=shard.rank != 0)
+        for name, embedding in zip(bar, encode([prompts[name] for name in missing], beat), strict=True):
             if embedding.isfinite().all():
                 cache.write(name, embedding)
             else:

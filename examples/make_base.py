@@ -22,6 +22,7 @@ import sentencepiece
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.normalization import CogVideoXLayerNormZero
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # generated at run time
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from examples.tiny_configs import tiny_transformer, vae_options, write_scheduler_and_index
@@ -116,13 +117,16 @@ def build_text_encoder() -> T5EncoderModel:
 def write_tokenizer(folder: Path) -> None:
     """Writes a sentencepiece tokenizer with the words of the captions and, for other words, parts and characters."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
+    # One normalization rule, of a character that no caption has: transformers 5.17 cannot read a model without any.
+    rules = folder / "rules.tsv"
+    rules.write_text("A0\t20\n")
+    stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([scene.caption for scene in SCENES]),
-        model_writer=model,
+        model_writer=stream,
         model_type="bpe",  # merges until words are complete; the published tokenizer is a unigram model
         required_chars=string.ascii_letters + string.digits,
-        normalization_rule_name="identity",
+        normalization_rule_tsv=str(rules),
         vocab_size=VOCABULARY,
         hard_vocab_limit=False,
         pad_id=0,
@@ -131,7 +135,10 @@ def write_tokenizer(folder: Path) -> None:
         bos_id=-1,
         minloglevel=2,
     )
-    (folder / "spiece.model").write_bytes(model.getvalue())
+    rules.unlink()
+    model = ModelProto.FromString(stream.getvalue())
+    model.normalizer_spec.ClearField("normalization_rule_tsv")  # the path
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
     T5Tokenizer.from_pretrained(folder, extra_ids=0).save_pretrained(folder)
     (folder / "tokenizer.json").unlink()  # published checkpoints have no such file
 

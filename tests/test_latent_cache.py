@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from dataset.video import Resolution, decode
 from tests.conftest import arguments
 from utils.common.errors import UserError
 from utils.config.args import parse_args
+from utils.memory.pinned_memory import CopyStream
 from utils.model import encoders, loading
 from utils.model.encoders import to_model_range
 from utils.model.spec import read_spec
@@ -34,6 +36,7 @@ from utils.run.preflight import preflight
 
 SIZE = Resolution(9, 64, 64)
 CPU = torch.device("cpu")
+PROMPTS = ["a red circle moves left", "", "green " * 80]
 
 
 def no_heartbeat():
@@ -85,25 +88,42 @@ def test_encoders_keep_their_stored_dtype_and_are_released(tiny, tmp_path):
         kind.from_pretrained(model_dir / name, dtype=torch.bfloat16).save_pretrained(model_dir / name)
     with encoders.pixel_encoders(model_dir, CPU, True, True) as encode:
         assert encode.video(torch.zeros(9, 64, 64, 3, dtype=torch.uint8)).dtype == torch.bfloat16
-    with encoders.prompt_encoder(model_dir, CPU, 26, offload=False) as encode_prompt:
-        assert encode_prompt("a circle").dtype == torch.bfloat16
-    del encode, encode_prompt
+    with encoders.prompt_encoder(model_dir, CPU, 26, offload=False) as encode_prompts:
+        assert next(iter(encode_prompts(["a circle"], no_heartbeat))).dtype == torch.bfloat16
+    del encode, encode_prompts
     models = [item for item in gc.get_objects() if isinstance(item, AutoencoderKLCogVideoX | T5EncoderModel)]
     assert all(parameter.is_meta for model in models for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path, offload):
+def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
     model_dir, cache = tiny("5b"), LatentCache(tmp_path)
-    device = torch.device("cpu", 0)  # the device of an accelerate process has an index
-    prompts = {"prompt-a": "a red circle moves left", "prompt-b": "", "prompt-c": "green " * 80}
-    precompute_prompts(
-        cache, prompts, lambda: encoders.prompt_encoder(model_dir, device, 26, offload), RankShard(0, 1), no_heartbeat
-    )
+    prompts = {f"prompt-{index}": text for index, text in enumerate(PROMPTS)}
+    load_encoder = partial(encoders.prompt_encoder, model_dir, CPU, 26, False)
+    precompute_prompts(cache, prompts, load_encoder, RankShard(0, 1), no_heartbeat)
     pipeline = CogVideoXPipeline.from_pretrained(model_dir)
     for name, text in prompts.items():
         expected, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=26)
         torch.testing.assert_close(cache.read(name), expected[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_offloaded_text_encoder_gives_equal_bits_and_copies_each_layer_once_per_pass(
+    tiny, tmp_path, monkeypatch, dtype
+):
+    model_dir = shutil.copytree(tiny("5b"), tmp_path / "model")
+    text_encoder = T5EncoderModel.from_pretrained(model_dir / "text_encoder")
+    text_encoder.to(dtype).save_pretrained(model_dir / "text_encoder")
+    monkeypatch.setattr(encoders, "PROMPTS_PER_PASS", 2)
+    copies, beats = Mock(return_value=None), Mock()
+    monkeypatch.setattr(CopyStream, "copy", lambda self, source, target: copies(target.copy_(source)))
+    embeddings = []
+    for offload in (False, True):
+        with encoders.prompt_encoder(model_dir, torch.device("cpu", 0), 26, offload) as encode:
+            embeddings.append(list(encode(PROMPTS, beats)))
+    torch.testing.assert_close(embeddings[1], embeddings[0], rtol=0, atol=0)
+    num_layers = len(text_encoder.encoder.block)
+    streamed = [*text_encoder.encoder.block.parameters(), *text_encoder.encoder.final_layer_norm.parameters()]
+    assert copies.call_count == 2 * len(streamed) and beats.call_count == num_layers * len(PROMPTS)
 
 
 def test_keys_depend_on_everything_that_changes_the_bytes(data):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.conftest import arguments, succeed
 from tests.gradients import compute_gradients, flatten, prepare_model
 from utils.checkpoint.lora_files import WEIGHTS_FILE
-from utils.memory.quantized_linear import QuantizedLinear, decode
+from utils.memory.quantized_linear import QuantizedLinear, decode, encode
 from utils.training.trainable import trained_parameters
 
 
@@ -36,6 +36,17 @@ def test_gradients_on_a_quantized_base(tiny, tmp_path, variant, kind, tolerance)
         parameter.grad = None
     decoded = compute_gradients(plain)
     torch.testing.assert_close(actual[:2], decoded[:2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4"])
+def test_compiled_decoding_gives_equal_bits(scheme):
+    """Compiled blocks decode in one kernel, which rounds to half precision once."""
+    torch._dynamo.reset()
+    encoded = encode(torch.randn(96, 256, generator=torch.Generator().manual_seed(0)), scheme)
+    compiled = torch.compile(decode, fullgraph=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(compiled(*encoded, dtype), decode(*encoded, dtype))
 
 
 @pytest.mark.slow

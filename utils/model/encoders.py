@@ -12,13 +12,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import cpu_offload
 from diffusers import AutoencoderKLCogVideoX
+from torch.func import functional_call
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from dataset.precompute import PixelEncoders
+from dataset.precompute import EncodePrompts, PixelEncoders
+from utils.memory.layer_streaming import stream_weights
 from utils.model import loading
 
+# Number of prompts that pass the layers of an offloaded text encoder together. Each takes 2 to 4 MiB of GPU memory.
+PROMPTS_PER_PASS = 128
 # Each condition image is encoded under several draws of noise, log sigma ~ N(mean, std). A training step picks one.
 IMAGE_NOISE_DRAWS, LOG_SIGMA_MEAN, LOG_SIGMA_STD = 4, -3.0, 0.5
 # Part of the cache key of a condition image; changing the text invalidates existing caches.
@@ -65,35 +68,76 @@ def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -
     return torch.stack(moments)
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, max_length: int, prompt: str) -> torch.Tensor:
+    """Returns token ids [1, S]. The prompt is padded or truncated to S = `max_length` tokens."""
+    return tokenizer(
+        prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
 @torch.no_grad()
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int, prompt: str
 ) -> torch.Tensor:
     """Encodes a prompt to an embedding [S, D] on the CPU, in the text encoder's dtype.
 
-    The prompt is padded or truncated to S = `max_length` tokens, as in the pipelines' `_get_t5_prompt_embeds`.
+    Padding counts as text, as in the pipelines' `_get_t5_prompt_embeds`.
     """
-    tokens = tokenizer(prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    device = text_encoder.device  # "meta" if offloaded; accelerate's hooks then move the inputs
-    return text_encoder(tokens.input_ids.to("cpu" if device.type == "meta" else device))[0][0].cpu()
+    return text_encoder(tokenize(tokenizer, max_length, prompt).to(text_encoder.device))[0][0].cpu()
+
+
+@torch.no_grad()
+def encode_by_layers(
+    text_encoder: T5EncoderModel, token_ids: list[torch.Tensor], device: torch.device, beat: Callable[[], None]
+) -> list[torch.Tensor]:
+    """Encodes prompts with a text encoder in host memory: all of them by one layer, then by the next one.
+
+    Each layer is copied to the device once. Each prompt passes a layer by itself, which gives the bits of
+    `encode_prompt`.
+
+    Args:
+        token_ids: [1, S] per prompt, in host memory.
+        beat: sends a heartbeat; called for every prompt in every layer.
+
+    Returns:
+        an embedding [1, S, D] per prompt, on the device.
+    """
+    stack = text_encoder.encoder
+    # looking the tokens up in host memory keeps the largest matrix off the device
+    hidden = [stack.embed_tokens(ids).to(device) for ids in token_ids]  # [1, S, D] per prompt
+    position_bias = None  # computed by the first layer and shared by the others
+    for layer, weights in zip(stack.block, stream_weights(stack.block, device), strict=True):
+        for prompt, inputs in enumerate(hidden):
+            outputs = functional_call(layer, weights, inputs, {"position_bias": position_bias})
+            hidden[prompt], position_bias, _ = outputs
+            beat()
+    for weights in stream_weights([stack.final_layer_norm], device):
+        hidden = [functional_call(stack.final_layer_norm, weights, inputs) for inputs in hidden]
+    return hidden
 
 
 @contextmanager
-def prompt_encoder(
-    model_dir: Path, device: torch.device, max_length: int, offload: bool
-) -> Iterator[Callable[[str], torch.Tensor]]:
-    """Yields a function that encodes a prompt with a checkpoint's text encoder, as `encode_prompt` does.
+def prompt_encoder(model_dir: Path, device: torch.device, max_length: int, offload: bool) -> Iterator[EncodePrompts]:
+    """Yields a function that encodes prompts with a checkpoint's text encoder, as `encode_prompt` does.
 
     Args:
         max_length: number of tokens per prompt.
-        offload: keep the weights in host memory and copy each layer to the device while it runs.
+        offload: keep the weights in host memory and copy one layer at a time to the device.
     """
-    cpu = torch.device("cpu")
-    text_encoder = loading.load_text_encoder(model_dir, cpu if offload else device)
-    if offload:  # `device` is "cpu:0" in accelerate's processes; its hooks treat that as different from "cpu"
-        cpu_offload(text_encoder, cpu if device.type == "cpu" else device)
+    text_encoder = loading.load_text_encoder(model_dir, torch.device("cpu") if offload else device)
+    tokenizer = loading.load_tokenizer(model_dir)
+
+    def encode(prompts: list[str], beat: Callable[[], None]) -> Iterator[torch.Tensor]:
+        if not offload:
+            for prompt in prompts:
+                yield encode_prompt(tokenizer, text_encoder, max_length, prompt)
+        for start in range(0, len(prompts) if offload else 0, PROMPTS_PER_PASS):
+            token_ids = [tokenize(tokenizer, max_length, text) for text in prompts[start : start + PROMPTS_PER_PASS]]
+            for embedding in encode_by_layers(text_encoder, token_ids, device, beat):
+                yield embedding[0].cpu()
+
     with loading.released(text_encoder):
-        yield partial(encode_prompt, loading.load_tokenizer(model_dir), text_encoder, max_length)
+        yield encode
 
 
 @contextmanager

@@ -26,6 +26,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
             decoupled_weight_decay=is_decoupled,
             seed=training.seed,
             in_backward=args.memory.optimizer_in_backward,
+            compiled=bool(args.memory.compile_blocks),
         )
     optimizer_class = torch.optim.AdamW if is_decoupled else torch.optim.Adam
     # Under DeepSpeed, accelerate replaces this class with DeepSpeed's own counterpart. The fused implementation is one
