@@ -30,6 +30,7 @@ from utils.common.filesystem import atomic_write, set_mtime_nanoseconds
 
 FORMAT_VERSION = 2
 SUFFIX = ".safetensors"
+ENCODERS_FILE = "encoders.json"
 _TENSOR = "data"
 
 
@@ -112,6 +113,20 @@ class LatentCache:
         """Removes an entry if it exists and the folder is writable."""
         with suppress(OSError):  # another process may have removed it, or the folder is read-only
             self.path(name).unlink()
+
+    def encoders(self) -> dict[str, str]:
+        """Returns what the cache knows about encoders: fingerprint by meaning -> the one that is in the cache keys."""
+        try:
+            return dict(json.loads((self.folder / ENCODERS_FILE).read_text()))
+        except (OSError, ValueError, TypeError):  # a new cache, or one of an earlier version
+            return {}
+
+    def add_encoders(self, encoders: dict[str, str]) -> None:
+        """Adds to `encoders`. Does nothing if the folder is read-only."""
+        known = self.encoders()
+        if not encoders.items() <= known.items():
+            with suppress(OSError), atomic_write(self.folder / ENCODERS_FILE) as tmp_path:
+                tmp_path.write_text(json.dumps(known | encoders))
 
     def names(self) -> Iterator[str]:
         """Yields the names of all entries; ignores other files in the folder."""

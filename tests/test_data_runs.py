@@ -103,7 +103,7 @@ def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
             member.kill()
         wait(process)
     assert [wait(process) for process in (start("killed"), start("killed"))] == [0, 0]
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {*entries, "files.jsonl"}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {*entries, "files.jsonl", "encoders.json"}
     assert all((tmp_path / "killed" / name).read_bytes() == content for name, content in entries.items())
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from utils.config.args import parse_args
 from utils.memory.pinned_memory import CopyStream
 from utils.model import encoders, loading
 from utils.model.encoders import to_model_range
-from utils.model.spec import read_spec
 from utils.run.preflight import preflight
 
 SIZE = Resolution(9, 64, 64)
@@ -163,36 +162,43 @@ def test_fingerprint_depends_on_weights_and_settings(tiny, tmp_path):
 
 def test_fingerprint_ignores_who_wrote_the_files(tiny, tmp_path):
     folder = shutil.copytree(tiny("5b") / "vae", tmp_path / "vae")
-    first = loading.fingerprint(folder)
+    first, meaning = loading.fingerprint(folder), loading.fingerprint(folder, by_meaning=True)
     (folder / ".DS_Store").write_bytes(b"x")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"_diffusers_version": "9.0"}))
     assert loading.fingerprint(folder) == first
-    (folder / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-3}))
-    assert loading.fingerprint(folder) != first
+    edit_config(folder, _diffusers_version="9.0")
+    assert loading.fingerprint(folder) != first and loading.fingerprint(folder, by_meaning=True) == meaning
+    edit_config(folder, norm_eps=1e-3)
+    assert loading.fingerprint(folder, by_meaning=True) != meaning
 
 
-def test_cache_and_checkpoint_of_an_earlier_version_stay_valid(tiny, data, tmp_path):
-    """Entries and bases were named by the text of the configs."""
-    args = parse_args(arguments(tiny("5b"), data, tmp_path, "--resume_from_checkpoint", "latest"))
-    args = preflight(args, 1).args
-    names = set(preflight(args, 1).prompts)
-    earlier = loading.fingerprint(
-        tiny("5b") / "text_encoder",
-        config_as_text=True,
-        tokenizer=loading.fingerprint(tiny("5b") / "tokenizer"),
-        length=read_spec(tiny("5b")).max_text_seq_length,
-    )
-    empty_prompt = EncoderSettings("", earlier, None).prompt_key("")
-    LatentCache(data / "videos" / "latent").write(empty_prompt, torch.zeros(1))
-    assert empty_prompt in (later := set(preflight(args, 1).prompts)) and not names & later
-    base = loading.fingerprint(tiny("5b") / "transformer", config_as_text=True)
-    (tmp_path / "checkpoint-1" / "training_state").mkdir(parents=True)
-    (tmp_path / "checkpoint-1" / "args.json").write_text(json.dumps(args.as_dict()))
-    (tmp_path / "checkpoint-1" / "progress.json").write_text(json.dumps({"base": base, "step": 1}))
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_cache_and_checkpoint_stay_valid_for_another_release_of_the_model(tiny, data, tmp_path):
+    model = shutil.copytree(tiny("5b"), tmp_path / "model")
+    args = parse_args(arguments(model, data, tmp_path / "out", "--resume_from_checkpoint", "latest"))
+    plan = preflight(args, 1)
+    LatentCache(plan.cache_dir).add_encoders(plan.encoders)
+    progress = json.dumps(asdict(plan.progress) | {"step": 1})
+    for component in ("vae", "text_encoder", "transformer"):
+        edit_config(model / component, _diffusers_version="9.0", transformers_version="9.0")
+    later = preflight(args, 1)
+    assert (later.prompts, later.keys) == (plan.prompts, plan.keys)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (checkpoint / "training_state").mkdir(parents=True)
+    (checkpoint / "args.json").write_text(json.dumps(plan.args.as_dict()))
+    (checkpoint / "progress.json").write_text(progress)
     with pytest.raises(UserError) as caught:
         preflight(args, 1)
     assert len(caught.value.errors) == 1 and "optimizer.bin is missing" in caught.value.errors[0]
+    edit_config(model / "vae", norm_eps=1e-3)
+    edit_config(model / "transformer", norm_eps=1e-3)
+    with pytest.raises(UserError, match="is not the base"):
+        preflight(args, 1)
+    shutil.rmtree(checkpoint)
+    assert preflight(args, 1).keys != plan.keys
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "garbage", "swapped"])

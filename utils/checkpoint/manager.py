@@ -54,6 +54,7 @@ class Progress:
 
     Attributes:
         base: fingerprint of the transformer that is fine-tuned.
+        base_by_meaning: the same, by meaning; empty in checkpoints of earlier versions.
         step: number of optimizer updates done.
         samples_seen: position in the sample stream, over all ranks.
         zero_stage: ZeRO stage of the training state; 0 for DDP.
@@ -67,6 +68,7 @@ class Progress:
     zero_stage: int = 0
     num_processes: int = 1
     data: str = ""
+    base_by_meaning: str = ""
 
 
 class Checkpoints:

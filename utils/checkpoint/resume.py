@@ -34,6 +34,8 @@ FIXED_OPTIONS = (
     ("memory", "quantize_optimizer"),
     ("memory", "offload_optimizer"),
 )
+# Fields of `Progress` that are not counts.
+TEXTS = ("base", "base_by_meaning", "data")
 
 
 def _unordered(value: Any) -> Any:
@@ -68,12 +70,11 @@ def fixed_memory_options(folder: Path | None) -> dict[str, Any]:
         return {}
 
 
-def read_progress(args: Args, folder: Path, current: Progress, earlier_base: str = "") -> Progress:
+def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
     """Returns the progress stored in a checkpoint, after checking that this run can continue from it.
 
     Args:
         current: base, ZeRO stage and number of processes of this run.
-        earlier_base: fingerprint of the same base by an earlier version.
 
     Raises:
         UserError: the folder is not a complete checkpoint, its base or fixed options differ from those of this run, or
@@ -95,7 +96,7 @@ def read_progress(args: Args, folder: Path, current: Progress, earlier_base: str
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
         trained_with = {(group, name): saved[group][name] for group, name in FIXED_OPTIONS}
         precision = saved["training"]["mixed_precision"]
-        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in ("base", "data")):
+        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in TEXTS):
             raise ValueError(f"{PROGRESS_FILE} has counts that are not integers")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{flag}: {folder} is damaged ({error}); use another checkpoint. {available}") from error
@@ -106,7 +107,7 @@ def read_progress(args: Args, folder: Path, current: Progress, earlier_base: str
         for (group, name), value in trained_with.items()
         if _unordered(value) != _unordered(options[group][name]) and (group != "lora" or is_lora)
     ]
-    if progress.base not in (current.base, earlier_base):
+    if progress.base != current.base and progress.base_by_meaning != current.base_by_meaning:
         errors.append(f"--model_path {args.model.model_path} is not the base that {folder} was trained on.")
     if progress.zero_stage != current.zero_stage:
         errors.append(

@@ -200,7 +200,7 @@ def maintain_cache(
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    encoding = encoder_settings(model_dir, spec, options.enable_tiling, cache)
+    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache)
     all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
     used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())

@@ -81,19 +81,19 @@ def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def fingerprint(folder: Path, config_as_text: bool = False, **settings: Any) -> str:
+def fingerprint(folder: Path, by_meaning: bool = False, **settings: Any) -> str:
     """Returns a digest of a component's files and settings, 32 hex digits; part of the cache keys.
 
     Files up to 64 MiB are hashed in full. Of larger files, the size and 256 evenly spaced blocks of 64 KiB are hashed;
-    any retraining changes them. Hidden files, such as those of file managers, do not count. Neither do the entries of
-    config.json that name the software which wrote it.
+    any retraining changes them. Hidden files, such as those of file managers, do not count.
 
     Args:
-        config_as_text: whether to hash the text of config.json, as earlier versions did.
+        by_meaning: whether to hash the entries of config.json in place of its text, without those that name the
+            software which wrote it. Such a digest finds the same component in another release of its files.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."):
-        if path.name == "config.json" and not config_as_text:
+        if path.name == "config.json" and by_meaning:
             digest.update(_meaning_of_config(path))
             continue
         size = path.stat().st_size

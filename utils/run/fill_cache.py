@@ -31,6 +31,7 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
     cache, shard = LatentCache(plan.cache_dir), RankShard(processes.process_index, processes.num_processes)
     if processes.is_main_process:
         remove_stale_temporaries(plan.cache_dir)
+        cache.add_encoders(plan.encoders)
     load_prompt_encoder = partial(
         encoders.prompt_encoder,
         plan.model_dir,

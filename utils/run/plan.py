@@ -31,6 +31,7 @@ class RunPlan:
         clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
+        encoders: lines to add to the encoders that the cache knows.
         resume_from: checkpoint to resume from; None for a new run.
         progress: progress at the start of this run.
         notes: facts that the user should know but that do not stop the run.
@@ -47,6 +48,7 @@ class RunPlan:
     prompts: dict[str, str]
     empty_prompt: str
     cache_dir: Path
+    encoders: dict[str, str]
     resume_from: Path | None
     progress: Progress
     notes: list[str]
@@ -139,7 +141,7 @@ def make_plan(
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
-    encoding = encoder_settings(model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir))
+    encoding, encoders = encoder_settings(model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir))
     keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
     validation_keys = encoding.keys(scan.validation, scan.facts)
     prompts = {encoding.prompt_key(""): ""}
@@ -157,17 +159,24 @@ def make_plan(
         prompts=prompts,
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
+        encoders=encoders,
         resume_from=resume_from,
         progress=progress,
         notes=notes,
     )
 
 
-def encoder_settings(model_dir: Path, spec: ModelSpec, tiling: bool, cache: LatentCache) -> EncoderSettings:
-    """Returns the encoder settings that are part of the cache keys."""
+def encoder_settings(
+    model_dir: Path, spec: ModelSpec, tiling: bool, cache: LatentCache
+) -> tuple[EncoderSettings, dict[str, str]]:
+    """Returns the encoder settings that are part of the cache keys.
 
-    def settings(config_as_text: bool) -> EncoderSettings:
-        fingerprint = partial(loading.fingerprint, config_as_text=config_as_text)
+    They are those under which the cache knows the encoders, so that another release of the same encoders finds their
+    entries. Also returns the line for each encoder in `LatentCache.encoders`.
+    """
+
+    def settings(by_meaning: bool) -> EncoderSettings:
+        fingerprint = partial(loading.fingerprint, by_meaning=by_meaning)
         return EncoderSettings(
             vae=fingerprint(model_dir / "vae", tiling=tiling),
             text_encoder=fingerprint(
@@ -178,5 +187,7 @@ def encoder_settings(model_dir: Path, spec: ModelSpec, tiling: bool, cache: Late
             image_noise=IMAGE_NOISE if spec.task == "i2v" else None,
         )
 
-    earlier = settings(config_as_text=True)  # a cache of an earlier version keeps its keys
-    return earlier if cache.has(earlier.prompt_key("")) else settings(config_as_text=False)
+    current, meaning = settings(by_meaning=False), settings(by_meaning=True)
+    encoders = {meaning.vae: current.vae, meaning.text_encoder: current.text_encoder}
+    encoders |= {name: known for name, known in cache.encoders().items() if name in encoders}
+    return replace(current, vae=encoders[meaning.vae], text_encoder=encoders[meaning.text_encoder]), encoders

@@ -170,13 +170,13 @@ def check_resume(
     """Returns the progress at which the run starts; None if it cannot resume from the checkpoint."""
     start = Progress(
         base=loading.fingerprint(model.folder / "transformer"),
+        base_by_meaning=loading.fingerprint(model.folder / "transformer", by_meaning=True),
         zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
         num_processes=context.num_processes,
     )
     if resume_from is None:
         return start
-    earlier_base = loading.fingerprint(model.folder / "transformer", config_as_text=True)
-    return report.run(read_progress, context.args, resume_from, start, earlier_base)
+    return report.run(read_progress, context.args, resume_from, start)
 
 
 def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sample]]:
