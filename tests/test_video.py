@@ -165,7 +165,10 @@ def test_decoded_frames_match_ffmpeg(tmp_path: Path, kind: str):
         (lambda path: ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac", path), "has no video, only sound"),
         (lambda path: Image.new("RGB", (64, 64)).save(path, "PNG"), "is an image"),
         (lambda path: Image.new("RGB", (64, 64)).save(path, "JPEG"), "is an image"),
-        (lambda path: ffmpeg(*SOURCE, "-frames:v", 9, "-c:v", "libsvtav1", path), "a codec that decord cannot decode"),
+        (
+            lambda path: ffmpeg(*SOURCE, "-frames:v", 9, "-c:v", "libaom-av1", "-cpu-used", 8, path),
+            "a codec that decord cannot decode",
+        ),
     ],
 )
 def test_error_names_the_reason(tmp_path: Path, make, reason: str):
