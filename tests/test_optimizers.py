@@ -240,7 +240,8 @@ def test_optimizers_support_fp16(tiny, data, tmp_path):
     def train(name, precision, scale, processes=1, *more):
         patch = "import functools, utils.training.optimizer as o; machine_errors = lambda *_: []; "
         patch += (
-            f"o.LossScale = functools.partial(o.LossScale, init_scale={scale}); from accelerate import Accelerator; "
+            f"o.LossScale.__init__ = functools.partialmethod(o.LossScale.__init__, init_scale={scale}); "
+            "from accelerate import Accelerator; "
         )
         # accelerate has no fp16 autocast on a CPU
         patch += "Accelerator.native_amp = property(lambda self: self.mixed_precision == 'fp16', lambda *_: None)"
