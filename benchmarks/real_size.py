@@ -55,7 +55,7 @@ def context_of(row: Row) -> RunContext:
 
 
 def predict_row(row: Row) -> dict[str, Any]:
-    """Returns the terms of the peak of one process in GiB, TFLOP per update, and host memory in GiB."""
+    """Returns the terms of the peak of one process in GiB, TFLOP and memory traffic per update, and host memory."""
     context = context_of(row)
     updates = extrapolated_updates(context)
     terms, host = updates.terms, updates.host
@@ -66,6 +66,7 @@ def predict_row(row: Row) -> dict[str, Any]:
         "goal_gib": row.goal,
         "terms_gib": {name: round(num_bytes / GIB, 2) for name, num_bytes in terms.items()},
         "tflop": round(updates.flop / 1e12),
+        "traffic_tb": {kind: round(num_bytes / 1e12, 3) for kind, num_bytes in updates.traffic.items()},
         "host_gib": round(host / GIB, 1),
         "flags": row.flags,
     }
@@ -82,6 +83,8 @@ def measure_row(row: Row) -> dict[str, Any]:
     from diffusers import CogVideoXTransformer3DModel
 
     context = context_of(row)
+    if context.args.memory.compile_blocks is None:  # as preflight chooses
+        context = context.with_memory(compile_blocks=DEVICE.type == "cuda")
     args = context.args
     torch.set_default_dtype(weight_dtype(args, uses_deepspeed=False))
     with DEVICE:

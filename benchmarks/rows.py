@@ -35,6 +35,11 @@ class Row:
 
 
 ROWS = [
+    # what each script runs without further flags
+    Row("train_ddp_t2v.sh", "CogVideoX-5b", ""),
+    Row("train_ddp_i2v.sh", "CogVideoX-5b-I2V", ""),
+    Row("train_zero_t2v.sh", "CogVideoX-5b", "--training_type sft", zero=("zero2", 8)),
+    Row("train_zero_i2v.sh", "CogVideoX-5b-I2V", "--training_type sft", zero=("zero2", 8)),
     Row("2b-lora", "CogVideoX-2b", "--mixed_precision bf16", 7.8),
     Row("2b-lora-smallest", "CogVideoX-2b", f"--mixed_precision bf16 {SMALLEST_LORA}", 5.5),
     Row("2b-lora-fastest", "CogVideoX-2b", f"--mixed_precision bf16 {NO_CHECKPOINTING}"),

@@ -70,7 +70,7 @@ def test_search_returns_the_fastest_settings_that_fit(tiny, tmp_path, no_margin,
     monkeypatch.setattr(settings_search, "extrapolated_updates", cached_updates)
     tried = []
     for slowdown, activations in settings_search.ACTIVATION_CANDIDATES:
-        for more, settings in settings_search.optimizer_candidates(context, compiles=True):
+        for more, settings in settings_search.optimizer_candidates(context):
             candidate = context.with_memory(**activations, **settings)
             assert not [*candidate.args.errors(), *model_errors(candidate.args, context.spec, False, 1)]
             gib = sum(cached_updates(candidate).terms.values()) / GIB
