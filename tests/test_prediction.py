@@ -298,6 +298,9 @@ def test_zero_peaks_match_published_figures(model):
     """With the buffer sizes of DeepSpeed, peaks match the figures in `rows.py`; the templates need less."""
     rows = [row for row in ROWS if row.model == model and row.zero and row.goal]
     updates = prediction.extrapolated_updates(real_size.context_of(rows[0]))  # the same for every template
+    recorded = real_size.read(real_size.RESULTS / "predicted.json")[rows[0].name]["traffic_tb"]
+    traffic = {kind: num_bytes / 1e12 for kind, num_bytes in updates.traffic.items()}
+    assert traffic == pytest.approx(recorded, rel=0.01, abs=0.001)
     for row in rows:
         config = real_size.context_of(row).zero
         assert row.zero and row.goal and config
