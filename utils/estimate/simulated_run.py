@@ -80,7 +80,8 @@ def simulation(context: RunContext) -> Iterator[MemoryTracker]:
 def simulate_updates(context: RunContext) -> UpdateProfile:
     """Profiles two updates. The second one starts with existing optimizer states.
 
-    Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes.
+    Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes. The
+    loss scale of fp16, which changes gradients in place, is left out.
     """
     args, uses_deepspeed = context.args, context.uses_deepspeed
     transformer = empty_transformer(context)
@@ -106,8 +107,8 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
             tracker.watch_peak(parameters)
 
         # The first update creates the optimizer states and counts operations; the counter itself keeps tensors alive.
-        for counting in (counter, nullcontext()):
-            if counting is not counter:
+        for counting, end in ((counter, lambda name: None), (nullcontext(), end_phase)):
+            if end is end_phase:
                 split_backward(transformer, end_phase)
                 tracker.traffic.clear()
                 tracker.watch_peak(parameters)
@@ -115,15 +116,15 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
             with counting:
                 losses, _ = objective(model, batch, list(range(args.training.batch_size)))
                 saved = tracker.now - before_forward
-                end_phase("forward")
+                end("forward")
                 losses.mean().backward()
-                end_phase("backward, first blocks")
+                end("backward, first blocks")
             forward_and_backward = tracker.traffic.copy()
             if optimizer is not None:
                 clip(optimizer, args.training.max_grad_norm)
                 if not args.memory.offload_optimizer:  # an offloaded optimizer updates on the host
                     optimizer.step()
-                end_phase("optimizer")
+                end("optimizer")
                 # DDP keeps gradients in its buckets, and accumulation keeps them between micro-batches
                 keeps_none = context.num_processes == args.training.gradient_accumulation_steps == 1
                 optimizer.zero_grad(set_to_none=keeps_none)
@@ -131,12 +132,12 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         if optimizer is not None:
             states = [state for states in optimizer.state.values() for state in states.values()]
             terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
-        phases = {}
-        for name, (peak, gradients) in peaks.items():
-            phases[name] = terms | ({} if uses_deepspeed else {"gradients": gradients})
-            rest = peak - sum(phases[name].values())
-            kept = 0 if name == "optimizer" else min(saved, rest)  # fewer may remain when the peak is reached
-            phases[name] |= {"saved activations": kept, "working set": rest - kept}
+    phases = {}
+    for name, (peak, gradients) in peaks.items():
+        phases[name] = terms | ({} if uses_deepspeed else {"gradients": gradients})
+        rest = peak - sum(phases[name].values())
+        kept = 0 if name == "optimizer" else min(saved, rest)  # fewer may remain when the peak is reached
+        phases[name] |= {"saved activations": kept, "working set": rest - kept}
     weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
     host = tracker.host + (8 * trained if args.memory.offload_optimizer else 0)  # Adam's two states
     traffic = forward_and_backward | {"optimizer": (tracker.traffic - forward_and_backward).total()}
