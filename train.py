@@ -111,7 +111,9 @@ def train(plan: RunPlan) -> None:
     make_trainable(transformer, args, accelerator.device)
     use_attention_kernel(args.memory.attention_kernel)
     if args.memory.compile_blocks:
-        accelerator.print("The first update compiles the blocks, which takes minutes.")
+        accelerator.print(
+            "The first update compiles the blocks and takes minutes longer (--compile_blocks false: none)."
+        )
     parameters = trained_parameters(transformer)
     num_trained = sum(parameter.numel() for parameter in parameters)
     accelerator.print(f"Trained parameters: {num_trained:,}")

@@ -53,6 +53,7 @@ TRAIN_ARGS=(
     --gradient_checkpointing full           # selective: faster, 2 GiB (2b) to 11 GiB (1.5) more memory; none: several
                                             # times the memory
     --offload_activations false             # true: keep checkpointed tensors in host memory; works well with selective
+    # --compile_blocks false                # default on a GPU: true; adds minutes to the first update, then is faster
     # --vram_budget_gib 16                  # or auto; chooses settings predicted to fit; README, section Less memory
     # --quantize_optimizer 8bit             # sft: 8-bit Adam, bf16 weights; --offload_optimizer: Adam on the host
     --seed 42                               # for clip order, noise, timesteps and adapter initialization

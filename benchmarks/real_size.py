@@ -33,7 +33,7 @@ def context_of(row: Row) -> RunContext:
 
 
 def predict_row(row: Row) -> dict[str, Any]:
-    """Returns the terms of the peak of one process in GiB, TFLOP per update, and host memory in GiB.
+    """Returns the terms of the peak of one process in GiB, TFLOP and memory traffic per update, and host memory.
 
     `tflop` includes recomputation; `model_tflop` is the useful work that `train.py` reports.
     """
@@ -48,6 +48,7 @@ def predict_row(row: Row) -> dict[str, Any]:
         "goal_gib": row.goal,
         "terms_gib": {name: round(num_bytes / GIB, 2) for name, num_bytes in terms.items()},
         "tflop": round(updates.flop / 1e12),
+        "traffic_tb": {kind: round(num_bytes / 1e12, 3) for kind, num_bytes in updates.traffic.items()},
         "host_gib": round(host / GIB, 1),
         "flags": row.flags,
         "model_tflop": round(work.flop / 1e12),

@@ -278,7 +278,7 @@ def test_optimizer_in_backward_trains_the_same_weights_and_resumes(tiny, data, t
     options += ["--resume_from_checkpoint", "latest"]
     in_backward = ["--optimizer_in_backward"]
     # a GPU with 50 GiB, so that the start predicts the memory of the run
-    patch = "from utils.estimate.context import Machine; this_machine = lambda try_compiler: Machine(50.0)"
+    patch = "from utils.estimate.context import Machine; this_machine = lambda: Machine(50.0)"
     gpu = patch_programs(tmp_path, "utils.run.preflight", patch)
     for name, steps, more in (("plain", 4, []), ("resumed", 2, in_backward), ("resumed", 4, in_backward)):
         argv = arguments(tiny("1.5"), data, tmp_path / name, *options, "--train_steps", steps, *more)

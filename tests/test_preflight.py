@@ -9,13 +9,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import ROOT, arguments, run
 from utils.commands.inspect_dataset import contact_sheet
-from utils.common.errors import UserError
+from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
+from utils.estimate.context import RunContext
+from utils.estimate.settings_search import optimizer_candidates
 from utils.model.spec import read_spec
+from utils.run import preflight as preflight_module
 from utils.run.preflight import fill_in_defaults, preflight
 
 
@@ -200,6 +204,48 @@ def test_machine_without_a_compiler_is_reported(tiny, data, tmp_path):
     result = run("train_ddp_t2v.sh", *argv, processes=1, CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "graphs")
     assert result.returncode == 2, result.stdout
     assert "--compile_blocks: torch.compile does not work on this machine (" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], False),
+        (["--autocast", "true"], True),
+        (["--training_type", "sft"], True),
+        (["--training_type", "sft", "--quantize_optimizer", "8bit"], False),
+        (["--training_type", "sft", "--offload_optimizer"], False),
+    ],
+)
+def test_autocast_is_the_default_of_float32_weights_only(tiny, tmp_path, options, expected):
+    """The budget uses the same default for every candidate."""
+    spec = read_spec(tiny("5b"))
+    argv = arguments(tiny("5b"), tmp_path, tmp_path, "--mixed_precision", "bf16", *options)
+    args = fill_in_defaults(parse_args(argv), spec)
+    assert args.memory.autocast is expected
+    candidates = [settings for _, settings in optimizer_candidates(RunContext(args, spec, {}))]
+    states = ("quantize_base", "quantize_optimizer", "offload_optimizer")
+    (same,) = [one for one in candidates if all(one[name] == getattr(args.memory, name) for name in states)]
+    assert same["autocast"] is expected or "--autocast" in options
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "error", "uses_deepspeed", "options", "expected"),
+    [
+        (True, None, False, [], True),
+        (True, None, False, ["--compile_blocks", "false"], False),
+        (True, None, True, [], False),
+        (True, "no compiler", False, [], False),
+        (False, None, False, [], False),
+        (False, None, False, ["--compile_blocks"], True),
+    ],
+)
+def test_blocks_are_compiled_on_a_gpu_by_default(monkeypatch, has_gpu, error, uses_deepspeed, options, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(preflight_module, "compile_error", lambda: error)
+    report = CheckReport([])
+    args = parse_args(arguments(Path(), Path(), Path(), *options))
+    assert preflight_module.choose_compilation(report, args, uses_deepspeed).memory.compile_blocks is expected
+    assert bool(report.notes) == bool(error)
 
 
 @pytest.mark.parametrize(("num_workers", "expected"), [(0, 1), (1, 1), (10**6, len(os.sched_getaffinity(0)))])

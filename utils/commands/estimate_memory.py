@@ -54,7 +54,7 @@ def main() -> None:
         raise UserError(errors)
     context = make_context(train_flags, own.zero, own.num_processes)
     if context.args.memory.vram_budget_gib is not None:
-        args, note = fit_to_budget(context, this_machine(try_compiler=True), {})
+        args, note = fit_to_budget(context, this_machine(), {})
         context = replace(context, args=args)
         print(note)
     print("\n".join(describe_prediction(predict(context), context)))

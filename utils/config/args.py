@@ -128,13 +128,16 @@ class MemoryArgs:
         "none", help="lora: store the frozen weights of the transformer blocks in 8 or 4 bits"
     )
     offload_text_encoder: bool = option(False, help="keep T5 in host memory and copy one layer at a time to the GPU")
-    autocast: bool = option(
-        True,
-        help="false: computes everything in half precision, norms included, as in sampling; uses less memory; not for "
-        "DeepSpeed",
+    autocast: bool | None = option(
+        None,
+        help="true: norms compute in float32; false: everything computes in half precision, as in sampling, which is "
+        "faster and uses less memory; default: true only for float32 weights, which sft has without "
+        "--quantize_optimizer and --offload_optimizer; not for DeepSpeed",
     )
-    compile_blocks: bool = option(
-        False, help="compile each transformer block; takes minutes at the start, then runs faster"
+    compile_blocks: bool | None = option(
+        None,
+        help="compile each transformer block; the first update takes minutes longer, all others are faster; not for "
+        "DeepSpeed; default: true on a GPU where torch.compile works",
     )
     attention_kernel: Literal["auto", "flash", "cudnn", "efficient", "math"] = option(
         "auto", help="attention kernel; auto: PyTorch chooses, and uses cuDNN on Hopper"

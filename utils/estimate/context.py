@@ -14,7 +14,6 @@ from dataset.video import Resolution
 from utils.common.units import GIB
 from utils.config.args import Args
 from utils.model.spec import ModelSpec
-from utils.training.trainable import compile_error
 
 
 @dataclass(frozen=True)
@@ -59,28 +58,21 @@ class Machine:
     Attributes:
         gpu_gib: free memory of this process's GPU; None without a GPU.
         host_gib: available host memory; infinite without a GPU, since the run will happen elsewhere.
-        compiles: whether torch.compile is known to work; assumed without a GPU.
         local_processes: processes of the run on this machine; None for all of them.
     """
 
     gpu_gib: float | None = None
     host_gib: float = math.inf
-    compiles: bool = True
     local_processes: int | None = None
 
 
-def this_machine(try_compiler: bool) -> Machine:
-    """Returns the resources of this machine.
-
-    Args:
-        try_compiler: whether to try torch.compile, which takes seconds; otherwise it counts as unavailable on a GPU.
-    """
+def this_machine() -> Machine:
+    """Returns the resources of this machine."""
     local_processes = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
     if not torch.cuda.is_available():
         return Machine(local_processes=local_processes)
     return Machine(
         gpu_gib=torch.cuda.mem_get_info()[0] / GIB,
         host_gib=psutil.virtual_memory().available / GIB,
-        compiles=try_compiler and compile_error() is None,
         local_processes=local_processes,
     )

@@ -9,17 +9,21 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from utils.estimate.memory_traffic import operation_kind, traffic
 from utils.memory import pinned_memory
 
 # Device of tensors in host memory, which is counted separately from GPU memory.
@@ -38,18 +42,26 @@ class MemoryTracker(TorchDispatchMode):
         peak: maximum of `now` since `watch_peak`.
         gradients: bytes of gradients at the peak.
         host: maximum bytes of host memory.
+        traffic: bytes read and written since the start, by kind of operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.gradients = self.host = self._on_host = 0
         self.peak = sys.maxsize
+        self.traffic: Counter[str] = Counter()
         self._parameters: list[torch.nn.Parameter] = []
         self._alive: set[int] = set()
 
     def watch_peak(self, parameters: Iterable[torch.nn.Parameter] = ()) -> None:
         """Restarts the search for the peak. At each new peak, the gradients of `parameters` are counted."""
-        self.peak, self.gradients, self._parameters = self.now, 0, list(parameters)
+        gc.collect()
+        self._parameters = list(parameters)
+        self._note_peak()
+
+    def _note_peak(self) -> None:
+        self.peak = self.now
+        self.gradients = sum(storage_size(p.grad) for p in self._parameters if p.grad is not None)
 
     def add(self, tensor: torch.Tensor) -> None:
         """Counts the storage of a tensor until it is freed; a storage that is already counted is ignored."""
@@ -73,6 +85,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
+        self.traffic[operation_kind(func)] += traffic(func, args, kwargs or {}, result, HOST_PLACEHOLDER)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
@@ -80,8 +93,7 @@ class MemoryTracker(TorchDispatchMode):
             # reference cycles keep recomputed tensors alive; on a GPU, a failed allocation would free them
             gc.collect()
             if self.now > self.peak:
-                self.peak = self.now
-                self.gradients = sum(storage_size(p.grad) for p in self._parameters if p.grad is not None)
+                self._note_peak()
         return result
 
 
@@ -98,7 +110,7 @@ def simulate() -> Iterator[MemoryTracker]:
     gc.freeze()  # the collection at each new peak skips objects that exist already
     try:
         host_memory = patch.object(pinned_memory, "HOST", HOST_PLACEHOLDER)
-        with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), host_memory, tracker:
+        with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), cuda_foreach(), host_memory, tracker:
             yield tracker
     finally:
         gc.unfreeze()
@@ -133,6 +145,19 @@ def cuda_autocast() -> Iterator[None]:
         # patched, because a torch function mode is inactive while checkpointing recomputes
         for name in AUTOCAST_FLOAT32:
             stack.enter_context(patch.object(functional, name, in_float32(getattr(functional, name))))
+        yield
+
+
+@contextmanager
+def cuda_foreach() -> Iterator[None]:
+    """Makes optimizers and clipping choose the implementations that they choose by default for CUDA tensors."""
+    devices = [*_foreach_utils._get_foreach_kernels_supported_devices(), "cpu"]
+    types = [*_foreach_utils._foreach_supported_types, FakeTensor]
+    with (
+        patch.object(optimizer, "_get_foreach_kernels_supported_devices", lambda: devices),
+        patch.object(optimizer, "_foreach_supported_types", types),
+        patch.object(_foreach_utils, "_foreach_supported_types", types),
+    ):
         yield
 
 

@@ -41,6 +41,7 @@ class Prediction:
         start: peak between loading the transformer and the first batch, resuming included.
         host: offloaded tensors of one machine.
         flop: floating-point operations of an update, recomputation included.
+        traffic: bytes that an update reads from and writes to GPU memory, by kind of operation.
     """
 
     training: dict[str, int]
@@ -49,6 +50,7 @@ class Prediction:
     start: int
     host: int
     flop: int
+    traffic: dict[str, int]
 
     @property
     def peak(self) -> int:
@@ -96,12 +98,18 @@ def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks
     if other.generating:
         resident = ["weights", "adapters", "optimizer", *(["gradients"] if context.num_processes > 1 else [])]
         validation = other.generating + sum(training.get(name, 0) for name in resident)
-    flop = updates.flop * context.args.training.gradient_accumulation_steps
-    return Prediction(training, validation, other.encoding, start_peak(context, updates), host, flop)
+    passes = context.args.training.gradient_accumulation_steps
+    traffic = {kind: num_bytes * (1 if kind == "optimizer" else passes) for kind, num_bytes in updates.traffic.items()}
+    start = start_peak(context, updates)
+    return Prediction(training, validation, other.encoding, start, host, updates.flop * passes, traffic)
 
 
 def extrapolated_updates(context: RunContext) -> UpdateProfile:
-    """The result of `simulate_updates`, by linear extrapolation from 4 and 5 blocks; exact for up to 5 blocks."""
+    """The result of `simulate_updates`, by linear extrapolation from 4 and 5 blocks; exact for up to 5 blocks.
+
+    Each phase is extrapolated separately, because the peak of a deeper model can be in another phase. With 4 blocks,
+    the backward pass has no middle.
+    """
     num_layers, (shallow, deep) = context.spec.transformer["num_layers"], SIMULATED_DEPTHS
     if num_layers <= deep:
         return simulate_updates(context)
@@ -110,15 +118,20 @@ def extrapolated_updates(context: RunContext) -> UpdateProfile:
     def extrapolate(at_shallow: int, at_deep: int) -> int:
         return at_deep + (at_deep - at_shallow) * (num_layers - deep) // (deep - shallow)
 
-    terms = {name: extrapolate(small.terms[name], large.terms[name]) for name in large.terms}
-    # If the peak is late in the backward pass, some saved activations are freed by then, which would make the working
-    # set negative.
-    freed = min(terms["working set"], 0)
-    terms |= {"saved activations": terms["saved activations"] + freed, "working set": terms["working set"] - freed}
+    phases = {}
+    for phase, at_shallow in small.phases.items():
+        terms = {name: extrapolate(num_bytes, large.phases[phase][name]) for name, num_bytes in at_shallow.items()}
+        # If the peak is late in the backward pass, some saved activations are freed by then, which would make the
+        # working set negative.
+        freed = min(terms["working set"], 0)
+        terms["saved activations"] += freed
+        terms["working set"] -= freed
+        phases[phase] = terms
     weights, trained, flop, host = (
         extrapolate(getattr(small, name), getattr(large, name)) for name in ("weights", "trained", "flop", "host")
     )
-    return UpdateProfile(terms, weights, trained, flop, host)
+    traffic = {kind: extrapolate(small.traffic[kind], num_bytes) for kind, num_bytes in large.traffic.items()}
+    return UpdateProfile(phases, weights, trained, flop, host, traffic)
 
 
 def zero_terms(
@@ -170,6 +183,8 @@ def describe_prediction(prediction: Prediction, context: RunContext) -> list[str
         f"{name} {' to '.join(f'{tflop / peak / share:.1f}' for share in reversed(UTILIZATION))} s"
         for name, peak in PEAK_TFLOPS.items()
     ]
+    terabytes = f"{sum(prediction.traffic.values()) / 1e12:.2f}"
+    traffic = ", ".join(f"{kind} {num_bytes / 1e12:.2f} TB" for kind, num_bytes in prediction.traffic.items())
     required = required_gib(prediction.peak)
     fitting = ", ".join(str(card) for card in CARDS_GB if card >= required)
     lines = [
@@ -187,5 +202,6 @@ def describe_prediction(prediction: Prediction, context: RunContext) -> list[str
         f"Required free GPU memory, with a safety margin: {required:.1f} GiB; "
         + (f"fits cards of {fitting} GB" if fitting else f"fits no card of up to {CARDS_GB[-1]} GB"),
         f"Work per update: {tflop:.0f} TFLOP; {video_tokens} video and {text_tokens} text tokens per sample",
+        f"Memory traffic per update, without fused kernels: {terabytes} TB ({traffic})",
         f"Time per update, from data sheets, not measured: {', '.join(times)}",
     ]

@@ -1,4 +1,8 @@
-"""Chooses memory settings: the fastest ones that are predicted to fit the memory of a machine."""
+"""Chooses memory settings: the fastest ones that are predicted to fit the memory of a machine.
+
+The search leaves `--compile_blocks` as it is: compiled blocks are faster with any settings, and they are the default
+where the machine can compile.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,12 @@ from utils.estimate.prediction import (
     predict,
     required_gib,
 )
+from utils.training.trainable import needs_autocast
 
 # Options that the search sets. Each candidate sets some of them.
 SEARCHED = (
     *("gradient_checkpointing", "offload_activations", "quantize_base", "quantize_optimizer"),
-    *("optimizer_in_backward", "offload_optimizer", "offload_text_encoder", "autocast", "compile_blocks"),
+    *("optimizer_in_backward", "offload_optimizer", "offload_text_encoder", "autocast"),
 )
 Settings = dict[str, Any]
 # How activations are saved, from fastest to smallest, with the estimated slowdown: the share of work that is
@@ -33,33 +38,35 @@ ACTIVATION_CANDIDATES: tuple[tuple[float, Settings], ...] = (
 )
 
 
-def optimizer_candidates(context: RunContext, compiles: bool) -> Iterator[tuple[float, Settings]]:
+def optimizer_candidates(context: RunContext) -> Iterator[tuple[float, Settings]]:
     """Ways to hold weights and optimizer states, from fastest to smallest, with the estimated slowdown.
 
-    Quantized weights cost decoding, and Adam on the host is slow. Compiled blocks are reported to be a sixth faster
-    with any candidate. PyTorch chooses the attention kernel, and uses cuDNN's where it is faster.
+    Quantized weights cost decoding, and Adam on the host is slow. Autocast is used where it is the default.
     """
-    training, is_lora = context.args.training, context.args.model.training_type == "lora"
-    may_drop_autocast = not context.uses_deepspeed and training.mixed_precision != "no"
+    for slowdown, settings in _states_candidates(context):
+        args = context.with_memory(**settings).args
+        yield slowdown, settings | {"autocast": needs_autocast(args, context.uses_deepspeed)}
+
+
+def _states_candidates(context: RunContext) -> Iterator[tuple[float, Settings]]:
+    training = context.args.training
     exact: Settings = {
         **{"quantize_base": "none", "quantize_optimizer": "none", "optimizer_in_backward": False},
-        **{"offload_optimizer": False, "autocast": not (may_drop_autocast and is_lora)},
-        "compile_blocks": compiles and not context.uses_deepspeed,
+        "offload_optimizer": False,
     }
     yield 0.0, exact
     if context.uses_deepspeed:
         return
-    if is_lora:
+    if context.args.model.training_type == "lora":
         yield 0.03, exact | {"quantize_base": "int8"}
         yield 0.06, exact | {"quantize_base": "int4"}
         return
     one_pass = context.num_processes == training.gradient_accumulation_steps == 1 and training.max_grad_norm == 0
-    half_weights = exact | {"autocast": not may_drop_autocast}
-    quantized = half_weights | {"optimizer_in_backward": one_pass and training.mixed_precision != "fp16"}
+    quantized = exact | {"optimizer_in_backward": one_pass and training.mixed_precision != "fp16"}
     yield 0.4, quantized | {"quantize_optimizer": "8bit"}
     yield 0.45, quantized | {"quantize_optimizer": "4bit"}
     if context.num_processes == 1:
-        yield 1.5, half_weights | {"offload_optimizer": True}
+        yield 1.5, exact | {"offload_optimizer": True}
 
 
 def host_gib(prediction: Prediction, context: RunContext, machine: Machine) -> float:
@@ -97,7 +104,7 @@ def fit_to_budget(context: RunContext, machine: Machine, fixed: Settings) -> tup
 
 def fastest_that_fits(context: RunContext, machine: Machine, budget_gib: float, fixed: Settings) -> Args | Prediction:
     """Returns the arguments with the fastest settings that fit, or else the smallest prediction."""
-    candidates = list(optimizer_candidates(context, machine.compiles))
+    candidates = list(optimizer_candidates(context))
     # Without a candidate that agrees with the checkpoint, the check of the checkpoint reports the difference.
     candidates = [candidate for candidate in candidates if candidate[1].items() >= fixed.items()] or candidates
     for offload in (False, True):  # one-time cost; steps are unaffected

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
 from utils.estimate.context import RunContext
@@ -39,25 +40,38 @@ class UpdateProfile:
     """Memory and work of updates, as seen by one process; sizes in bytes.
 
     Attributes:
-        terms: parts of the peak, by name.
+        phases: parts of the peak in each phase of an update, by name.
         weights, trained: numbers of weights.
         flop: floating-point operations of one forward and backward pass.
         host: tensors in host memory.
+        traffic: bytes that an update reads from and writes to GPU memory, by kind of operation. DeepSpeed's own
+            operations are not simulated, and have none.
     """
 
-    terms: dict[str, int]
+    phases: dict[str, dict[str, int]]
     weights: int
     trained: int
     flop: int
     host: int
+    traffic: dict[str, int]
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Parts of the peak of an update."""
+        return max(self.phases.values(), key=lambda terms: sum(terms.values()))
 
 
 @contextmanager
-def simulation() -> Iterator[MemoryTracker]:
-    """Like `simulate`, but clears the rotary cache: fake tensors are valid only within the block that made them."""
+def simulation(context: RunContext) -> Iterator[MemoryTracker]:
+    """Like `simulate`, but with the attention kernel of the run, and without rotary tables of other simulations.
+
+    Fake tensors are valid only within the block that made them. All kernels but `math` keep the same tensors, so the
+    CPU's stands for those of CUDA.
+    """
+    is_math = context.args.memory.attention_kernel == "math"
     rotary_table.cache_clear()
     try:
-        with simulate() as tracker:
+        with simulate() as tracker, sdpa_kernel(SDPBackend.MATH) if is_math else nullcontext():
             yield tracker
     finally:
         rotary_table.cache_clear()
@@ -66,11 +80,12 @@ def simulation() -> Iterator[MemoryTracker]:
 def simulate_updates(context: RunContext) -> UpdateProfile:
     """Profiles two updates. The second one starts with existing optimizer states.
 
-    Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes.
+    Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes. The
+    loss scale of fp16, which changes gradients in place, is left out.
     """
     args, uses_deepspeed = context.args, context.uses_deepspeed
     transformer = empty_transformer(context)
-    with simulation() as tracker:
+    with simulation(context) as tracker:
         give_fake_weights(transformer)
         parameters = trained_parameters(transformer)
         terms = {"weights": tracker.now}
@@ -86,19 +101,31 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         model = autocast_forward(transformer, context)
         before_forward = saved = 0
         counter = flop_counter()
+        peaks: dict[str, tuple[int, int]] = {}
+
+        def end_phase(name: str) -> None:
+            peaks[name] = tracker.peak, tracker.gradients
+            tracker.watch_peak(parameters)
+
         # The first update creates the optimizer states and counts operations; the counter itself keeps tensors alive.
-        for counting in (counter, nullcontext()):
-            if counting is not counter:
+        for counting, end in ((counter, lambda name: None), (nullcontext(), end_phase)):
+            if end is end_phase:
+                split_backward(transformer, end_phase)
+                tracker.traffic.clear()
                 tracker.watch_peak(parameters)
             before_forward = tracker.now
             with counting:
                 losses, _ = objective(model, batch, list(range(args.training.batch_size)))
                 saved = tracker.now - before_forward
+                end("forward")
                 losses.mean().backward()
+                end("backward, first blocks")
+            forward_and_backward = tracker.traffic.copy()
             if optimizer is not None:
                 clip(optimizer, args.training.max_grad_norm)
                 if not args.memory.offload_optimizer:  # an offloaded optimizer updates on the host
                     optimizer.step()
+                end("optimizer")
                 # DDP keeps gradients in its buckets, and accumulation keeps them between micro-batches
                 keeps_none = context.num_processes == args.training.gradient_accumulation_steps == 1
                 optimizer.zero_grad(set_to_none=keeps_none)
@@ -106,21 +133,43 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         if optimizer is not None:
             states = [state for states in optimizer.state.values() for state in states.values()]
             terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
-            terms["gradients"] = tracker.gradients
-        rest = tracker.peak - sum(terms.values())
-        terms["saved activations"] = min(saved, rest)  # fewer may remain when the peak is reached
-        terms["working set"] = rest - terms["saved activations"]
+    phases = {}
+    for name, (peak, gradients) in peaks.items():
+        phases[name] = terms | ({} if uses_deepspeed else {"gradients": gradients})
+        rest = peak - sum(phases[name].values())
+        kept = 0 if name == "optimizer" else min(saved, rest)  # fewer may remain when the peak is reached
+        phases[name] |= {"saved activations": kept, "working set": rest - kept}
     weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
     host = tracker.host
     if args.memory.offload_optimizer:  # Adam's two states, and gradients of earlier micro-batches
         host += (8 if args.training.gradient_accumulation_steps == 1 else 12) * trained
-    return UpdateProfile(terms, weights, trained, counter.get_total_flops(), host)
+    traffic = forward_and_backward | {"optimizer": (tracker.traffic - forward_and_backward).total()}
+    return UpdateProfile(phases, weights, trained, counter.get_total_flops(), host, traffic)
+
+
+def split_backward(transformer: CogVideoXTransformer3DModel, end_phase: Callable[[str], None]) -> None:
+    """Makes the next backward pass call `end_phase` once it is done with the last two blocks, and with all but two.
+
+    From block to block, memory falls by the saved activations and grows by the gradients of one block. The maximum is
+    therefore at one end of the pass, and the number of blocks decides at which.
+    """
+
+    def watch_input(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handles.pop(block).remove()  # checkpointing runs the block again
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if hidden_states.requires_grad:
+            hidden_states.register_hook(lambda gradient: end_phase(names[block]))
+
+    blocks = transformer.transformer_blocks
+    names = {blocks[2]: "backward, middle blocks"} if len(blocks) > 4 else {}
+    names[blocks[-2:][0]] = "backward, last blocks"
+    handles = {block: block.register_forward_pre_hook(watch_input, with_kwargs=True) for block in names}
 
 
 def generation_peak(context: RunContext) -> int:
     """Peak bytes of a validation video without the trained weights: denoising with guidance, then VAE decoding."""
     transformer = empty_transformer(context)
-    with simulation() as tracker, torch.no_grad():
+    with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(transformer)
         before_forward = tracker.now
         tracker.watch_peak()
@@ -128,7 +177,7 @@ def generation_peak(context: RunContext) -> int:
         fake_objective(context)(autocast_forward(transformer, context), empty_batch(context, batch_size=2), [0, 1])
         denoising = tracker.peak - before_forward
     vae = empty_vae(context)
-    with simulation() as tracker, torch.no_grad():
+    with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
         weights = tracker.now
         tracker.watch_peak()
@@ -140,7 +189,7 @@ def generation_peak(context: RunContext) -> int:
 def clip_encoding_peak(context: RunContext) -> int:
     """Peak bytes of encoding one clip with the VAE."""
     vae, resolution = empty_vae(context), context.resolution
-    with simulation() as tracker, torch.no_grad():
+    with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
         tracker.watch_peak()
         vae.encode(torch.empty(1, 3, resolution.frames, resolution.height, resolution.width, dtype=vae.dtype))
@@ -151,7 +200,7 @@ def prompt_encoding_peak(context: RunContext) -> int:
     """Peak bytes of encoding prompts with T5: one by one on the GPU, or many of them offloaded layer by layer."""
     if not context.args.memory.offload_text_encoder:
         encoder = empty_text_encoder(context)
-        with simulation() as tracker, torch.no_grad():
+        with simulation(context) as tracker, torch.no_grad():
             give_fake_weights(encoder)
             tracker.watch_peak()
             encoder(torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64))
@@ -163,7 +212,7 @@ def prompt_encoding_peak(context: RunContext) -> int:
 def _offloaded_encoding_peak(context: RunContext, num_prompts: int) -> int:
     few_layers = context.text_encoder | {"num_layers": 3}  # two of them are on the GPU at a time
     encoder = empty_text_encoder(replace(context, text_encoder=few_layers))
-    with simulation() as tracker:
+    with simulation(context) as tracker:
         tracker.watch_peak()
         ids = torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64, device=HOST_PLACEHOLDER)
         encode_by_layers(encoder, [ids] * num_prompts, torch.device("cpu"), lambda: None)

@@ -28,6 +28,7 @@ from utils.model.spec import ModelSpec, read_spec
 from utils.run.checks import check_disk_space, machine_errors, model_errors, prompt_notes, tracker_errors
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import RunPlan, make_plan
+from utils.training.trainable import compile_error, needs_autocast
 
 # Scanning more clips than this takes minutes, so errors found before are reported first.
 MAX_CLIPS_SCANNED_AFTER_ERRORS = 1000
@@ -97,6 +98,7 @@ def resolve_strategy(
     template = report.run(find_template)
     uses_deepspeed = template is not None
     args = fill_in_defaults(args, model.spec, uses_deepspeed)
+    args = choose_compilation(report, args, uses_deepspeed)
     zero = report.run(resolve_template, template, args, model.spec.width, num_processes) if template else None
     report.errors += model_errors(args, model.spec, uses_deepspeed, num_processes)
     report.errors += machine_errors(args, uses_deepspeed)
@@ -107,7 +109,7 @@ def resolve_strategy(
 
 
 def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) -> Args:
-    """Fills in the defaults that depend on the model or the machine."""
+    """Fills in the defaults that depend on the model or the machine, except that of `--compile_blocks`."""
     num_workers = max(1, min(args.system.num_workers, len(os.sched_getaffinity(0))))
     precision: Literal["no", "fp16", "bf16"] = args.training.mixed_precision or (
         "fp16" if spec.trained_in_fp16 and torch.cuda.is_available() else "bf16"
@@ -115,7 +117,7 @@ def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) 
     export_dtype = args.checkpoint.export_dtype
     if uses_deepspeed and args.model.training_type == "sft" and export_dtype is None:
         export_dtype = "fp32" if precision == "no" else precision
-    return replace(
+    args = replace(
         args,
         data=replace(args.data, fps=args.data.fps or spec.fps),
         training=replace(args.training, mixed_precision=precision),
@@ -124,6 +126,20 @@ def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) 
         checkpoint=replace(args.checkpoint, export_dtype=export_dtype),
         validation=replace(args.validation, gen_fps=args.validation.gen_fps or spec.fps),
     )
+    if args.memory.autocast is None:
+        args = replace(args, memory=replace(args.memory, autocast=needs_autocast(args, uses_deepspeed)))
+    return args
+
+
+def choose_compilation(report: CheckReport, args: Args, uses_deepspeed: bool) -> Args:
+    """Fills in the default of `--compile_blocks`. Trying the compiler takes seconds."""
+    compiles = args.memory.compile_blocks
+    if compiles is None:
+        compiles = torch.cuda.is_available() and not uses_deepspeed and not args.data.precompute_only
+        if compiles and (error := compile_error()):
+            compiles = False
+            report.notes.append(f"torch.compile does not work on this machine ({error}), so blocks are not compiled.")
+    return replace(args, memory=replace(args.memory, compile_blocks=compiles))
 
 
 def check_output(report: CheckReport, args: Args) -> None:
@@ -151,7 +167,7 @@ def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | Non
     """
     if report.errors:
         return context
-    machine = this_machine(try_compiler=context.args.memory.vram_budget_gib is not None)
+    machine = this_machine()
     if context.args.memory.vram_budget_gib is None:
         if machine.gpu_gib is not None:
             report.notes += report.run(run_in_subprocess, check_fits, context, machine) or []

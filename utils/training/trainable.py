@@ -36,9 +36,17 @@ def weight_dtype(args: Args, uses_deepspeed: bool) -> torch.dtype:
     return torch.float32 if args.model.training_type == "sft" and not can_be_half else compute_dtype(args)
 
 
+def needs_autocast(args: Args, uses_deepspeed: bool) -> bool:
+    """The default of `--autocast`: weights in half precision need none, float32 weights need it for fast products.
+
+    True under DeepSpeed, where the option has no effect.
+    """
+    return uses_deepspeed or weight_dtype(args, uses_deepspeed) == torch.float32
+
+
 def uses_autocast(args: Args, uses_deepspeed: bool) -> bool:
     """Whether the transformer runs under torch's autocast. DeepSpeed needs none: its weights are in half precision."""
-    return compute_dtype(args) != torch.float32 and args.memory.autocast and not uses_deepspeed
+    return compute_dtype(args) != torch.float32 and bool(args.memory.autocast) and not uses_deepspeed
 
 
 def make_trainable(
@@ -67,7 +75,7 @@ def make_trainable(
         torch._dynamo.config.optimize_ddp = False
     if memory.gradient_checkpointing != "none":
         selective = memory.gradient_checkpointing == "selective"
-        checkpoint_blocks(transformer, selective, memory.offload_activations, memory.compile_blocks)
+        checkpoint_blocks(transformer, selective, memory.offload_activations, bool(memory.compile_blocks))
     elif memory.compile_blocks:
         for block in transformer.transformer_blocks:  # all blocks share one graph
             block.compile(fullgraph=True)
