@@ -24,6 +24,7 @@ from benchmarks import real_size
 from benchmarks.rows import ROWS, Row
 from examples.tiny_configs import task_of
 from tests.conftest import ROOT, arguments
+from tests.warm_start import record_python
 from utils.commands import estimate_memory
 from utils.common.errors import UserError
 from utils.common.gpus import peak_tflops
@@ -146,12 +147,8 @@ def test_predicted_recipes_match_the_record_and_their_goals(row):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name.endswith(".sh")], ids=lambda row: row.name)
-def test_rows_named_after_scripts_have_their_settings(tmp_path, monkeypatch, row):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")  # prints the command of the launcher
-    python.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    command = subprocess.run(["bash", ROOT / row.name], text=True, capture_output=True, check=True).stdout.splitlines()
+def test_rows_named_after_scripts_have_their_settings(row):
+    command = record_python(["bash", str(ROOT / row.name)], os.environ)
     context = real_size.context_of(row)
     config = load_config_from_file(command[command.index("--config_file") + 1])
     template = getattr(config, "deepspeed_config", {}).get("deepspeed_config_file", "")
