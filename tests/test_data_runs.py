@@ -81,12 +81,10 @@ def test_bad_clips_stop_the_run_unless_they_are_skipped(tiny, data, tmp_path):
 
 
 def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
-    def precompute(cache: str) -> list[str]:
-        task = ["--precompute_only", "--cache_dir", tmp_path / cache, "--flip"]
-        return command("train.py", *arguments(tiny("1.5-i2v"), data, tmp_path / "out", *task, task="i2v"))
-
-    def start(cache: str) -> BaseProcess:
-        return start_warm(precompute(cache), environment(1), "/", stdout=os.devnull, stderr=os.devnull)
+    def start(cache: str, out: str = "out") -> BaseProcess:
+        flags = ["--precompute_only", "--cache_dir", tmp_path / cache, "--flip"]
+        argv = command("train.py", *arguments(tiny("1.5-i2v"), data, tmp_path / out, *flags, task="i2v"))
+        return start_warm(argv, environment(1), "/", stdout=os.devnull, stderr=os.devnull)
 
     def wait(process: BaseProcess) -> int | None:
         process.join()
@@ -102,7 +100,7 @@ def test_cache_survives_kills_and_concurrent_runs(tiny, data, tmp_path):
         for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             member.kill()
         wait(process)
-    assert [wait(process) for process in (start("killed"), start("killed"))] == [0, 0]
+    assert [wait(process) for process in (start("killed"), start("killed", "other"))] == [0, 0]
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {*entries, "files.jsonl", "encoders.json"}
     assert all((tmp_path / "killed" / name).read_bytes() == content for name, content in entries.items())
 

@@ -50,7 +50,9 @@ def start_warm(
 ) -> multiprocessing.process.BaseProcess:
     """Does what `subprocess.Popen` does, with paths for the outputs."""
     argv = record_python(command, environment) if command[0] == "bash" else list(command[1:])
-    process = CONTEXT.Process(target=_start, args=(argv, dict(environment), cwd, stdout, stderr))
+    umask = os.umask(0o077)
+    os.umask(umask)
+    process = CONTEXT.Process(target=_start, args=(argv, dict(environment), cwd, umask, stdout, stderr))
     process.start()
     return process
 
@@ -94,8 +96,9 @@ class ForkedRank:
         return code
 
 
-def _start(argv: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str) -> NoReturn:
+def _start(argv: list[str], environment: dict[str, str], cwd: str, umask: int, stdout: str, stderr: str) -> NoReturn:
     """Runs in a process of the server."""
+    os.umask(umask)
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)
