@@ -23,7 +23,7 @@ from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable
+from utils.common.filesystem import check_writable, unreadable
 from utils.config.options import make_parser, option, parse_group, require_finite, require_positive, require_seed
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
@@ -199,18 +199,26 @@ def read_task_inputs(args: DemoArgs, spec: ModelSpec, task: str, resolution: Res
         return {"num_frames": resolution.frames}
     if task == "i2v":
         height, width = as_user_error(image_size, path)
-        change = stretch(ClipInfo(1, 1.0, 0.0, height, width), resolution)
-        if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
-            print(f"Note: the image is stretched by {change:.0%}; --resize_mode crop keeps the aspect ratio.")
+        note_stretch(args, ClipInfo(1, 1.0, 0.0, height, width), resolution)
         pixels = as_user_error(load_image, path, resolution, args.resize_mode)
         return {"num_frames": resolution.frames, "image": Image.fromarray(pixels.numpy())}
+    note_stretch(args, as_user_error(probe, path), resolution)
     selection = FrameSelection(resolution, args.fps or spec.fps, args.resize_mode, 0, resolution.frames)
     clip = as_user_error(decode, path, selection)
     return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
 
 
+def note_stretch(args: DemoArgs, info: ClipInfo, resolution: Resolution) -> None:
+    """Prints a note if the given image or clip has another shape than the video."""
+    change = stretch(info, resolution)
+    if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
+        print(f"Note: {args.image_or_video_path} is stretched by {change:.0%}; --resize_mode crop keeps its shape.")
+
+
 def as_user_error(function: Any, path: Path, *args: Any) -> Any:
     """Calls a function that reads a clip or an image, and turns its ClipError into a UserError."""
+    if reason := unreadable(path):
+        raise UserError(f"--image_or_video_path: {reason}.")
     try:
         return function(path, *args)
     except ClipError as error:

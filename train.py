@@ -24,6 +24,7 @@ from dataset.cached_dataset import CachedDataset, batches
 from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
 from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, write_args
+from utils.checkpoint.resume import choose_checkpoint
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
 from utils.common.filesystem import lock_folder
@@ -68,7 +69,7 @@ def main() -> None:
             print("\n".join(describe_prediction(run_in_subprocess(predict, plan.context), plan.context)))
             print(json.dumps(plan.args.as_dict(), indent=2))
         return
-    on_main_process(processes, heartbeat, lock_folder, plan.args.output.output_dir, "--output_dir")
+    on_main_process(processes, heartbeat, claim_output, plan)
     if plan.args.data.precompute_only or not plan.is_finished:
         create_output(processes, plan)
         plan = fill_cache(processes, heartbeat, plan)
@@ -78,6 +79,13 @@ def main() -> None:
         finish(processes, plan)
     else:
         train(plan)
+
+
+def claim_output(plan: RunPlan) -> None:
+    """Locks the output folder. Raises UserError if another run uses it, or has used it since the checks."""
+    lock_folder(plan.args.output.output_dir, "--output_dir")
+    if choose_checkpoint(plan.args) != plan.resume_from:
+        raise UserError(f"--output_dir {plan.args.output.output_dir}: another run has saved a checkpoint; start again.")
 
 
 def create_output(processes: PartialState, plan: RunPlan) -> None:

@@ -7,7 +7,7 @@ from benchmarks.rows import SFT, Row
 # The rows of memory settings have a few blocks of full size: a measurement takes seconds, and each setting fits.
 NUM_LAYERS = 8
 LORA = "--autocast false --compile_blocks false --gradient_checkpointing"
-ADAM = f"{SFT} --gradient_checkpointing full --compile_blocks false"
+ADAM = f"{SFT} --gradient_checkpointing full --compile_blocks true"
 HALF_ADAM = f"{ADAM} --autocast false"
 
 LORA_LEVERS = {

@@ -60,6 +60,7 @@ def main() -> None:
                 item = f"{name}/kernels"
         except Exception:
             print(json.dumps({"item": item, "error": traceback.format_exc()}), flush=True)
+            synchronize()  # ends the process if the error has broken the CUDA context
         gc.collect()  # after the exception and its frames are gone
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()

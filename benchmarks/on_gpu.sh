@@ -13,4 +13,4 @@
 #   python -m benchmarks.tables     writes the tables of the documentation
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec python -m benchmarks.on_gpu "$@"
+exec python3 -m benchmarks.on_gpu "$@"

@@ -18,7 +18,7 @@ echo "Installing $REQUIREMENTS into $(python -c 'import sys; print(sys.prefix)')
 if python -m pip --version >/dev/null 2>&1; then
     python -m pip install --quiet --disable-pip-version-check -r "$ROOT/$REQUIREMENTS"
 elif command -v uv >/dev/null; then  # makes environments without pip
-    uv pip install --quiet -r "$ROOT/$REQUIREMENTS"
+    uv pip install --quiet --python "$(command -v python)" -r "$ROOT/$REQUIREMENTS"
 else
     echo "error: this environment has no pip. Run 'python -m ensurepip', or activate another environment." >&2
     exit 2

@@ -91,14 +91,15 @@ def run(script: str, *args: str, processes: int | None = None, **variables: obje
     return subprocess.run(argv, env=env, cwd="/", text=True, capture_output=True, timeout=600)
 
 
-def patch_programs(folder: Path, module: str, code: str) -> dict[str, Path]:
+def patch_programs(folder: Path, module: str, code: str) -> dict[str, str]:
     """Returns environment variables that make started programs execute `code` in `module` after its import.
 
     A program that starts with finished imports executes it at its start. The code then must not replace a name that
     another module has imported.
     """
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=module, code=code))
-    return {"PYTHONPATH": folder}
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *map(os.path.abspath, inherited)])}  # programs run elsewhere
 
 
 SITECUSTOMIZE = """
@@ -125,7 +126,7 @@ else:
 
 
 def command(script: str, *args: str) -> list[str]:
-    return ["bash" if script.endswith(".sh") else "python", str(ROOT / script), *args]
+    return ["bash" if script.endswith(".sh") else sys.executable, str(ROOT / script), *args]
 
 
 def environment(processes: int | None, **variables: object) -> dict[str, str]:

@@ -37,7 +37,7 @@ def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, mo
         with pytest.raises(ZeroDivisionError):
             checkpoints.save(Progress("base", 10), is_last=False)
         patched.setattr(accelerator, "save_state", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(UserError, match=r"no space is left for checkpoint-10\. The last .* is checkpoint-2\."):
+        with pytest.raises(UserError, match=r"no space is left to save step 10\. The last .* is checkpoint-2\."):
             checkpoints.save(Progress("base", 10), is_last=False)
     assert names() == ["checkpoint-1", "checkpoint-2"]
     checkpoints.save(Progress("base", 10), is_last=False)

@@ -30,7 +30,7 @@ from utils.memory import activation_offloading, cpu_offload_adam, pinned_memory
 from utils.model.loading import load_transformer
 from utils.run import preflight
 from utils.training import loss as loss_module
-from utils.training import optimizer as optimizer_module
+from utils.training import strategy as strategy_module
 from utils.training.optimizer import LossScale
 from utils.training.trainable import trained_parameters
 
@@ -246,7 +246,7 @@ IN_BACKWARD = ["--quantize_optimizer", "4bit", "--optimizer_in_backward", "--max
     ],
 )
 def test_optimizers_train_as_on_a_cpu_and_resume(train_here, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(optimizer_module, "LossScale", partial(LossScale, init_scale=2.0**10))  # nothing overflows
+    monkeypatch.setattr(strategy_module, "LossScale", partial(LossScale, init_scale=2.0**10))  # nothing overflows
     run = [*SFT_RUN, "--checkpointing_steps", 2, *options]
     lines = train_here("2b", "one", *run)
     assert_matches(lines, "sft-zero2-2b")
@@ -260,7 +260,7 @@ def test_optimizers_train_as_on_a_cpu_and_resume(train_here, tmp_path, monkeypat
 @needs_cuda
 @pytest.mark.parametrize("options", [AUTOCAST, OFFLOADED, EIGHT_BIT])
 def test_fp16_skips_updates_that_overflow(train_here, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(optimizer_module, "LossScale", partial(LossScale, init_scale=2.0**30))
+    monkeypatch.setattr(strategy_module, "LossScale", partial(LossScale, init_scale=2.0**30))
     lines = train_here("2b", "out", *SFT_RUN, *FP16, *options)
     progress = json.loads((tmp_path / "out" / "checkpoint-4" / PROGRESS_FILE).read_text())
     assert len(lines) == 4 and progress["samples_seen"] > 2 * 4

@@ -96,15 +96,16 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:
             output_dir = self.args.output.output_dir
             is_named = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not (is_named or "os error 28" in str(error) or disk_is_full(output_dir)):
+            # torch and safetensors hide the number of the error; 122 is a used-up quota
+            is_hidden = re.search(r"os error (28|122)\b|PytorchStreamWriter|inline_container", str(error))
+            if not (is_named or is_hidden or disk_is_full(output_dir)):
                 raise
             if self.accelerator.is_main_process:
                 shutil.rmtree(output_dir / f".checkpoint-{progress.step}.tmp", ignore_errors=True)
-            complete = [path.name for path in find_checkpoints(output_dir)]
+            last = [path.name for path in find_checkpoints(output_dir)][-1:] or ["none"]
             raise UserError(
-                f"--output_dir {output_dir}: no space is left for checkpoint-{progress.step}. "
-                f"The last complete one is {complete[-1] if complete else 'none'}. Free some space and resume; "
-                "--checkpointing_limit keeps fewer.",
+                f"--output_dir {output_dir}: no space is left to save step {progress.step}. The last complete "
+                f"checkpoint is {last[0]}. Free some space and resume; --checkpointing_limit keeps fewer.",
                 on_every_rank=False,
             ) from error
 

@@ -20,7 +20,7 @@ from utils.checkpoint.manager import (
     find_checkpoints,
 )
 from utils.common.errors import UserError
-from utils.common.filesystem import unreadable
+from utils.common.filesystem import expand_user, unreadable
 from utils.config.args import Args
 from utils.model.weight_files import check_weights, read_config
 
@@ -58,7 +58,7 @@ def choose_checkpoint(args: Args) -> Path | None:
         )
     if requested is None or (requested == "latest" and not existing):
         return None
-    return existing[-1] if requested == "latest" else Path(requested).expanduser()
+    return existing[-1] if requested == "latest" else expand_user(requested)
 
 
 def fixed_memory_options(folder: Path | None) -> dict[str, Any]:
@@ -137,7 +137,12 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         errors.append(f"{flag}: {folder} is damaged ({damaged}); use another checkpoint. {available}")
     if errors:
         raise UserError(errors)
-    return replace(progress, num_processes=current.num_processes)
+    return replace(
+        progress,
+        num_processes=current.num_processes,
+        base=current.base,
+        base_by_meaning=current.base_by_meaning,
+    )
 
 
 def _strategy(progress: Progress) -> str:

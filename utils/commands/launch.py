@@ -111,7 +111,8 @@ def flags_from_environment() -> Iterator[str]:
 
 def template_path(name: str, flag: str) -> Path:
     """Returns the path of a DeepSpeed template, given by its name in configs/ or its path. Exits if it is missing."""
-    template = Path(name).expanduser() if name.endswith(".json") else CONFIGS / f"{name}.json"
+    path = os.path.expanduser(name)  # noqa: PTH111 - the method of Path raises an error for an unknown user
+    template = Path(path) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not template.is_file():
         names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
         fail(f"{flag}{name}: there is no {template}; {CONFIGS} has {names}.")
@@ -130,7 +131,7 @@ def complete(args: argparse.Namespace) -> None:
         for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port"):
             setattr(args, name, getattr(defaults, name) if getattr(args, name) is None else getattr(args, name))
     if defaults.distributed_type == "DEEPSPEED":
-        check_extensions()
+        check_extensions(offloads="offload" in str(args.deepspeed_config_file or defaults.deepspeed_config))
     machines = args.num_machines
     if args.num_processes is None:  # a file without the number gives -1
         args.num_processes = max(defaults.num_processes, 0) or max(torch.cuda.device_count(), 1) * machines
@@ -150,11 +151,11 @@ def complete(args: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def check_extensions() -> None:
+def check_extensions(offloads: bool) -> None:
     """Removes the locks of processes that were killed while DeepSpeed compiled; DeepSpeed would wait for them forever.
 
-    torch's `FileBaton` keeps the lock open while it compiles, so a lock that no process has open belongs to no one. A
-    network file system may be in use by another machine; then the lock is removed after fifteen minutes.
+    torch's `FileBaton` keeps the lock open while it compiles, so a lock that no process has open belongs to no one. The
+    processes of other users and machines are not visible here; their locks are removed after fifteen minutes only.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -168,16 +169,30 @@ def check_extensions() -> None:
         what = f"DeepSpeed's {lock.parent.name} is being compiled"
         if owner := owners.get(str(lock.resolve())):
             print(f"{what} by process {owner}; this run waits for it, a few minutes at most.", file=sys.stderr)
-        elif is_on_this_machine(lock) or time.time() - lock.stat().st_mtime > MAX_COMPILE_S:
-            lock.unlink(missing_ok=True)
+        elif is_left_behind(lock):
             print(f"Removed {lock}, which a process left behind that was ended while it compiled.", file=sys.stderr)
         else:
             print(
-                f"{what}, perhaps by another machine; this run waits for it. If none does so: rm {lock}",
+                f"{what}, perhaps by another machine or user; this run waits for it. If none does so: rm {lock}",
                 file=sys.stderr,
             )
-    if not any(root.rglob("*.so")):
-        print("DeepSpeed compiles its extensions at the first start, which takes minutes.", file=sys.stderr)
+    if offloads and not any(root.rglob("cpu_adam.so")):
+        print("DeepSpeed compiles its CPU Adam at the first start, which takes a minute or more.", file=sys.stderr)
+
+
+def is_left_behind(lock: Path) -> bool:
+    """Removes a lock that no process here has open, unless a process elsewhere may. Returns whether it is gone."""
+    try:
+        status = lock.stat()
+        is_own = status.st_uid == os.geteuid() and is_on_this_machine(lock)
+        if is_own or time.time() - status.st_mtime > MAX_COMPILE_S:
+            lock.unlink()
+            return True
+    except FileNotFoundError:  # released in the meantime
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def is_on_this_machine(path: Path) -> bool:

@@ -59,9 +59,9 @@ class CheckReport:
 
 def describe_system_error(error: OSError) -> str | None:
     """Returns a sentence about an error in `SYSTEM_ERRORS`; None for all others."""
-    if error.errno not in SYSTEM_ERRORS:
+    path, message = error.filename2 or error.filename, SYSTEM_ERRORS.get(error.errno or 0)
+    if message is None or (path is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)):
         return None
-    path, message = error.filename2 or error.filename, SYSTEM_ERRORS[error.errno]
     return f"{path}: {message}." if path else f"{message[0].upper()}{message[1:]}."
 
 

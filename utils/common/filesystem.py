@@ -48,7 +48,8 @@ def apply_umask(*files: Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     for file in files:
-        file.chmod(0o666 & ~umask)
+        with suppress(OSError):  # a file system without modes
+            file.chmod(0o666 & ~umask)
 
 
 def unreadable(path: Path) -> str | None:
@@ -59,7 +60,7 @@ def unreadable(path: Path) -> str | None:
     with suppress(OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
         for folder in reversed(path.absolute().parents):
             if not os.access(folder, os.X_OK, effective_ids=True):
-                return f"this user may not enter the folder {folder}" if folder.exists() else None
+                return f"this user may not enter the folder {folder}" if folder.is_dir() else None
         mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
         if path.exists() and not os.access(path, mode, effective_ids=True):
             return f"this user has no permission to read {path}"
@@ -86,8 +87,9 @@ def lock_folder(folder: Path, flag: str) -> None:
         raise UserError(
             f"{flag} {folder} is in use by {owner}. Wait until that run ends, stop it, or give another folder."
         ) from None
-    except OSError:  # a file system without locks
+    except OSError as error:  # a file system without locks
         file.close()
+        print(f"Note: {folder} cannot be locked ({error.strerror}); start no second run with it.", flush=True)
         return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -114,6 +116,11 @@ def set_mtime_nanoseconds(path: Path, nanoseconds: int) -> None:
     """Replaces the nanoseconds of a file's modification time and keeps its whole seconds."""
     second = path.stat().st_mtime_ns // 10**9 * 10**9
     os.utime(path, ns=(second + nanoseconds, second + nanoseconds))
+
+
+def expand_user(text: str) -> Path:
+    """Returns a path with ~ expanded; unchanged if there is no such user."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - the method of Path raises an error for an unknown user
 
 
 def nearest_existing(path: Path) -> Path:

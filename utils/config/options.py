@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from dataset.video import NATIVE_STRIDE, Rate, Resolution
 from utils.common.errors import UserError
+from utils.common.filesystem import expand_user
 
 Group = TypeVar("Group")
 Budget = float | Literal["auto"]
@@ -122,7 +123,7 @@ def _argparse_keywords(annotation: Any, aliases: dict[str, str] | None = None) -
             **alone,
         }
     if annotation is Path:
-        return {"type": lambda text: Path(text).expanduser(), "metavar": "PATH"}
+        return {"type": expand_user, "metavar": "PATH"}
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:

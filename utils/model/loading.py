@@ -28,7 +28,7 @@ from safetensors import safe_open
 from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
-from utils.common.filesystem import disk_is_full
+from utils.common.filesystem import disk_is_full, expand_user
 from utils.model.spec import COMPONENTS
 from utils.model.weight_files import weight_files
 
@@ -40,6 +40,10 @@ PIPELINES = {
 }
 # Entries of a config that name the software which wrote it.
 _WRITER = ("_diffusers_version", "_name_or_path", "transformers_version")
+_TOKENIZER_FILES = (
+    *("spiece.model", "tokenizer.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -51,7 +55,7 @@ def resolve_model_dir(model_path: str) -> Path:
     """
     is_hub_id = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
     if Path(model_path).is_dir() or not is_hub_id:
-        return Path(model_path).expanduser()
+        return expand_user(model_path)
     try:
         return Path(snapshot_download(model_path, allow_patterns=[f"{name}/*" for name in COMPONENTS]))
     except Exception as error:
@@ -92,7 +96,8 @@ def fingerprint(folder: Path, by_meaning: bool = False, **settings: Any) -> str:
             software which wrote it. Such a digest finds the same component in another release of its files.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."):
+    paths = _identifying_files(folder) if by_meaning else [path for path in folder.iterdir() if path.is_file()]
+    for path in sorted(path for path in paths if path.name[0] != "."):
         if path.name == "config.json" and by_meaning:
             digest.update(_meaning_of_config(path))
             continue
@@ -110,7 +115,13 @@ def fingerprint(folder: Path, by_meaning: bool = False, **settings: Any) -> str:
 
 def _meaning_of_config(path: Path) -> bytes:
     config = json.loads(path.read_text())
-    return json.dumps({name: config[name] for name in sorted(config) if name not in _WRITER}).encode()
+    return json.dumps({name: config[name] for name in config if name not in _WRITER}, sort_keys=True).encode()
+
+
+def _identifying_files(folder: Path) -> list[Path]:
+    """Returns the files that are loaded from a component's folder."""
+    names = {file.name for file in weight_files(folder)} | {"config.json", *_TOKENIZER_FILES}
+    return [path for path in folder.iterdir() if path.name in names]
 
 
 def load_vae(
@@ -165,7 +176,11 @@ def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
         OSError: the file was not written; `export_to_video` does not report this.
     """
     path.unlink(missing_ok=True)
-    export_to_video(frames, str(path), fps=fps)
+    try:
+        export_to_video(frames, str(path), fps=fps)
+    except OSError:  # without a number if ffmpeg has ended early
+        if not disk_is_full(path.parent):
+            raise
     if not path.is_file() or path.stat().st_size == 0:
         code = errno.ENOSPC if disk_is_full(path.parent) else errno.EIO
         raise OSError(code, "the video could not be written", str(path))

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTr
 
 from dataset.video import Resolution
 from utils.common.errors import CheckReport, UserError
+from utils.common.filesystem import unreadable
 from utils.model.weight_files import LFS_POINTER, check_weights, is_lfs_pointer, read_config
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -220,7 +221,11 @@ def read_spec(model_dir: Path) -> ModelSpec:
     found = [file for file in tokenizer_files if file.is_file()]
     if not found:
         errors.append(f"--model_path: {model_dir / 'tokenizer'} lacks spiece.model.")
-    errors += [f"--model_path: {file} is {LFS_POINTER}" for file in found if is_lfs_pointer(file)]
+    for path in found:
+        if reason := unreadable(path):
+            errors.append(f"--model_path: {reason}.")
+        elif is_lfs_pointer(path):
+            errors.append(f"--model_path: {path} is {LFS_POINTER}")
     if errors:
         raise UserError(errors)
     if errors := list(_config_errors(model_dir, **configs)):

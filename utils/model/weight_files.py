@@ -54,19 +54,19 @@ def weight_files(folder: Path) -> list[Path]:
     Empty if there is neither a single file nor an index of shards. Other variants in the folder, such as
     `model.fp16.safetensors`, are not loaded.
     """
-    for stem in ("diffusion_pytorch_model", "model"):
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if index.is_file() and not (stem == "model" and single.is_file()):  # only diffusers looks for an index first
-            return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        if single.is_file():
-            return [single]
-    return []
+    is_diffusers = folder.name != "text_encoder"
+    stem = "diffusion_pytorch_model" if is_diffusers else "model"
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.is_file() and (is_diffusers or not single.is_file()):  # only diffusers looks for an index first
+        return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [single] if single.is_file() else []
 
 
 def describe_other_weights(folder: Path) -> str:
     """Returns a sentence about a folder without weights that can be loaded."""
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in names):
+    is_variant = any("." in name.removesuffix(".safetensors") for name in names)
+    if not is_variant and any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in names):
         return f"{folder} holds shards without their .safetensors.index.json; is the download complete?"
     if names:
         expected = f"{names[0].partition('.')[0]}.safetensors"

@@ -198,7 +198,9 @@ def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
     for name, folder, size in needs:
         existing = nearest_existing(folder)
         needed_on_disk[existing.stat().st_dev] += size
-        needed, free = needed_on_disk[existing.stat().st_dev], shutil.disk_usage(existing).free
+        # the next save removes what a killed one has left
+        stale = sum(path.stat().st_size for path in folder.glob(".checkpoint-*/**/*") if path.is_file())
+        needed, free = needed_on_disk[existing.stat().st_dev], shutil.disk_usage(existing).free + stale
         if needed > free:
             in_all = f" ({needed / GIB:.2f} GiB in all)" if needed > size else ""
             errors.append(

@@ -181,7 +181,7 @@ def encoder_settings(
             vae=fingerprint(model_dir / "vae", tiling=tiling),
             text_encoder=fingerprint(
                 model_dir / "text_encoder",
-                tokenizer=loading.fingerprint(model_dir / "tokenizer"),
+                tokenizer=fingerprint(model_dir / "tokenizer"),
                 length=spec.max_text_seq_length,
             ),
             image_noise=IMAGE_NOISE if spec.task == "i2v" else None,

@@ -29,8 +29,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: Args, uses_deepsp
             compiled=bool(args.memory.compile_blocks),
         )
     optimizer_class = torch.optim.AdamW if is_decoupled else torch.optim.Adam
-    # Under DeepSpeed, accelerate replaces this class with DeepSpeed's own counterpart. The fused implementation is one
-    # kernel; the default makes three temporary copies of all weights.
+    # With an offloaded optimizer, accelerate replaces this class with DeepSpeed's CPU Adam. The fused implementation is
+    # one kernel; the default makes three temporary copies of all weights.
     optimizer = optimizer_class(parameters, **settings, fused=True)
     # By default, the fused kernel itself skips an update that overflows in fp16, and the loop cannot notice. With this
     # attribute False, GradScaler does not call `step` for such an update.
