@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils.checkpoint.stored_weights import StoredTensor, read_safetensors, read_zero, zero_folder
 from utils.common.errors import UserError
-from utils.common.filesystem import apply_umask, unreadable
+from utils.common.filesystem import apply_umask, unreadable_in
 from utils.model.weight_files import check_shapes, read_config
 
 TRANSFORMER_CONFIG = "transformer_config.json"  # in a ZeRO checkpoint, next to DeepSpeed's files
@@ -40,13 +40,9 @@ def open_checkpoint(checkpoint: Path) -> tuple[dict[str, StoredTensor], Path]:
         else:
             folder = checkpoint / "transformer"
             weights, config_file = read_safetensors(sorted(folder.glob("*.safetensors"))), folder / "config.json"
-    except PermissionError:
-        raise
     except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
-        reasons = [reason for path in sorted(checkpoint.rglob("*")) if (reason := unreadable(path))]
-        raise UserError(
-            f"--checkpoint {checkpoint}: {reasons[0] if reasons else f'it is damaged ({error})'}."
-        ) from error
+        reason = unreadable_in(checkpoint) or f"it is damaged ({error})"
+        raise UserError(f"--checkpoint {checkpoint}: {reason}.") from error
     if any(".lora_A." in name for name in weights):
         raise UserError(f"--checkpoint {checkpoint} holds adapters, which need no export; load it with --lora_path.")
     if not weights:

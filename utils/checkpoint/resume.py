@@ -20,7 +20,7 @@ from utils.checkpoint.manager import (
     find_checkpoints,
 )
 from utils.common.errors import UserError
-from utils.common.filesystem import expand_user, unreadable
+from utils.common.filesystem import expand_user, unreadable, unreadable_in
 from utils.config.args import Args
 from utils.model.weight_files import check_weights, read_config
 
@@ -131,8 +131,8 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
             f"{flag}: --output_dir {args.output.output_dir} holds later checkpoints: {', '.join(later)}. "
             "Remove them, or give another --output_dir."
         )
-    if not errors and (reasons := [reason for path in sorted(folder.rglob("*")) if (reason := unreadable(path))]):
-        errors.append(f"{flag}: {reasons[0]}.")
+    if not errors and (reason := unreadable_in(folder)):
+        errors.append(f"{flag}: {reason}.")
     if not errors and (damaged := _damaged_files(args, folder, progress)):
         errors.append(f"{flag}: {folder} is damaged ({damaged}); use another checkpoint. {available}")
     if errors:

@@ -97,7 +97,7 @@ def ignore_accelerate_variables() -> None:
     for name in names:
         del os.environ[name]
     if names:
-        print(f"Note: {', '.join(sorted(names))} is ignored; flags and configs/*.yaml set this.", file=sys.stderr)
+        print(f"Note: ignoring {', '.join(sorted(names))}; flags and configs/*.yaml set this.", file=sys.stderr)
 
 
 def flags_from_environment() -> Iterator[str]:

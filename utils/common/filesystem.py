@@ -67,6 +67,11 @@ def unreadable(path: Path) -> str | None:
     return None
 
 
+def unreadable_in(folder: Path) -> str | None:
+    """Returns what keeps this user from reading the first such file or folder in `folder`, or None."""
+    return next((reason for path in sorted(folder.rglob("*")) if (reason := unreadable(path))), None)
+
+
 def lock_folder(folder: Path, flag: str) -> None:
     """Creates a folder if needed and locks it until this process ends, however it ends. The file system keeps the lock.
 

@@ -143,14 +143,14 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
 
 def count_trained(config: dict, args: Args) -> int:
     """Returns the number of weights that a run trains. Reads no weights."""
-    with init_empty_weights(include_buffers=True):
-        transformer = CogVideoXTransformer3DModel.from_config(config)
+    transformer = _without_weights(config)
     if args.model.training_type == "sft":
         return sum(parameter.numel() for parameter in transformer.parameters())
-    targets = tuple(f".{target}" for target in args.lora.target_modules)
-    layers = [layer for name, layer in transformer.named_modules() if f".{name}".endswith(targets)]
-    return args.lora.rank * sum(
-        layer.in_features + layer.out_features for layer in layers if isinstance(layer, torch.nn.Linear)
+    layers = {layer for target in args.lora.target_modules for layer in _matching_modules(transformer, target)}
+    return sum(
+        args.lora.rank * (layer.in_features + layer.out_features)
+        for layer in layers
+        if isinstance(layer, torch.nn.Linear)
     )
 
 
@@ -159,11 +159,20 @@ def invalid_target_modules(config: dict, target_modules: tuple[str, ...]) -> lis
 
     peft would also adapt the convolution `patch_embed.proj`, which LoRA loaders do not support.
     """
-    with init_empty_weights(include_buffers=True):
-        transformer = CogVideoXTransformer3DModel.from_config(config)
+    transformer = _without_weights(config)
 
     def is_valid(target: str) -> bool:
-        matches = [m for name, m in transformer.named_modules() if name == target or name.endswith(f".{target}")]
+        matches = _matching_modules(transformer, target)
         return bool(matches) and all(isinstance(module, torch.nn.Linear) for module in matches)
 
     return [target for target in target_modules if not is_valid(target)]
+
+
+def _without_weights(config: dict) -> CogVideoXTransformer3DModel:
+    with init_empty_weights(include_buffers=True):
+        return CogVideoXTransformer3DModel.from_config(config)
+
+
+def _matching_modules(transformer: CogVideoXTransformer3DModel, target: str) -> list[torch.nn.Module]:
+    """Returns the modules that peft adapts for a target."""
+    return [module for name, module in transformer.named_modules() if f".{name}".endswith(f".{target}")]
