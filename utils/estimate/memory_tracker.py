@@ -21,7 +21,7 @@ from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from utils.estimate.memory_traffic import operation_kind, traffic
 from utils.memory import pinned_memory
@@ -34,6 +34,21 @@ ALLOCATION_UNIT = 512
 AUTOCAST_FLOAT32 = ("layer_norm", "group_norm", "softmax")
 
 
+def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flop(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# Operation -> formula of its floating-point operations. The counter of torch has none for attention on a CPU.
+FLOP_FORMULAS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
+
+
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all live storages.
 
@@ -42,12 +57,13 @@ class MemoryTracker(TorchDispatchMode):
         peak: maximum of `now` since `watch_peak`.
         gradients: bytes of gradients at the peak.
         host: maximum bytes of host memory.
+        flop: floating-point operations since the start; a multiply-add counts as two.
         traffic: bytes read and written since the start, by kind of operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.gradients = self.host = self._on_host = 0
+        self.now = self.gradients = self.host = self._on_host = self.flop = 0
         self.peak = sys.maxsize
         self.traffic: Counter[str] = Counter()
         self._parameters: list[torch.nn.Parameter] = []
@@ -58,6 +74,10 @@ class MemoryTracker(TorchDispatchMode):
         gc.collect()
         self._parameters = list(parameters)
         self._note_peak()
+
+    def restart_counts(self) -> None:
+        self.traffic.clear()
+        self.flop = 0
 
     def _note_peak(self) -> None:
         self.peak = self.now
@@ -86,6 +106,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         self.traffic[operation_kind(func)] += traffic(func, args, kwargs or {}, result, HOST_PLACEHOLDER)
+        if formula := FLOP_FORMULAS.get(func._overloadpacket):
+            self.flop += formula(*args, **kwargs or {}, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
@@ -106,7 +128,6 @@ def storage_size(tensor: torch.Tensor) -> int:
 def simulate() -> Iterator[MemoryTracker]:
     """Makes every new tensor in the block a fake tensor, and yields the tracker that counts them."""
     tracker = MemoryTracker()
-    gc.collect()
     gc.freeze()  # the collection at each new peak skips objects that exist already
     try:
         host_memory = patch.object(pinned_memory, "HOST", HOST_PLACEHOLDER)
@@ -159,17 +180,3 @@ def cuda_foreach() -> Iterator[None]:
         patch.object(_foreach_utils, "_foreach_supported_types", types),
     ):
         yield
-
-
-def flop_counter() -> FlopCounterMode:
-    """Returns a counter of floating-point operations that includes CPU attention. A multiply-add counts as two."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-    def forward_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    return FlopCounterMode(display=False, custom_mapping={attention: forward_flops, backward: backward_flops})

@@ -21,7 +21,6 @@ from utils.estimate.context import RunContext
 from utils.estimate.memory_tracker import (
     HOST_PLACEHOLDER,
     MemoryTracker,
-    flop_counter,
     give_fake_weights,
     simulate,
     storage_size,
@@ -78,7 +77,7 @@ def simulation(context: RunContext) -> Iterator[MemoryTracker]:
 
 
 def simulate_updates(context: RunContext) -> UpdateProfile:
-    """Profiles two updates. The second one starts with existing optimizer states.
+    """Profiles an update that starts with existing optimizer states.
 
     Under DeepSpeed there are no gradients and no optimizer: `zero_terms` adds them, divided among the processes. The
     loss scale of fp16, which changes gradients in place, is left out.
@@ -99,37 +98,37 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         objective, batch = fake_objective(context), empty_batch(context, args.training.batch_size)
         model = autocast_forward(transformer, context)
-        before_forward = saved = 0
-        counter = flop_counter()
         peaks: dict[str, tuple[int, int]] = {}
 
         def end_phase(name: str) -> None:
             peaks[name] = tracker.peak, tracker.gradients
             tracker.watch_peak(parameters)
 
-        # The first update creates the optimizer states and counts operations; the counter itself keeps tensors alive.
-        for counting, end in ((counter, lambda name: None), (nullcontext(), end_phase)):
-            if end is end_phase:
-                split_backward(transformer, end_phase)
-                tracker.traffic.clear()
-                tracker.watch_peak(parameters)
-            before_forward = tracker.now
-            with counting:
-                losses, _ = objective(model, batch, list(range(args.training.batch_size)))
-                saved = tracker.now - before_forward
-                end("forward")
-                losses.mean().backward()
-                end("backward, first blocks")
-            forward_and_backward = tracker.traffic.copy()
-            if optimizer is not None:
-                clip(optimizer, args.training.max_grad_norm)
-                if not args.memory.offload_optimizer:  # an offloaded optimizer updates on the host
-                    optimizer.step()
-                end("optimizer")
-                # DDP keeps gradients in its buckets, and accumulation keeps them between micro-batches
-                keeps_none = context.num_processes == args.training.gradient_accumulation_steps == 1
-                optimizer.zero_grad(set_to_none=keeps_none)
-            del losses
+        def update_weights() -> None:
+            if optimizer is None:
+                return
+            clip(optimizer, args.training.max_grad_norm)
+            if not args.memory.offload_optimizer:  # an offloaded optimizer updates on the host
+                optimizer.step()
+            end_phase("optimizer")
+            # DDP keeps gradients in its buckets, and accumulation keeps them between micro-batches
+            keeps_none = context.num_processes == args.training.gradient_accumulation_steps == 1
+            optimizer.zero_grad(set_to_none=keeps_none)
+
+        # A first update without the model creates the gradients and the optimizer states.
+        sum(parameter.sum().float() for parameter in parameters).backward()
+        update_weights()
+        tracker.restart_counts()
+        tracker.watch_peak(parameters)
+        split_backward(transformer, end_phase)
+        before_forward = tracker.now
+        losses, _ = objective(model, batch, list(range(args.training.batch_size)))
+        saved = tracker.now - before_forward
+        end_phase("forward")
+        losses.mean().backward()
+        end_phase("backward, first blocks")
+        forward_and_backward = tracker.traffic.copy()
+        update_weights()
         if optimizer is not None:
             states = [state for states in optimizer.state.values() for state in states.values()]
             terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
@@ -144,7 +143,7 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
     if args.memory.offload_optimizer:  # Adam's two states, and gradients of earlier micro-batches
         host += (8 if args.training.gradient_accumulation_steps == 1 else 12) * trained
     traffic = forward_and_backward | {"optimizer": (tracker.traffic - forward_and_backward).total()}
-    return UpdateProfile(phases, weights, trained, counter.get_total_flops(), host, traffic)
+    return UpdateProfile(phases, weights, trained, tracker.flop, host, traffic)
 
 
 def split_backward(transformer: CogVideoXTransformer3DModel, end_phase: Callable[[str], None]) -> None:
