@@ -7,10 +7,10 @@ Each paragraph names the file that holds the constant. A constant whose items ar
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ Measured = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    folders = [Path(name) for name in sys.argv[1:]] or [path.parent for path in RESULTS.glob(f"*/{RESULTS_FILE}")]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="default: all folders with results")
+    folders = parser.parse_args().folders or [path.parent for path in RESULTS.glob(f"*/{RESULTS_FILE}")]
     predicted = json.loads((RESULTS / "predicted.json").read_text())
     for folder in folders:
         print("\n".join([f"# {folder.name}", *decide(read_results(folder), predicted)]))

@@ -9,6 +9,7 @@ forward and backward passes, clipping and the optimizer. Writes results/overhead
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -106,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     main()
