@@ -154,8 +154,17 @@ def truncate(path: Path) -> None:
         (lambda model: next((model / "text_encoder").glob("*.safetensors")).unlink(), "holds no .safetensors file"),
         (
             lambda model: rename_weights(model / "vae", ".fp16.safetensors"),
-            "the plain file diffusion_pytorch_mo",
+            "holds weights of the variant fp16 only (diffusion_pytorch_model.fp16.safetensors); give --variant fp16",
         ),
+        (
+            lambda model: rename_weights(model / "vae", ".fp16-00001-of-00002.safetensors"),
+            "of the variant fp16 only",
+        ),
+        (
+            lambda model: (model / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(LFS_POINTER),
+            "safetensors.index.json is a Git LFS pointer, not the file; run `git lfs pull`",
+        ),
+        (lambda model: (model / "vae" / "config.json").write_text(LFS_POINTER), "vae/config.json is a Git LFS pointer"),
         (lambda model: rename_weights(model / "vae", "-00001-of-00001.safetensors"), "holds shards without their"),
         (lambda model: rename_weights(model / "text_encoder", ".bin"), "holds .bin files only"),
         (lambda model: (model / "tokenizer" / "spiece.model").write_text(LFS_POINTER), "spiece.model is a Git LFS poi"),

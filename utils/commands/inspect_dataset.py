@@ -48,6 +48,7 @@ class InspectArgs:
     model_path: str | None = option(
         None, help="checkpoint that sets the default --fps and limits the resolutions; required for the cache options"
     )
+    variant: str | None = option(None, help="as in training; part of the keys of the cache entries")
     enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
     inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
     verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
@@ -59,7 +60,7 @@ def main() -> None:
     spec = model_dir = None
     if options.model_path is not None:
         model_dir = loading.resolve_model_dir(options.model_path)
-        spec = read_spec(model_dir)
+        spec = read_spec(model_dir, options.variant)
     data = replace(data, fps=data.fps or (spec.fps if spec else 8.0))
     check(options, data, spec)
 
@@ -200,7 +201,7 @@ def maintain_cache(
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache)
+    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
     all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
     used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())

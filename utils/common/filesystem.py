@@ -23,6 +23,8 @@ _TMP_PREFIX = ".writing-"
 # A temporary folder of another machine counts as stale after this time, because its process cannot be checked.
 _STALE_AFTER_S = 24 * 3600
 _LOCK_FILE = ".lock"
+# The beginning of a file that was cloned without Git LFS.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Open as long as the process lives: closing a file releases its lock.
 _lock_files: list[IO[str]] = []
 
@@ -55,7 +57,7 @@ def apply_umask(*files: Path) -> None:
 def unreadable(path: Path) -> str | None:
     """Returns what keeps this user from reading an existing file or folder, or None if nothing does.
 
-    Some libraries report a missing permission as a missing or damaged file.
+    Some libraries report a missing permission, or a file that was cloned without Git LFS, as a missing or damaged file.
     """
     with suppress(OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
         for folder in reversed(path.absolute().parents):
@@ -64,7 +66,15 @@ def unreadable(path: Path) -> str | None:
         mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
         if path.exists() and not os.access(path, mode, effective_ids=True):
             return f"this user has no permission to read {path}"
+        if path.is_file() and is_lfs_pointer(path):
+            return f"{path} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
     return None
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file only names the content that Git LFS would put in its place."""
+    with file.open("rb") as content:
+        return content.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def unreadable_in(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTr
 from dataset.video import Resolution
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import unreadable
-from utils.model.weight_files import LFS_POINTER, check_weights, is_lfs_pointer, read_config
+from utils.model.weight_files import check_weights, has_variant, read_config
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
@@ -189,8 +189,11 @@ CONFIGS = {
 }
 
 
-def read_spec(model_dir: Path) -> ModelSpec:
+def read_spec(model_dir: Path, variant: str | None = None) -> ModelSpec:
     """Reads the configs of a checkpoint in the diffusers format and checks the headers of its weight files.
+
+    Args:
+        variant: as in `weight_files`.
 
     Raises:
         UserError: files are missing or damaged, or this is not a CogVideoX checkpoint. Lists all errors.
@@ -215,8 +218,10 @@ def read_spec(model_dir: Path) -> ModelSpec:
     report = CheckReport()
     for name, (_, model_class) in CONFIGS.items():
         if name != "scheduler":
-            report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name))
+            report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name), variant)
     errors += report.errors
+    if variant is not None and not any(has_variant(model_dir / name, variant) for name in COMPONENTS):
+        errors.append(f"--variant {variant}: {model_dir} has no weights of this variant; leave the flag out.")
     tokenizer_files = [model_dir / "tokenizer" / file for file in ("spiece.model", "tokenizer.json")]
     found = [file for file in tokenizer_files if file.is_file()]
     if not found:
@@ -224,8 +229,6 @@ def read_spec(model_dir: Path) -> ModelSpec:
     for path in found:
         if reason := unreadable(path):
             errors.append(f"--model_path: {reason}.")
-        elif is_lfs_pointer(path):
-            errors.append(f"--model_path: {path} is {LFS_POINTER}")
     if errors:
         raise UserError(errors)
     if errors := list(_config_errors(model_dir, **configs)):
