@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, arguments, run
+from tests.conftest import LFS_POINTER, ROOT, arguments, run
 from utils.commands.inspect_dataset import contact_sheet
 from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
@@ -127,9 +127,6 @@ def test_errors_of_unreadable_clips_and_images_name_the_line(tiny, data, validat
 
 def edit_config(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 791656\n"
 
 
 def rename_weights(folder: Path, suffix: str) -> None:
