@@ -24,7 +24,15 @@ from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, unreadable
-from utils.config.options import make_parser, option, parse_group, require_finite, require_positive, require_seed
+from utils.config.options import (
+    make_parser,
+    option,
+    parse_group,
+    require_finite,
+    require_positive,
+    require_seed,
+    require_text,
+)
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
 from utils.model.weight_files import check_shapes, check_weights, read_config
@@ -75,6 +83,7 @@ class DemoArgs:
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
         yield from require_seed(self.seed)
+        yield from require_text(self, "prompt", "negative_prompt")
         yield from require_finite(self, "lora_scale", "guidance_scale")
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.common.errors import UserError
-from utils.common.filesystem import unreadable
+from utils.common.filesystem import expand_user, unreadable
 
 Content = TypeVar("Content")
 
@@ -73,6 +73,11 @@ class _Column:
     lines: Sequence[int]
 
 
+def resolve(root: Path, name: str) -> Path:
+    """Returns the path of a file that is named relative to the data folder, absolutely, or with ~."""
+    return root / expand_user(name)
+
+
 def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
     """Returns the name of a data folder's table, or None if it has line files.
 
@@ -83,7 +88,7 @@ def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
     if metadata is not None:
         return metadata
     tables = [name for name in TABLES if (root / name).is_file()]
-    return tables[0] if tables and not (root / captions).exists() else None
+    return tables[0] if tables and not resolve(root, captions).exists() else None
 
 
 def read_manifest(
@@ -113,7 +118,7 @@ def read_manifest(
         raise UserError(f"{flag} {root}: there is no such folder.")
     errors: list[str] = []
     if table is not None:
-        columns = _read_table(root / table.name, table, errors)
+        columns = _read_table(root, table, errors)
     else:
         files = {"prompt": captions, "video": videos, "image": images}
         columns = _read_line_files(root, {name: file for name, file in files.items() if file}, errors)
@@ -124,16 +129,19 @@ def read_manifest(
                 errors.append(f"{column.source}, line {line}: {subject} is empty.")
             elif not _is_unicode(text):
                 errors.append(f"{column.source}, line {line}: the {name} holds half of a surrogate pair: {text!a}.")
-            elif name != "prompt" and not _is_file(root / text):
-                reason = unreadable(root / text) or f"there is no file {str(root / text)[:200]}"
-                errors.append(f"{column.source}, line {line}: {reason}.")
+            elif name != "prompt" and (error := _file_error(resolve(root, text))):
+                errors.append(f"{column.source}, line {line}: {error}.")
     if errors:
         raise UserError(errors)
 
     prompts = columns["prompt"]
 
     def paths(name: str) -> Iterable[str | None]:
-        return (str(root / text) for text in columns[name].texts) if name in columns else [None] * len(prompts.texts)
+        return (
+            (str(resolve(root, text)) for text in columns[name].texts)
+            if name in columns
+            else [None] * len(prompts.texts)
+        )
 
     rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), strict=True)
     return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
@@ -142,9 +150,10 @@ def read_manifest(
 def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> dict[str, _Column]:
     columns = {}
     for name, file in files.items():
-        texts = _read(root / file, read_lines, errors)
+        path = resolve(root, file)
+        texts = _read(path, read_lines, errors)
         if texts is not None:
-            columns[name] = _Column(root / file, texts, range(1, len(texts) + 1))
+            columns[name] = _Column(path, texts, range(1, len(texts) + 1))
     if len({len(column.texts) for column in columns.values()}) > 1:
         counts = ", ".join(f"{files[name]} has {len(column.texts)}" for name, column in columns.items())
         errors.append(f"{root}: the line files must have the same number of lines, one per sample; {counts}.")
@@ -153,8 +162,9 @@ def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> di
     return columns
 
 
-def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
-    reader = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
+def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
+    path = resolve(root, table.name)
+    reader = partial(_read_csv, root=root) if path.suffix.lower() == ".csv" else _read_jsonl
     rows = _read(path, partial(reader, errors=errors), errors)
     if rows is None:
         return {}
@@ -180,11 +190,14 @@ def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Colum
 
 def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> Content | None:
     try:
+        if reason := unreadable(path):
+            errors.append(f"{reason}.")
+            return None
         return reader(path)
     except FileNotFoundError:
         errors.append(f"{path}: there is no such file.")
     except (UnicodeDecodeError, OSError) as error:
-        errors.append(f"{unreadable(path) or f'{path}: cannot be read as UTF-8 text ({error})'}.")
+        errors.append(f"{path}: cannot be read as UTF-8 text ({error}).")
     return None
 
 
@@ -204,10 +217,11 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     return rows
 
 
-def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns (number of the row's last line, row) for each row. The first row of the file names the columns.
 
-    Strict parsing refuses a quote that is not closed. Otherwise it would swallow the rows behind it.
+    A quote that is not closed would swallow the rows behind it. Strict parsing refuses it, unless a later quote ends a
+    field by chance; then the swallowed lines name files of the data folder.
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -219,6 +233,12 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
                         "comma in quotes."
                     )
+                for text in row.values():
+                    if isinstance(text, str) and (line := _swallowed_row(text, root)):
+                        errors.append(
+                            f"{path}, line {reader.line_num}: a quoted text that ends here contains what looks like a "
+                            f"row: {line[:100]!r}. Is a quote before it not closed?"
+                        )
                 rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
             errors.append(
@@ -228,11 +248,25 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
     return rows
 
 
+def _swallowed_row(text: str, root: Path) -> str | None:
+    """Returns the first line of a text of several lines that names a file of the data folder between its commas."""
+    lines = text.splitlines() if "\n" in text else []
+    names = ((line, part.strip(' "')) for line in lines if "," in line for part in line.split(","))
+    return next((line for line, name in names if name and _is_file(resolve(root, name))), None)
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
         return False
+
+
+def _file_error(path: Path) -> str | None:
+    """Returns why there is no clip or image to read, or None. Git LFS pointers have less than 1024 bytes."""
+    if not _is_file(path):
+        return unreadable(path) or f"there is no file {str(path)[:200]}"
+    return unreadable(path) if path.stat().st_size < 1024 else None
 
 
 def _is_unicode(text: str) -> bool:

@@ -49,7 +49,7 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", ["--generate_type", "v2v", "--image_or_video_path", FRAME + "x"], "cannot be read as a video"),
         ("2b", ["--num_frames", "12"], "must be 8N+1"),
         ("2b", ["--height", "100"], "multiples of 16"),
-        ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no pytorch_lora_weights.safetensors"),
+        ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no such file or folder"),
         ("2b", ["--transformer_path", "/nowhere"], "--transformer_path /nowhere"),
         ("2b", ["--transformer_path", "{2b}/vae"], "describes a AutoencoderKLCogVideoX"),
         ("2b", ["--transformer_path", "{5b}"], "use_rotary_positional_embeddings is True, but False in the base"),
@@ -57,6 +57,7 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", [*V2V, "--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
         ("2b", ["--output_path", "/proc/x.mp4", "--lora_path", "/nowhere"], "--lora_path /nowhere"),
         ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
+        ("2b", ["--negative_prompt", "\udcff"], "--negative_prompt '\\udcff': it must be UTF-8 text"),
         ("2b", ["--strength", "1.5"], "--strength is 1.5"),
     ],
 )

@@ -78,6 +78,8 @@ def errors_of(*args) -> list[str]:
         ("2b", ["--validation_images", "images.txt"], "--validation_images is for --model_type i2v"),
         ("2b", ["--guidance_scale", "nan"], "--guidance_scale is nan"),
         ("2b", ["--video_column", "long.txt"], "long.txt, line 1: there is no file"),
+        ("2b", ["--id_token", "\udcff"], "--id_token '.udcff': it must be UTF-8 text"),
+        ("2b", ["--model_path", "\udcff"], "--model_path .: there is no such folder"),
         ("2b", ["--do_validation"], "--do_validation true needs --validation_dir"),
         ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),
     ],

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from utils.common.encoding import use_utf8
+
 EXIT_CODE = 2
 # Errors of the system that the user can resolve, wherever they occur.
 SYSTEM_ERRORS = {
@@ -67,7 +69,11 @@ def describe_system_error(error: OSError) -> str | None:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Prints the messages of a `UserError`, or of an error in `SYSTEM_ERRORS`, to stderr and exits with code 2."""
+    """Prints the messages of a `UserError`, or of an error in `SYSTEM_ERRORS`, to stderr and exits with code 2.
+
+    Every program runs inside this context, so it also sets the encoding of text.
+    """
+    use_utf8()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a caption may hold characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.bucketing import SamplingPolicy
 from dataset.file_index import FileIndex
-from dataset.manifest import Sample, Table, find_table, read_manifest
+from dataset.manifest import Sample, Table, find_table, read_manifest, resolve
 from dataset.scan import ScanResult, scan_and_sample
 from utils.common.errors import UserError
 from utils.config.args import ValidationArgs
@@ -78,7 +78,7 @@ def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) 
     if table is not None:
         samples = read(table=Table(table, ("prompt",), ("video", "image") if task == "i2v" else ("video",)))
     else:
-        videos = data.video_column if (root / data.video_column).exists() or not root.is_dir() else None
+        videos = data.video_column if resolve(root, data.video_column).exists() or not root.is_dir() else None
         samples = read(options.validation_prompts, videos, options.validation_images)
     if task == "i2v" and not all(sample.video or sample.image for sample in samples):
         raise UserError(

@@ -67,9 +67,9 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         progress = check_resume(report, context, model, resume_from)
 
     samples, validation = read_samples(report, args)
-    check_prompts(report, model, samples + validation)
     if not samples or not values_are_valid:
         raise UserError(report.errors)
+    check_prompts(report, model, samples + validation)
     cache_dir = find_cache_dir(args.data, samples)
     scan = scan_samples(report, args, samples, validation, cache_dir)
     if context is None or progress is None or not scan.samples:
