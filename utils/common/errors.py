@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ def exit_on_user_error() -> Iterator[None]:
     Every program runs inside this context, so it also sets the encoding of text.
     """
     use_utf8()
+    threading.excepthook = _report_thread_error
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a caption may hold characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -86,6 +88,14 @@ def exit_on_user_error() -> Iterator[None]:
             for message in error.errors:
                 print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
+
+
+def _report_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Prints an error in `SYSTEM_ERRORS` of a thread, such as that of TensorBoard, as a sentence."""
+    if isinstance(args.exc_value, OSError) and (message := describe_system_error(args.exc_value)):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(args)
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-from utils.common.errors import UserError
+from utils.common.errors import UserError, describe_system_error
 
 # Folder of the project.
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +110,31 @@ def lock_folder(folder: Path, flag: str) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     _lock_files.append(file)
+
+
+@contextmanager
+def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Adds the flag that chose a folder to errors of the system that concern it, such as a full disk.
+
+    Args:
+        folders: flag -> folder.
+
+    Raises:
+        UserError: an error in `SYSTEM_ERRORS` occurred in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (message := describe_system_error(error)) is None:
+            raise
+        path = error.filename2 or error.filename
+        flags = [
+            f"{flag} {folder}: "
+            for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts))  # the innermost first
+            if (Path(path).is_relative_to(folder) if path else folder.exists() and disk_is_full(folder))
+        ]
+        message = message[0].lower() + message[1:] if flags else message
+        raise UserError(f"{''.join(flags[:1])}{message}", on_every_rank=False) from error
 
 
 def disk_is_full(folder: Path) -> bool:
