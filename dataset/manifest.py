@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -127,8 +129,8 @@ def read_manifest(
             if not text:
                 subject = "the line" if table is None else f"the {name}"
                 errors.append(f"{column.source}, line {line}: {subject} is empty.")
-            elif not _is_unicode(text):
-                errors.append(f"{column.source}, line {line}: the {name} holds half of a surrogate pair: {text!a}.")
+            elif error := _text_error(text):
+                errors.append(f"{column.source}, line {line}: the {name} holds {error}: {text[:100]!a}.")
             elif name != "prompt" and (error := _file_error(resolve(root, text))):
                 errors.append(f"{column.source}, line {line}: {error}.")
     if errors:
@@ -165,8 +167,9 @@ def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> di
 def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
     path = resolve(root, table.name)
     reader = partial(_read_csv, root=root) if path.suffix.lower() == ".csv" else _read_jsonl
+    num_errors = len(errors)
     rows = _read(path, partial(reader, errors=errors), errors)
-    if rows is None:
+    if rows is None or (not rows and len(errors) > num_errors):
         return {}
     if not rows:
         errors.append(f"{path}: the table is empty; it needs one row per sample, and a .csv file needs a header row.")
@@ -175,7 +178,8 @@ def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Colum
     for name in (*table.required, *table.optional):
         if name not in present:
             if name in table.required and rows:
-                errors.append(f"{path} has no column '{name}'; it has {', '.join(present)}.")
+                hint = " Separate the columns by commas." if re.search("[;\t]", "".join(present)) else ""
+                errors.append(f"{path} has no column '{name}'; it has {', '.join(present)}.{hint}")
             continue
         values = [(line, row.get(name)) for line, row in rows]
         errors += [
@@ -207,7 +211,7 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     for number, text in enumerate(read_lines(path), 1):
         try:
             row = json.loads(text or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             errors.append(f"{path}, line {number}: not valid JSON ({error}).")
             continue
         if not isinstance(row, dict):
@@ -227,6 +231,8 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="", strict=True)
         try:
+            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]
+            errors += [f"{path} has several columns '{name}'." for name in repeated]
             for row in reader:
                 if "" in row:
                     errors.append(
@@ -269,12 +275,14 @@ def _file_error(path: Path) -> str | None:
     return unreadable(path) if path.stat().st_size < 1024 else None
 
 
-def _is_unicode(text: str) -> bool:
+def _text_error(text: str) -> str | None:
+    if "\0" in text:  # such as the end of a file after a power failure
+        return "a null character"
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, such as the JSON text "\\ud83d"
-        return False
-    return True
+    except UnicodeEncodeError:  # such as the JSON text "\\ud83d"
+        return "half of a surrogate pair"
+    return None
 
 
 def read_lines(path: Path) -> list[str]:

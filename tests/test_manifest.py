@@ -84,6 +84,8 @@ def test_unquoted_comma_does_not_truncate_a_prompt(folder):
         ('{"video": 7, "prompt": "x"}\n', "line 1: 'video' is missing or not a text"),
         (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]), "line 1: 'image' is missing or not a text"),
         ("", "the table is empty"),
+        ('{"video": "a.mp4", "prompt": "a\\u0000b"}\n', "line 1: the prompt holds a null character: 'a"),
+        ("[" * 10**5, "line 1: not valid JSON"),
     ],
 )
 def test_errors_in_tables_name_the_line(folder, text, message):
@@ -108,6 +110,8 @@ def test_errors_in_tables_name_the_line(folder, text, message):
             "line 4: a quoted text that ends here contains what looks like a row: 'b.mp4,a dog'",
         ),
         ("metadata.csv", 'prompt,video\n"a cat,a.mp4\na cow", b.mp4\n', "line 3: a quoted text .* 'a cat,a.mp4'"),
+        ("metadata.csv", "video,prompt,prompt\na.mp4,a cat,a dog\n", "has several columns 'prompt'"),
+        ("metadata.csv", "video;prompt\na.mp4;a cat\n", "has no column 'prompt'; .* Separate the columns by commas."),
         ("metadata.csv", LFS_POINTER, "is a Git LFS pointer"),
         (
             "metadata.jsonl",

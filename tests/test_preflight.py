@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import LFS_POINTER, ROOT, arguments, run
+from tests.tiny_models import write_tokenizer_and_text_encoder
 from utils.commands.inspect_dataset import contact_sheet
 from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
@@ -182,7 +183,16 @@ def truncate(path: Path) -> None:
             lambda model: edit_config(model / "transformer" / "config.json", text_embed_dim=64),
             "text_proj.weight, which is",
         ),
-        (lambda model: edit_config(model / "text_encoder" / "config.json", d_model=64), "text encoder's width is 64"),
+        (lambda model: write_tokenizer_and_text_encoder(model, 64), "text encoder's width is 64"),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", num_layers=3), "encoder.block.2.layer.0."),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", d_model=64), "shared.weight, which is"),
+        (
+            lambda model: edit_config(model / "text_encoder" / "config.json", d_model="x"),
+            "has a config of another kind",
+        ),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", model_type="bert"), "describes a bert"),
+        (lambda model: (model / "tokenizer" / "spiece.model").write_text("<html>"), "spiece.model is damaged; is the"),
+        (lambda model: (model / "tokenizer" / "spiece.model").write_bytes(b""), "spiece.model is damaged; is the"),
         (lambda model: edit_config(model / "transformer" / "config.json", num_layers=3), "transformer_blocks.2"),
         (
             lambda model: edit_config(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon"),

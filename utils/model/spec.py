@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from sentencepiece import SentencePieceProcessor
+from transformers import T5EncoderModel
 
 from dataset.video import Resolution
 from utils.common.errors import CheckReport, UserError
@@ -180,12 +182,12 @@ class ModelSpec:
         return []
 
 
-# Component -> name of its config file, and its diffusers class or None for other libraries.
+# Component -> name of its config file, and its class.
 CONFIGS = {
     "transformer": ("config.json", CogVideoXTransformer3DModel),
     "vae": ("config.json", AutoencoderKLCogVideoX),
     "scheduler": ("scheduler_config.json", CogVideoXDPMScheduler),
-    "text_encoder": ("config.json", None),
+    "text_encoder": ("config.json", T5EncoderModel),
 }
 
 
@@ -229,11 +231,21 @@ def read_spec(model_dir: Path, variant: str | None = None) -> ModelSpec:
     for path in found:
         if reason := unreadable(path):
             errors.append(f"--model_path: {reason}.")
+        elif path.suffix == ".model" and not _is_sentencepiece(path):
+            errors.append(f"--model_path: {path} is damaged; is the download complete?")
     if errors:
         raise UserError(errors)
     if errors := list(_config_errors(model_dir, **configs)):
         raise UserError(errors)
     return ModelSpec(configs["transformer"], configs["vae"])
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Whether a file holds a vocabulary of sentencepiece. If not, transformers takes it for another tokenizer's."""
+    try:
+        return SentencePieceProcessor(model_file=str(path)).vocab_size() > 0
+    except (OSError, RuntimeError):
+        return False
 
 
 def _config_errors(

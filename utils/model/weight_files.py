@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import CogVideoXDPMScheduler
 from safetensors import SafetensorError, safe_open
+from transformers import T5Config, T5EncoderModel
 
 from utils.common.errors import UserError
 from utils.common.filesystem import unreadable, unreadable_in
@@ -19,11 +20,11 @@ from utils.common.filesystem import unreadable, unreadable_in
 _VARIANT = re.compile(r".+\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
-def read_config(path: Path, model_class: Any | None, flag: str = "--model_path") -> dict[str, Any]:
+def read_config(path: Path, model_class: Any, flag: str = "--model_path") -> dict[str, Any]:
     """Reads a component's config and completes it with the defaults of its class.
 
     Args:
-        model_class: the diffusers class; None for components of other libraries, whose config is returned as is.
+        model_class: the class of the component. The config of a text encoder is returned as is.
 
     Raises:
         UserError: the file is missing, is not JSON, or describes another class.
@@ -36,7 +37,9 @@ def read_config(path: Path, model_class: Any | None, flag: str = "--model_path")
         raise UserError(f"{flag}: {unreadable(path) or f'{path} cannot be read as JSON ({error})'}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{flag}: {path} is not a config; a JSON object is expected.")
-    if model_class is None:
+    if model_class is T5EncoderModel:
+        if config.get("model_type") != "t5":
+            raise UserError(f"{flag}: {path} describes a {config.get('model_type')}; a CogVideoX checkpoint has a t5.")
         return config
     found, expected = config.get("_class_name"), model_class.__name__
     # both CogVideoX schedulers have the same config fields
@@ -110,12 +113,12 @@ def describe_other_weights(folder: Path, flag: str, variant: str | None) -> str:
 
 
 def check_weights(
-    folder: Path, flag: str, model_class: Any | None, config: dict[str, Any] | None, variant: str | None = None
+    folder: Path, flag: str, model_class: Any, config: dict[str, Any] | None, variant: str | None = None
 ) -> None:
     """Checks the headers of the safetensors files from which a component is loaded.
 
     Args:
-        model_class, config: if both are given, every tensor of such a model must be present with its shape.
+        model_class, config: every tensor of such a model must be present with its shape; unknown if `config` is None.
         variant: as in `weight_files`.
 
     Raises:
@@ -145,8 +148,17 @@ def check_weights(
                 errors.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
     if errors:
         raise UserError(errors)
-    if model_class is not None and config is not None:
+    if config is not None:
         check_shapes(shapes, folder, flag, model_class, config)
+
+
+def _expected_shapes(model_class: Any, config: dict[str, Any]) -> dict[str, list[int]]:
+    """Returns the shapes of the tensors of a model, without those that transformers ties to others."""
+    with init_empty_weights(include_buffers=True):
+        is_t5 = model_class is T5EncoderModel
+        model = T5EncoderModel(T5Config(**config)) if is_t5 else model_class.from_config(config)
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def check_shapes(
@@ -166,8 +178,12 @@ def check_shapes(
     Raises:
         UserError: a tensor is missing, has another shape or, with `strict`, is unexpected.
     """
-    with init_empty_weights(include_buffers=True):
-        expected = {name: list(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
+    try:
+        expected = _expected_shapes(model_class, config)
+    except Exception as error:  # whatever the constructors of diffusers and transformers raise
+        raise UserError(f"{flag}: {folder} has a config of another kind ({error}).") from error
+    if "encoder.embed_tokens.weight" in shapes and model_class is T5EncoderModel:  # another name of the same tensor
+        shapes = {"shared.weight": shapes["encoder.embed_tokens.weight"], **shapes}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if strict:
         wrong += sorted(shapes.keys() - expected.keys())
