@@ -23,7 +23,7 @@ from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable, unreadable
+from utils.common.filesystem import check_writable, flags_in_errors, unreadable
 from utils.config.options import (
     make_parser,
     option,
@@ -119,8 +119,9 @@ def main() -> None:
         **task_inputs,
     ).frames[0]
 
-    args.output_path.parent.mkdir(parents=True, exist_ok=True)
-    loading.write_video(video, args.output_path, args.fps or spec.fps)
+    with flags_in_errors({"--output_path": args.output_path.parent}):
+        args.output_path.parent.mkdir(parents=True, exist_ok=True)
+        loading.write_video(video, args.output_path, args.fps or spec.fps)
     print(f"{args.output_path}: {len(video)} frames in {time.perf_counter() - started:.1f} s")
 
 

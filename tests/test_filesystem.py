@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dataset.latent_cache import LatentCache
 from tests.conftest import ROOT, arguments, succeed
@@ -143,6 +144,14 @@ def test_errors_of_the_system_name_the_flag_of_the_folder(tmp_path, monkeypatch)
     ):
         with pytest.raises(UserError, match=f"^{re.escape(message)}"), flags_in_errors(folders):
             raise error
+    hidden = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with (
+        pytest.raises(UserError, match=r"^--output_path /x: no space is left"),
+        flags_in_errors({"--output_path": Path("/x")}),
+    ):
+        raise hidden
+    with pytest.raises(SafetensorError), flags_in_errors(folders):
+        raise SafetensorError("header too large")
     with pytest.raises(FileNotFoundError), flags_in_errors(folders):
         raise FileNotFoundError(2, "not there", str(tmp_path / "x"))
 

@@ -29,7 +29,7 @@ from dataset.scan import ScanResult, summarize
 from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable, remove_stale_temporaries
+from utils.common.filesystem import check_writable, flags_in_errors, remove_stale_temporaries
 from utils.config.args import ValidationArgs
 from utils.config.data_args import DataArgs
 from utils.config.options import add_options, collect, make_parser, option
@@ -69,7 +69,8 @@ def main() -> None:
     validation = read_validation_samples(data, replace(validation_args, do_validation=True), task)
     cache_dir = find_cache_dir(data, samples)
     scan = scan_data(data, samples, validation, cache_dir, save_index=cache_dir.is_dir())
-    show_samples(data, scan, options.inspect_dir)
+    with flags_in_errors({"--inspect_dir": options.inspect_dir}):
+        show_samples(data, scan, options.inspect_dir)
     if spec is not None and model_dir is not None and cache_dir.is_dir():
         maintain_cache(options, data, scan, LatentCache(cache_dir), model_dir, spec)
 

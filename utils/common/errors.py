@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from utils.common.encoding import use_utf8
 
@@ -60,10 +63,17 @@ class CheckReport:
             return None
 
 
-def describe_system_error(error: OSError) -> str | None:
+def path_of(error: OSError | SafetensorError) -> str | None:
+    """Returns the path that an error of the system concerns, if it is known."""
+    return error.filename2 or error.filename if isinstance(error, OSError) else None
+
+
+def describe_system_error(error: OSError | SafetensorError) -> str | None:
     """Returns a sentence about an error in `SYSTEM_ERRORS`; None for all others."""
-    path, message = error.filename2 or error.filename, SYSTEM_ERRORS.get(error.errno or 0)
-    if message is None or (path is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)):
+    hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has errors of its own
+    number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
+    path, message = path_of(error), SYSTEM_ERRORS.get(number or 0)
+    if message is None or (path is None and number not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)):
         return None
     return f"{path}: {message}." if path else f"{message[0].upper()}{message[1:]}."
 
@@ -102,7 +112,7 @@ def _report_thread_error(args: threading.ExceptHookArgs) -> None:
 def _system_errors_as_user_errors() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if (message := describe_system_error(error)) is None:
             raise
         raise UserError(message, on_every_rank=False) from error

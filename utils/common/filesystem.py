@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from utils.common.errors import UserError, describe_system_error
+from safetensors import SafetensorError
+
+from utils.common.errors import UserError, describe_system_error, path_of
 
 # Folder of the project.
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,14 +126,14 @@ def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if (message := describe_system_error(error)) is None:
             raise
-        path = error.filename2 or error.filename
+        path = path_of(error)
         flags = [
             f"{flag} {folder}: "
             for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts))  # the innermost first
-            if (Path(path).is_relative_to(folder) if path else folder.exists() and disk_is_full(folder))
+            if (Path(path).is_relative_to(folder) if path else len(folders) == 1 or disk_is_full(folder))
         ]
         message = message[0].lower() + message[1:] if flags else message
         raise UserError(f"{''.join(flags[:1])}{message}", on_every_rank=False) from error
@@ -139,7 +141,7 @@ def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
 
 def disk_is_full(folder: Path) -> bool:
     """Whether less than 1 MiB is free. torch, safetensors and ffmpeg hide the error of the system."""
-    return shutil.disk_usage(folder).free < 2**20
+    return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 
 def remove_stale_temporaries(folder: Path) -> None:

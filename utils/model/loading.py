@@ -214,6 +214,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
             raise
     if not path.is_file() or path.stat().st_size == 0:
         code = errno.ENOSPC if disk_is_full(path.parent) else errno.EIO
+        path.unlink(missing_ok=True)
         raise OSError(code, "the video could not be written", str(path))
 
 
