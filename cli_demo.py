@@ -243,6 +243,7 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
     """Loads the pipeline of a task with its adapters or fine-tuned transformer, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, variant = model_dir / "transformer", args.variant
+    tokenizer = loading.load_tokenizer(model_dir)  # first, as it takes least time
     dtype = loading.DTYPES[args.dtype] if args.dtype else loading.working_dtype(base, device, variant)
     weights = find_transformer(args.transformer_path) if args.transformer_path else base
     if (weights / "config.json").is_file():
@@ -254,7 +255,7 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
         print(f"LoRA: {matched} adapter modules matched, scale {args.lora_scale:g}, {args.lora_path}")
     cpu = torch.device("cpu")
     pipeline = loading.PIPELINES[task](
-        tokenizer=loading.load_tokenizer(model_dir),
+        tokenizer=tokenizer,
         text_encoder=loading.load_text_encoder(model_dir, cpu, dtype, variant),
         vae=loading.load_vae(model_dir, cpu, args.enable_slicing, args.enable_tiling, dtype, variant),
         transformer=transformer,

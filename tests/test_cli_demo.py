@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 import cli_demo
@@ -57,13 +59,18 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", [*V2V, "--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
         ("2b", ["--output_path", "/proc/x.mp4", "--lora_path", "/nowhere"], "--lora_path /nowhere"),
         ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
+        ("2b", ["--model_path", "{broken}"], "tokenizer cannot be read ("),
         ("2b", ["--negative_prompt", "\udcff"], "--negative_prompt '\\udcff': it must be UTF-8 text"),
         ("2b", ["--strength", "1.5"], "--strength is 1.5"),
     ],
 )
-def test_user_errors_are_reported_before_loading_weights(tiny, monkeypatch, capsys, variant, options, message):
+def test_user_errors_are_reported_before_loading_weights(
+    tiny, tmp_path, monkeypatch, capsys, variant, options, message
+):
     monkeypatch.setattr(loading, "load_transformer", None)
-    options = [text.format(**{name: tiny(name) for name in ("2b", "5b")}) for text in options]
+    broken = shutil.copytree(tiny("2b"), tmp_path / "broken")
+    (broken / "tokenizer" / "tokenizer_config.json").write_text("{")
+    options = [text.format(broken=broken, **{name: tiny(name) for name in ("2b", "5b")}) for text in options]
     argv = ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(variant)), *options]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as stopped, cli_demo.exit_on_user_error():

@@ -191,6 +191,11 @@ def truncate(path: Path) -> None:
             "has a config of another kind",
         ),
         (lambda model: edit_config(model / "text_encoder" / "config.json", model_type="bert"), "describes a bert"),
+        (lambda model: (model / "tokenizer" / "tokenizer_config.json").write_text("{"), "/tokenizer cannot be read ("),
+        (
+            lambda model: (model / "tokenizer" / "tokenizer_config.json").write_text(LFS_POINTER),
+            "config.json is a Git LF",
+        ),
         (lambda model: (model / "tokenizer" / "spiece.model").write_text("<html>"), "spiece.model is damaged; is the"),
         (lambda model: (model / "tokenizer" / "spiece.model").write_bytes(b""), "spiece.model is damaged; is the"),
         (lambda model: edit_config(model / "transformer" / "config.json", num_layers=3), "transformer_blocks.2"),

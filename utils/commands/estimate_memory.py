@@ -18,6 +18,7 @@ from typing import Any
 
 from utils.commands.launch import template_path
 from utils.common.errors import UserError, exit_on_user_error
+from utils.common.filesystem import expand_user
 from utils.config.args import parse_args
 from utils.config.deepspeed_config import resolve_template
 from utils.config.options import add_options, collect, make_parser, option, require_positive
@@ -85,7 +86,7 @@ def load_spec(model_path: str, variant: str | None = None) -> tuple[ModelSpec, d
     spec = None if Path(model_path).is_dir() else published_spec(model_path)
     if spec is not None:
         return spec, published_text_encoder(model_path)
-    folder = Path(model_path).expanduser()
+    folder = expand_user(model_path)
     if not folder.is_dir():
         names = ", ".join(PUBLISHED)
         raise UserError(f"--model_path {model_path}: there is no such folder, and it is none of {names}.")

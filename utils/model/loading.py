@@ -28,7 +28,7 @@ from safetensors import safe_open
 from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
-from utils.common.filesystem import disk_is_full, expand_user
+from utils.common.filesystem import disk_is_full, expand_user, unreadable_in
 from utils.model.spec import COMPONENTS, CONFIGS
 from utils.model.weight_files import has_variant, weight_files
 
@@ -165,7 +165,13 @@ def load_vae(
 
 
 def load_tokenizer(model_dir: Path) -> T5Tokenizer:
-    return T5Tokenizer.from_pretrained(model_dir / "tokenizer")
+    """Loads the tokenizer. Raises UserError if it cannot be read."""
+    folder = model_dir / "tokenizer"
+    try:
+        return T5Tokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the readers of its files raise
+        reason = unreadable_in(folder) or f"{folder} cannot be read ({error})"
+        raise UserError(f"--model_path: {reason}.") from error
 
 
 def load_text_encoder(

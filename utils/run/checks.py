@@ -140,10 +140,7 @@ def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> lis
     Raises:
         UserError: the tokenizer cannot be read.
     """
-    try:
-        tokenizer = loading.load_tokenizer(model_dir)
-    except Exception as error:
-        raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
+    tokenizer = loading.load_tokenizer(model_dir)
     distinct = sorted({sample.prompt for sample in samples})
     # a token takes at least one byte, so shorter prompts always fit
     suspects = [prompt for prompt in distinct if len(prompt.encode()) >= max_length or not prompt.isascii()]
