@@ -16,6 +16,16 @@ from utils.common.errors import exit_on_user_error
 ENCODING = ROOT / "utils" / "common" / "encoding.py"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("NUM_PROCESSES", "two"), ("OMP_NUM_THREADS", "4,2"), ("MAIN_PROCESS_PORT", "65536")]
+)
+def test_variables_that_are_no_numbers_are_named(monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        list(launch.flags_from_environment())
+    assert capsys.readouterr().err == f"error: {name}={value} is not a valid number.\n"
+
+
 @pytest.fixture
 def lock(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

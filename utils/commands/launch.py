@@ -95,7 +95,11 @@ def ignore_accelerate_variables() -> None:
 
 
 def flags_from_environment() -> Iterator[str]:
-    """Translates environment variables to flags of the launcher."""
+    """Translates environment variables to flags of the launcher. Exits if a number is none."""
+    for name in ("OMP_NUM_THREADS", *MACHINE_SETTINGS):
+        value = os.environ.get(name) or "1"
+        if name != "MAIN_PROCESS_IP" and not (value.isdecimal() and (int(value) < 2**16 or name[-4:] != "PORT")):
+            fail(f"{name}={value} is not a valid number.")
     for name in MACHINE_SETTINGS:
         if os.environ.get(name):
             yield f"--{name.lower()}={os.environ[name]}"
