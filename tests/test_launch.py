@@ -66,10 +66,9 @@ def test_programs_read_utf8_in_any_locale(tmp_path):
     code = f"import runpy, sys; runpy.run_path({str(ENCODING)!r})['use_utf8']()\n"
     program.write_text(code + "print(ascii(sys.argv[1]), sys.getfilesystemencoding(), open(0).encoding)")
     variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    for flags in ([], ["-E"]):  # with -E, Python ignores its variables
-        argv = [sys.executable, *flags, str(program), "a 红 circle"]
-        output = subprocess.run(argv, env=os.environ | variables, check=True, capture_output=True, text=True)
-        assert output.stdout == "'a \\u7ea2 circle' utf-8 utf-8\n"
+    argv = [sys.executable, str(program), "a 红 circle"]
+    output = subprocess.run(argv, env=os.environ | variables, check=True, capture_output=True, text=True)
+    assert output.stdout == "'a \\u7ea2 circle' utf-8 utf-8\n"
 
 
 def test_programs_start_again_in_another_locale(monkeypatch):

@@ -12,5 +12,5 @@ def use_utf8() -> None:
     The command line and every file without an explicit encoding are read as UTF-8 then.
     """
     if sys.getfilesystemencoding() != "utf-8":
-        os.environ["PYTHONUTF8"] = "1"
+        os.environ["PYTHONUTF8"] = "1"  # for child processes; python -E ignores it
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
