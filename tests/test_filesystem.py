@@ -140,6 +140,7 @@ def test_errors_of_the_system_name_the_flag_of_the_folder(tmp_path, monkeypatch)
         (OSError(28, "full", str(tmp_path / "x")), f"--output_dir {tmp_path}: {tmp_path}/x: no space is left"),
         (OSError(28, "full"), f"--cache_dir {tmp_path}/cache: no space is left"),  # a write does not know its file
         (OSError(28, "full", f"{tmp_path}/cache/x"), f"--cache_dir {tmp_path}/cache: {tmp_path}/cache/x: no space"),
+        (OSError(12, "memory"), "The host memory does not suffice"),
         (PermissionError(13, "denied", "/x"), "/x: this user has no permission."),
     ):
         with pytest.raises(UserError, match=f"^{re.escape(message)}"), flags_in_errors(folders):

@@ -63,7 +63,7 @@ def test_variant_loads_what_diffusers_loads(model, both):
         expected = getattr(pipeline, name).state_dict()
         torch.testing.assert_close(component.state_dict(), expected, rtol=0, atol=0, msg=name)
     (note,) = loading.variant_notes(model, "fp16")
-    assert "transformer (float16), text_encoder (float16); vae (float32) has no such weights" in note
+    assert "of the variant: transformer (float16), text_encoder (float16); plain weights: vae (float32)." in note
 
 
 def test_variant_has_the_identity_of_its_weights(tiny, model, tmp_path):

@@ -138,9 +138,12 @@ def _describe_pickle(file: Path) -> str | None:
     if not zipfile.is_zipfile(file):
         is_pickle = file.suffix in _PICKLES
         return "is not a safetensors file; files of torch.save are not read" if is_pickle else None
-    with zipfile.ZipFile(file) as archive:
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    texts = [text for content in pickles for _, text, _ in pickletools.genops(content) if isinstance(text, str)]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        texts = [text for content in pickles for _, text, _ in pickletools.genops(content) if isinstance(text, str)]
+    except (ValueError, zipfile.BadZipFile):  # damaged
+        texts = []
     content = describe_foreign(texts)
     return "is a file of torch.save, which is not read" + (f"; it holds {content.rstrip('.')}" if content else "")
 

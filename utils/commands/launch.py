@@ -163,9 +163,8 @@ def check_extensions(offloads: bool) -> None:
         what = f"DeepSpeed's {lock.parent.name} is being compiled"
         if owner := process_that_opened(lock):
             print(f"{what} by process {owner}; this run waits for it, a few minutes at most.", file=sys.stderr)
-        elif is_visible_here_only(lock):
-            with suppress(FileNotFoundError):  # released in the meantime
-                lock.unlink()
+        elif is_visible_here_only(lock) and os.access(lock.parent, os.W_OK):
+            lock.unlink(missing_ok=True)  # it may have been released in the meantime
             print(f"Removed {lock}, which a process left behind that was ended while it compiled.", file=sys.stderr)
         else:
             print(
@@ -204,7 +203,8 @@ def is_visible_here_only(lock: Path) -> bool:
 def file_system(path: Path) -> str:
     """Returns the kind of the file system that a file is on, as the table of mounts names it."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    return max((len(folder), kind) for folder, kind in mounts if path.resolve().is_relative_to(folder))[1]
+    above = [(len(folder), kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
+    return [kind for length, kind in above if length == max(above)[0]][-1]  # a later mount hides an earlier one
 
 
 def grow_segments() -> None:

@@ -27,6 +27,7 @@ SYSTEM_ERRORS = {
     errno.ENOMEM: "the host memory does not suffice",
     errno.EDQUOT: "the disk quota is used up; free some space, or give a folder on another disk",
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -63,17 +64,20 @@ class CheckReport:
             return None
 
 
-def path_of(error: OSError | SafetensorError) -> str | None:
-    """Returns the path that an error of the system concerns, if it is known."""
-    return error.filename2 or error.filename if isinstance(error, OSError) else None
+def details_of(error: OSError | SafetensorError) -> tuple[int, str | None]:
+    """Returns the number of an error of the system, 0 if it has none, and the path that it concerns, if it is known."""
+    if isinstance(error, OSError):
+        path = error.filename2 or error.filename  # the number of an open file in rare cases
+        return error.errno or 0, None if path is None else str(path)
+    hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has errors of its own
+    return int(hidden[1]) if hidden else 0, None
 
 
 def describe_system_error(error: OSError | SafetensorError) -> str | None:
     """Returns a sentence about an error in `SYSTEM_ERRORS`; None for all others."""
-    hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has errors of its own
-    number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
-    path, message = path_of(error), SYSTEM_ERRORS.get(number or 0)
-    if message is None or (path is None and number not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)):
+    number, path = details_of(error)
+    message = SYSTEM_ERRORS.get(number)
+    if message is None or (path is None and number not in (*DISK_FULL, errno.ENOMEM)):
         return None
     return f"{path}: {message}." if path else f"{message[0].upper()}{message[1:]}."
 

@@ -17,7 +17,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from utils.common.errors import UserError, describe_system_error, path_of
+from utils.common.errors import DISK_FULL, UserError, describe_system_error, details_of
 
 # Folder of the project.
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,11 +129,15 @@ def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if (message := describe_system_error(error)) is None:
             raise
-        path = path_of(error)
+        number, path = details_of(error)
         flags = [
             f"{flag} {folder}: "
             for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts))  # the innermost first
-            if (Path(path).is_relative_to(folder) if path else len(folders) == 1 or disk_is_full(folder))
+            if (
+                Path(path).is_relative_to(folder)
+                if path
+                else number in DISK_FULL and (len(folders) == 1 or disk_is_full(folder))
+            )
         ]
         message = message[0].lower() + message[1:] if flags else message
         raise UserError(f"{''.join(flags[:1])}{message}", on_every_rank=False) from error

@@ -86,8 +86,8 @@ def variant_notes(model_dir: Path, variant: str | None) -> list[str]:
     dtypes = {folder: str(stored_dtype(folder, variant)).removeprefix("torch.") for folder in folders}
     selected = [f"{folder.name} ({dtypes[folder]})" for folder in folders if has_variant(folder, variant)]
     plain = [f"{folder.name} ({dtypes[folder]})" for folder in folders if not has_variant(folder, variant)]
-    others = f"; {', '.join(plain)} has no such weights, so its plain weights are loaded" if plain else ""
-    return [f"--variant {variant} selects the weights of {', '.join(selected)}{others}."]
+    others = f"; plain weights: {', '.join(plain)}" if plain else ""
+    return [f"--variant {variant} selects weights of the variant: {', '.join(selected)}{others}."]
 
 
 def text_encoder_config(model_dir: Path, variant: str | None = None) -> dict[str, Any]:
