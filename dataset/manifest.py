@@ -237,7 +237,7 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
                 if "" in row:
                     errors.append(
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
-                        "comma in quotes."
+                        "comma in quotes, without a space before them."
                     )
                 for text in row.values():
                     if isinstance(text, str) and (line := _swallowed_row(text, root)):
