@@ -229,12 +229,12 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="", strict=True)
+        reader = csv.DictReader(file, strict=True)
         try:
             repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]
             errors += [f"{path} has several columns '{name}'." for name in repeated]
             for row in reader:
-                if "" in row:
+                if any(row.get(None, ())):  # more fields than columns; spreadsheets add empty ones
                     errors.append(
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
                         "comma in quotes, without a space before them."

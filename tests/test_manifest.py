@@ -48,6 +48,11 @@ def test_names_may_start_with_a_tilde(folder, monkeypatch, tmp_path_factory):
     assert find_table(folder, "~/prompts.txt", None) is None
 
 
+def test_empty_columns_of_a_spreadsheet_are_ignored(folder):
+    (folder / "metadata.csv").write_text("video,prompt,,\na.mp4,a cat,,\nb.mp4,a dog,,,,\n")
+    assert [sample.prompt for sample in read_manifest(folder, table=Table("metadata.csv"))] == ["a cat", "a dog"]
+
+
 def test_captions_of_several_lines_are_legal(folder):
     text = 'video,prompt\na.mp4,"a cat,\nthen a dog, see notes.txt\n\nlast, ""line"""\n'
     (folder / "metadata.csv").write_text(text)
