@@ -52,6 +52,8 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", ["--num_frames", "12"], "must be 8N+1"),
         ("2b", ["--height", "100"], "multiples of 16"),
         ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no such file or folder"),
+        ("2b", ["--lora_path", "{5b}"], "holds a whole transformer; give it as --transformer_path"),
+        ("2b", ["--transformer_path", "{lora}"], "holds a LoRA; give it as --lora_path"),
         ("2b", ["--transformer_path", "/nowhere"], "--transformer_path /nowhere"),
         ("2b", ["--transformer_path", "{2b}/vae"], "describes a AutoencoderKLCogVideoX"),
         ("2b", ["--transformer_path", "{5b}"], "use_rotary_positional_embeddings is True, but False in the base"),
@@ -70,7 +72,9 @@ def test_user_errors_are_reported_before_loading_weights(
     monkeypatch.setattr(loading, "load_transformer", None)
     broken = shutil.copytree(tiny("2b"), tmp_path / "broken")
     (broken / "tokenizer" / "tokenizer_config.json").write_text("{")
-    options = [text.format(broken=broken, **{name: tiny(name) for name in ("2b", "5b")}) for text in options]
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    folders = {"broken": broken, "lora": tmp_path} | {name: tiny(name) for name in ("2b", "5b")}
+    options = [text.format(**folders) for text in options]
     argv = ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(variant)), *options]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as stopped, cli_demo.exit_on_user_error():

@@ -117,10 +117,12 @@ def find_lora(path: Path) -> Path:
         return file
     if not path.is_dir():
         raise UserError(f"--lora_path {path}: there is no such file or folder.")
+    if (path / "transformer").is_dir():
+        raise UserError(f"--lora_path {path} holds a whole transformer; give it as --transformer_path.")
     found = [file.parent for level in ("*", "*/*") for file in sorted(path.glob(f"{level}/{WEIGHTS_FILE}"))]
     found += sorted(file for file in path.iterdir() if file.suffix == ".safetensors" or "_lora_" in file.name)
     names = ", ".join(str(file.relative_to(path)) for file in found)
-    hint = f"; it has {names}. Give one of these" if found else ". Give the folder checkpoint-N of a run"
+    hint = f"; it has {names}. Give one of these" if found else ". Give the folder checkpoint-N of a LoRA run"
     raise UserError(f"--lora_path {path}: there is no {WEIGHTS_FILE} in it{hint}.")
 
 
