@@ -23,8 +23,16 @@ from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.checkpoint.lora_files import find_lora, load_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable, unreadable
-from utils.config.options import make_parser, option, parse_group, require_finite, require_positive, require_seed
+from utils.common.filesystem import check_writable, flags_in_errors, unreadable
+from utils.config.options import (
+    make_parser,
+    option,
+    parse_group,
+    require_finite,
+    require_positive,
+    require_seed,
+    require_text,
+)
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
 from utils.model.weight_files import check_shapes, check_weights, read_config
@@ -34,6 +42,9 @@ from utils.model.weight_files import check_shapes, check_weights, read_config
 class DemoArgs:
     prompt: str = option(help="text prompt; include the --id_token of the training run, if it had one")
     model_path: str = option(help="folder of the base checkpoint, or its model hub id")
+    variant: str | None = option(
+        None, help="variant of the base's weights, such as fp16; components without it use their plain weights"
+    )
     negative_prompt: str = option("", help="text that the video should not match")
     generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
     image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
@@ -72,6 +83,7 @@ class DemoArgs:
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
         yield from require_seed(self.seed)
+        yield from require_text(self, "prompt", "negative_prompt")
         yield from require_finite(self, "lora_scale", "guidance_scale")
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."
@@ -82,7 +94,7 @@ class DemoArgs:
 def main() -> None:
     args = parse_group(make_parser("Generates a video with CogVideoX, fine-tuned or not."), DemoArgs)
     model_dir = loading.resolve_model_dir(args.model_path)
-    spec = read_spec(model_dir)
+    spec = read_spec(model_dir, args.variant)
     task = args.generate_type or spec.task
     resolution = choose_resolution(args, spec, task)
     check(args, spec, task, resolution)
@@ -90,7 +102,8 @@ def main() -> None:
 
     pipeline = load_pipeline(args, model_dir, spec, task)
     print(f"Generating {task}, {resolution}, {args.num_inference_steps} steps, seed {args.seed}", flush=True)
-    for note in spec.frames_notes(resolution.frames) if task != "v2v" else []:
+    notes = loading.variant_notes(model_dir, args.variant)
+    for note in notes + (spec.frames_notes(resolution.frames) if task != "v2v" else []):
         print(f"Note: {note}")
 
     started = time.perf_counter()
@@ -106,8 +119,9 @@ def main() -> None:
         **task_inputs,
     ).frames[0]
 
-    args.output_path.parent.mkdir(parents=True, exist_ok=True)
-    loading.write_video(video, args.output_path, args.fps or spec.fps)
+    with flags_in_errors({"--output_path": args.output_path.parent}):
+        args.output_path.parent.mkdir(parents=True, exist_ok=True)
+        loading.write_video(video, args.output_path, args.fps or spec.fps)
     print(f"{args.output_path}: {len(video)} frames in {time.perf_counter() - started:.1f} s")
 
 
@@ -228,10 +242,12 @@ def as_user_error(function: Any, path: Path, *args: Any) -> Any:
 def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -> Any:
     """Loads the pipeline of a task with its adapters or fine-tuned transformer, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = loading.DTYPES[args.dtype] if args.dtype else loading.working_dtype(model_dir / "transformer", device)
-    weights = find_transformer(args.transformer_path) if args.transformer_path else model_dir / "transformer"
+    base, variant = model_dir / "transformer", args.variant
+    tokenizer = loading.load_tokenizer(model_dir)  # first, as it takes least time
+    dtype = loading.DTYPES[args.dtype] if args.dtype else loading.working_dtype(base, device, variant)
+    weights = find_transformer(args.transformer_path) if args.transformer_path else base
     if (weights / "config.json").is_file():
-        transformer = loading.load_transformer(weights, dtype)
+        transformer = loading.load_transformer(weights, dtype, variant=None if args.transformer_path else variant)
     else:
         transformer = load_merged(weights, spec.transformer, dtype)
     if args.lora_path is not None:
@@ -239,9 +255,9 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
         print(f"LoRA: {matched} adapter modules matched, scale {args.lora_scale:g}, {args.lora_path}")
     cpu = torch.device("cpu")
     pipeline = loading.PIPELINES[task](
-        tokenizer=loading.load_tokenizer(model_dir),
-        text_encoder=loading.load_text_encoder(model_dir, cpu, dtype),
-        vae=loading.load_vae(model_dir, cpu, args.enable_slicing, args.enable_tiling, dtype),
+        tokenizer=tokenizer,
+        text_encoder=loading.load_text_encoder(model_dir, cpu, dtype, variant),
+        vae=loading.load_vae(model_dir, cpu, args.enable_slicing, args.enable_tiling, dtype, variant),
         transformer=transformer,
         scheduler=loading.load_scheduler(model_dir),
     )

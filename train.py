@@ -27,7 +27,7 @@ from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpo
 from utils.checkpoint.resume import choose_checkpoint
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
-from utils.common.filesystem import lock_folder
+from utils.common.filesystem import flags_in_errors, lock_folder
 from utils.common.heartbeat import HeartbeatBarrier
 from utils.common.processes import end_with_parent, exit_without_teardown
 from utils.common.seeds import DRAWS, seed_for
@@ -69,6 +69,11 @@ def main() -> None:
             print("\n".join(describe_prediction(run_in_subprocess(predict, plan.context), plan.context)))
             print(json.dumps(plan.args.as_dict(), indent=2))
         return
+    with flags_in_errors({"--output_dir": plan.args.output.output_dir, "--cache_dir": plan.cache_dir}):
+        run(processes, heartbeat, plan)
+
+
+def run(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPlan) -> None:
     on_main_process(processes, heartbeat, claim_output, plan)
     if plan.args.data.precompute_only or not plan.is_finished:
         create_output(processes, plan)

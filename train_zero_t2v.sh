@@ -19,6 +19,7 @@ HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 MODEL_ARGS=(
     --model_path "THUDM/CogVideoX-5b"       # folder or model hub id; also: CogVideoX-2b, CogVideoX1.5-5B
     --model_type "t2v"                      # must match the checkpoint
+    # --variant "fp16"                      # loads weights such as model.fp16.safetensors
     --training_type "sft"                   # sft: all weights; lora: adapters, simpler with train_ddp_t2v.sh
 )
 

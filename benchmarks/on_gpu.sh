@@ -12,5 +12,5 @@
 #   python -m benchmarks.decide     prints the constants that follow from the results
 #   python -m benchmarks.tables     writes the tables of the documentation
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 exec python3 -m benchmarks.on_gpu "$@"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dataset.video import ClipError, Resolution, resize
 
@@ -49,5 +49,7 @@ def _read_image(path: Path) -> np.ndarray:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ClipError("cannot be read as an image: its format is unknown; convert it to PNG or JPEG") from error
     except Exception as error:
-        raise ClipError("cannot be read as an image") from error
+        raise ClipError(f"cannot be read as an image ({error})") from error

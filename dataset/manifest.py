@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.common.errors import UserError
-from utils.common.filesystem import unreadable
+from utils.common.filesystem import expand_user, unreadable
 
 Content = TypeVar("Content")
 
@@ -73,6 +75,11 @@ class _Column:
     lines: Sequence[int]
 
 
+def resolve(root: Path, name: str) -> Path:
+    """Returns the path of a file that is named relative to the data folder, absolutely, or with ~."""
+    return root / expand_user(name)
+
+
 def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
     """Returns the name of a data folder's table, or None if it has line files.
 
@@ -83,7 +90,7 @@ def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
     if metadata is not None:
         return metadata
     tables = [name for name in TABLES if (root / name).is_file()]
-    return tables[0] if tables and not (root / captions).exists() else None
+    return tables[0] if tables and not resolve(root, captions).exists() else None
 
 
 def read_manifest(
@@ -113,7 +120,7 @@ def read_manifest(
         raise UserError(f"{flag} {root}: there is no such folder.")
     errors: list[str] = []
     if table is not None:
-        columns = _read_table(root / table.name, table, errors)
+        columns = _read_table(root, table, errors)
     else:
         files = {"prompt": captions, "video": videos, "image": images}
         columns = _read_line_files(root, {name: file for name, file in files.items() if file}, errors)
@@ -122,18 +129,21 @@ def read_manifest(
             if not text:
                 subject = "the line" if table is None else f"the {name}"
                 errors.append(f"{column.source}, line {line}: {subject} is empty.")
-            elif not _is_unicode(text):
-                errors.append(f"{column.source}, line {line}: the {name} holds half of a surrogate pair: {text!a}.")
-            elif name != "prompt" and not _is_file(root / text):
-                reason = unreadable(root / text) or f"there is no file {str(root / text)[:200]}"
-                errors.append(f"{column.source}, line {line}: {reason}.")
+            elif error := _text_error(text):
+                errors.append(f"{column.source}, line {line}: the {name} holds {error}: {text[:100]!a}.")
+            elif name != "prompt" and (error := _file_error(resolve(root, text))):
+                errors.append(f"{column.source}, line {line}: {error}.")
     if errors:
         raise UserError(errors)
 
     prompts = columns["prompt"]
 
     def paths(name: str) -> Iterable[str | None]:
-        return (str(root / text) for text in columns[name].texts) if name in columns else [None] * len(prompts.texts)
+        return (
+            (str(resolve(root, text)) for text in columns[name].texts)
+            if name in columns
+            else [None] * len(prompts.texts)
+        )
 
     rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), strict=True)
     return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
@@ -142,9 +152,10 @@ def read_manifest(
 def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> dict[str, _Column]:
     columns = {}
     for name, file in files.items():
-        texts = _read(root / file, read_lines, errors)
+        path = resolve(root, file)
+        texts = _read(path, read_lines, errors)
         if texts is not None:
-            columns[name] = _Column(root / file, texts, range(1, len(texts) + 1))
+            columns[name] = _Column(path, texts, range(1, len(texts) + 1))
     if len({len(column.texts) for column in columns.values()}) > 1:
         counts = ", ".join(f"{files[name]} has {len(column.texts)}" for name, column in columns.items())
         errors.append(f"{root}: the line files must have the same number of lines, one per sample; {counts}.")
@@ -153,10 +164,12 @@ def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> di
     return columns
 
 
-def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
-    reader = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
+def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
+    path = resolve(root, table.name)
+    reader = partial(_read_csv, root=root) if path.suffix.lower() == ".csv" else _read_jsonl
+    num_errors = len(errors)
     rows = _read(path, partial(reader, errors=errors), errors)
-    if rows is None:
+    if rows is None or (not rows and len(errors) > num_errors):
         return {}
     if not rows:
         errors.append(f"{path}: the table is empty; it needs one row per sample, and a .csv file needs a header row.")
@@ -165,7 +178,8 @@ def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Colum
     for name in (*table.required, *table.optional):
         if name not in present:
             if name in table.required and rows:
-                errors.append(f"{path} has no column '{name}'; it has {', '.join(present)}.")
+                hint = " Separate the columns by commas." if re.search("[;\t]", "".join(present)) else ""
+                errors.append(f"{path} has no column '{name}'; it has {', '.join(present)}.{hint}")
             continue
         values = [(line, row.get(name)) for line, row in rows]
         errors += [
@@ -180,11 +194,14 @@ def _read_table(path: Path, table: Table, errors: list[str]) -> dict[str, _Colum
 
 def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> Content | None:
     try:
+        if reason := unreadable(path):
+            errors.append(f"{reason}.")
+            return None
         return reader(path)
     except FileNotFoundError:
         errors.append(f"{path}: there is no such file.")
     except (UnicodeDecodeError, OSError) as error:
-        errors.append(f"{unreadable(path) or f'{path}: cannot be read as UTF-8 text ({error})'}.")
+        errors.append(f"{path}: cannot be read as UTF-8 text ({error}).")
     return None
 
 
@@ -194,7 +211,7 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     for number, text in enumerate(read_lines(path), 1):
         try:
             row = json.loads(text or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             errors.append(f"{path}, line {number}: not valid JSON ({error}).")
             continue
         if not isinstance(row, dict):
@@ -204,21 +221,30 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     return rows
 
 
-def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns (number of the row's last line, row) for each row. The first row of the file names the columns.
 
-    Strict parsing refuses a quote that is not closed. Otherwise it would swallow the rows behind it.
+    A quote that is not closed would swallow the rows behind it. Strict parsing refuses it, unless a later quote ends a
+    field by chance; then the swallowed lines name files of the data folder.
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="", strict=True)
+        reader = csv.DictReader(file, strict=True)
         try:
+            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]
+            errors += [f"{path} has several columns '{name}'." for name in repeated]
             for row in reader:
-                if "" in row:
+                if any(row.get(None, ())):  # more fields than columns; spreadsheets add empty ones
                     errors.append(
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
-                        "comma in quotes."
+                        "comma in quotes, without a space before them."
                     )
+                for text in row.values():
+                    if isinstance(text, str) and (line := _swallowed_row(text, root)):
+                        errors.append(
+                            f"{path}, line {reader.line_num}: a quoted text that ends here contains what looks like a "
+                            f"row: {line[:100]!r}. Is a quote before it not closed?"
+                        )
                 rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
         except csv.Error as error:
             errors.append(
@@ -228,6 +254,13 @@ def _read_csv(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]
     return rows
 
 
+def _swallowed_row(text: str, root: Path) -> str | None:
+    """Returns the first line of a text of several lines that names a file of the data folder between its commas."""
+    lines = text.splitlines() if "\n" in text else []
+    names = ((line, part.strip(' "')) for line in lines if "," in line for part in line.split(","))
+    return next((line for line, name in names if name and _is_file(resolve(root, name))), None)
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -235,12 +268,21 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _is_unicode(text: str) -> bool:
+def _file_error(path: Path) -> str | None:
+    """Returns why there is no clip or image to read, or None. Git LFS pointers have less than 1024 bytes."""
+    if not _is_file(path):
+        return unreadable(path) or f"there is no file {str(path)[:200]}"
+    return unreadable(path) if path.stat().st_size < 1024 else None
+
+
+def _text_error(text: str) -> str | None:
+    if "\0" in text:  # such as the end of a file after a power failure
+        return "a null character"
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, such as the JSON text "\\ud83d"
-        return False
-    return True
+    except UnicodeEncodeError:  # such as the JSON text "\\ud83d"
+        return "half of a surrogate pair"
+    return None
 
 
 def read_lines(path: Path) -> list[str]:

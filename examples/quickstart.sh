@@ -6,7 +6,7 @@
 #   bash examples/quickstart.sh              text to video
 #   bash examples/quickstart.sh i2v-1.5      another model of examples/tiny
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$ROOT"
 source examples/environment.sh
 

@@ -7,7 +7,7 @@
 # Models: t2v, i2v, t2v-1.5, i2v-1.5. Run it again to resume. Further arguments are flags of train.py and override those
 # below: bash examples/train_base.sh t2v "" --train_steps 500
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$ROOT"
 NAME=$1 START=${2:-}
 shift $(($# < 2 ? $# : 2))

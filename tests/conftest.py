@@ -26,6 +26,8 @@ TIMINGS = (
     *("step_s", "data_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "tflops", "utilization"),
     "reserved_gib",
 )
+# The content of a file that was cloned without Git LFS.
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 791656\n"
 FIRST_FRAME = ROOT / "tests" / "first_frame.png"
 
 

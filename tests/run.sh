@@ -5,7 +5,7 @@
 #   bash tests/run.sh --fast     without the tests marked slow: for every commit, under 3 minutes
 #   bash tests/run.sh -k lora    other arguments go to pytest
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$ROOT"
 SELECTED=()
 if [[ "${1:-}" == --fast ]]; then

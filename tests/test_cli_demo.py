@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 import cli_demo
@@ -49,7 +51,9 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", ["--generate_type", "v2v", "--image_or_video_path", FRAME + "x"], "cannot be read as a video"),
         ("2b", ["--num_frames", "12"], "must be 8N+1"),
         ("2b", ["--height", "100"], "multiples of 16"),
-        ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no pytorch_lora_weights.safetensors"),
+        ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no such file or folder"),
+        ("2b", ["--lora_path", "{5b}"], "holds a whole transformer; give it as --transformer_path"),
+        ("2b", ["--transformer_path", "{lora}"], "holds a LoRA; give it as --lora_path"),
         ("2b", ["--transformer_path", "/nowhere"], "--transformer_path /nowhere"),
         ("2b", ["--transformer_path", "{2b}/vae"], "describes a AutoencoderKLCogVideoX"),
         ("2b", ["--transformer_path", "{5b}"], "use_rotary_positional_embeddings is True, but False in the base"),
@@ -57,12 +61,20 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", [*V2V, "--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
         ("2b", ["--output_path", "/proc/x.mp4", "--lora_path", "/nowhere"], "--lora_path /nowhere"),
         ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
+        ("2b", ["--model_path", "{broken}"], "tokenizer cannot be read ("),
+        ("2b", ["--negative_prompt", "\udcff"], "--negative_prompt '\\udcff': it must be UTF-8 text"),
         ("2b", ["--strength", "1.5"], "--strength is 1.5"),
     ],
 )
-def test_user_errors_are_reported_before_loading_weights(tiny, monkeypatch, capsys, variant, options, message):
+def test_user_errors_are_reported_before_loading_weights(
+    tiny, tmp_path, monkeypatch, capsys, variant, options, message
+):
     monkeypatch.setattr(loading, "load_transformer", None)
-    options = [text.format(**{name: tiny(name) for name in ("2b", "5b")}) for text in options]
+    broken = shutil.copytree(tiny("2b"), tmp_path / "broken")
+    (broken / "tokenizer" / "tokenizer_config.json").write_text("{")
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    folders = {"broken": broken, "lora": tmp_path} | {name: tiny(name) for name in ("2b", "5b")}
+    options = [text.format(**folders) for text in options]
     argv = ["cli_demo.py", "--prompt", "x", "--model_path", str(tiny(variant)), *options]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as stopped, cli_demo.exit_on_user_error():

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dataset.latent_cache import LatentCache
 from tests.conftest import ROOT, arguments, succeed
 from utils.checkpoint.lora_files import find_lora, load_lora
+from utils.common import filesystem
 from utils.common.errors import UserError, exit_on_user_error
-from utils.common.filesystem import lock_folder, unreadable
+from utils.common.filesystem import flags_in_errors, lock_folder, unreadable
 from utils.config.args import parse_args
 from utils.model.loading import load_transformer
 from utils.run.preflight import preflight
@@ -126,6 +130,44 @@ def test_errors_of_the_system_are_sentences(capsys, error, message):
     with pytest.raises(SystemExit) as stopped, exit_on_user_error():
         raise error
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_errors_of_the_system_name_the_flag_of_the_folder(tmp_path, monkeypatch):
+    folders = {"--output_dir": tmp_path, "--cache_dir": tmp_path / "cache"}
+    folders["--cache_dir"].mkdir()
+    monkeypatch.setattr(filesystem, "disk_is_full", lambda folder: folder == folders["--cache_dir"])
+    for error, message in (
+        (OSError(28, "full", str(tmp_path / "x")), f"--output_dir {tmp_path}: {tmp_path}/x: no space is left"),
+        (OSError(28, "full"), f"--cache_dir {tmp_path}/cache: no space is left"),  # a write does not know its file
+        (OSError(28, "full", f"{tmp_path}/cache/x"), f"--cache_dir {tmp_path}/cache: {tmp_path}/cache/x: no space"),
+        (OSError(12, "memory"), "The host memory does not suffice"),
+        (PermissionError(13, "denied", "/x"), "/x: this user has no permission."),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"), flags_in_errors(folders):
+            raise error
+    hidden = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with (
+        pytest.raises(UserError, match=r"^--output_path /x: no space is left"),
+        flags_in_errors({"--output_path": Path("/x")}),
+    ):
+        raise hidden
+    with pytest.raises(SafetensorError), flags_in_errors(folders):
+        raise SafetensorError("header too large")
+    with pytest.raises(FileNotFoundError), flags_in_errors(folders):
+        raise FileNotFoundError(2, "not there", str(tmp_path / "x"))
+
+
+def test_errors_of_the_system_in_threads_are_sentences(capsys):
+    def write() -> None:
+        raise OSError(28, "full", "/x")
+
+    with exit_on_user_error():
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().err == (
+        "error: /x: no space is left on the disk; free some, or give a folder on another disk.\n"
+    )
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import arguments
+from tests.conftest import LFS_POINTER, arguments
 from utils.checkpoint.lora_files import WEIGHTS_FILE, load_lora, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
@@ -91,11 +91,11 @@ def renamed(state: dict, count: int) -> dict:
         (lambda state: renamed(state, 99), "no adapter module matches"),
         (lambda state: renamed(state, 1), "2 of 16 tensors do not belong"),
         (lambda state: {name: weight[:, :3] for name, weight in state.items()}, "do not belong|no adapter module"),
-        (lambda state: {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "no adapter module matches"),
+        (lambda state: {"unknown.x.lora_A.weight": torch.ones(2, 2)}, "no adapter module matches"),
         (lambda state: {}, "nothing at all"),
         (
-            lambda state: {f"diffusion_model.{name}": weight for name, weight in state.items()},
-            "is in the format of ComfyUI",
+            lambda state: state | {"text_encoder.x.lora_A.weight": torch.ones(2, 2)},
+            "adapters of a text encoder .text_encoder.x",
         ),
         (lambda state: {name: weight for name, weight in state.items() if "lora_A" in name}, "no adapter module"),
         (lambda state: {name: weight * torch.nan for name, weight in state.items()}, "not finite"),
@@ -110,11 +110,91 @@ def test_mismatched_files_are_refused(trained, change, message):
         load_lora(base, folder, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_A.0", "CogVideo's SAT code"),
+        ("transformer_blocks.0.attn1.to_q.weight", "a whole transformer"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux or HunyuanVideo"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux or HunyuanVideo"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "Wan"),
+        ("lora_unet_blocks_0_cross_attn_k.lora_down.weight", "Wan"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "Wan"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.lora_A.weight", "Stable Diffusion"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", "Stable Diffusion"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "SD3"),
+        ("transformer.transformer_blocks.0.attn2.to_q.lora_A.weight", "LTX-Video"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a text encoder"),
+        ("lycoris_transformer_blocks_0_attn1_to_q.lokr_w1", "LyCORIS"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.hada_w1_a", "LyCORIS"),
+        ("lycoris_transformer_blocks_0_attn1_to_q.oft_blocks", "LyCORIS"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.diff", "LyCORIS"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.dora_scale", "DoRA"),
+        ("transformer.transformer_blocks.0.attn1.processor.to_q_lora.down.weight", "old diffusers"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora.down.weight", "old diffusers"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "kohya"),
+        ("lora_transformer_transformer_blocks_0_attn1_to_q.alpha", "kohya"),
+        ("diffusion_model.blocks.0.q.lora_A.weight", "ComfyUI"),
+        ("base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight", "peft"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_B.default.weight", "peft"),
+        ("transformer_blocks.0.attn1.to_q.lora_A.weight", "peft"),
+        ("transformer.transformer_blocks.0.attn1.to_q.alpha", "alpha tensors"),
+    ],
+)
+def test_files_of_other_tools_are_named(tiny, tmp_path, name, content):
+    """Given with a tensor that fits, so that the name alone decides. As a pickle, it is named too."""
+    base = loading.load_transformer(tiny("5b") / "transformer", torch.float32)
+    state = {"transformer.transformer_blocks.0.attn1.to_k.lora_A.weight": torch.ones(4, 64), name: torch.ones(2, 2)}
+    save_file(state, tmp_path / "x.safetensors")
+    torch.save({"module": state, "epoch": 1}, tmp_path / "x.pt")
+    for file, message in (("x.safetensors", "holds"), ("x.pt", "is a file of torch.save, which is not read; it holds")):
+        with pytest.raises(UserError, match=rf"--lora_path \S+/{file} {message} .*{content}.* \({name}\)"):
+            load_lora(base, tmp_path / file, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "content"),
+    [
+        (LoraConfig(target_modules=["to_q"]), "peft"),
+        (LoraConfig(target_modules=["to_q"], use_dora=True), "DoRA"),
+        (LoHaConfig(target_modules=["to_q"]), "LoHa"),
+        (LoKrConfig(target_modules=["to_q"]), "LoKr"),
+        (OFTConfig(target_modules=["to_q"], oft_block_size=4), "OFT"),
+    ],
+)
+def test_files_of_peft_are_named(tiny, tmp_path, config, content):
+    base = loading.load_transformer(tiny("5b") / "transformer", torch.float32)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"{content}.* \(base_model.model.transformer_blocks.0"):
+        load_lora(loading.load_transformer(tiny("5b") / "transformer"), tmp_path / "adapter_model.safetensors", 1.0)
+
+
+def test_files_that_are_no_safetensors_are_named(tiny, tmp_path):
+    base = loading.load_transformer(tiny("5b") / "transformer", torch.float32)
+    (tmp_path / "old.bin").write_bytes(b"\x80\x02")
+    (tmp_path / "pytorch_lora_weights.safetensors").write_text(LFS_POINTER)
+    (tmp_path / "x.safetensors").write_text("<html>")
+    for file, message in (
+        ("old.bin", "is not a safetensors file; files of torch.save are not read"),
+        ("", "is a Git LFS pointer, not the file; run `git lfs pull`"),
+        ("x.safetensors", "cannot be read as safetensors"),
+        ("none", "there is no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_lora(base, tmp_path / file, 1.0)
+
+
 def test_error_for_a_missing_file_lists_the_checkpoints(trained, tmp_path: Path):
     model_dir, _, _, folder = trained("5b", 4)
     folder.rename(tmp_path / "checkpoint-40")
     base = loading.load_transformer(model_dir / "transformer", torch.float32)
     with pytest.raises(UserError, match="it has checkpoint-40"):
+        load_lora(base, tmp_path, 1.0)
+    (tmp_path / "step").mkdir()
+    (tmp_path / "checkpoint-40").rename(tmp_path / "step" / "40")
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(UserError, match=r"it has step/40, other.safetensors. Give one of these"):
         load_lora(base, tmp_path, 1.0)
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, arguments, run
+from tests.conftest import LFS_POINTER, ROOT, arguments, run
+from tests.tiny_models import write_tokenizer_and_text_encoder
 from utils.commands.inspect_dataset import contact_sheet
 from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
@@ -78,6 +79,8 @@ def errors_of(*args) -> list[str]:
         ("2b", ["--validation_images", "images.txt"], "--validation_images is for --model_type i2v"),
         ("2b", ["--guidance_scale", "nan"], "--guidance_scale is nan"),
         ("2b", ["--video_column", "long.txt"], "long.txt, line 1: there is no file"),
+        ("2b", ["--id_token", "\udcff"], "--id_token '.udcff': it must be UTF-8 text"),
+        ("2b", ["--model_path", "\udcff"], "--model_path .: there is no such folder"),
         ("2b", ["--do_validation"], "--do_validation true needs --validation_dir"),
         ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),
     ],
@@ -129,9 +132,6 @@ def edit_config(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 791656\n"
-
-
 def rename_weights(folder: Path, suffix: str) -> None:
     weights = next(folder.glob("*.safetensors"))
     weights.rename(folder / f"{weights.stem}{suffix}")
@@ -154,8 +154,17 @@ def truncate(path: Path) -> None:
         (lambda model: next((model / "text_encoder").glob("*.safetensors")).unlink(), "holds no .safetensors file"),
         (
             lambda model: rename_weights(model / "vae", ".fp16.safetensors"),
-            "the plain file diffusion_pytorch_mo",
+            "holds weights of the variant fp16 only (diffusion_pytorch_model.fp16.safetensors); give --variant fp16",
         ),
+        (
+            lambda model: rename_weights(model / "vae", ".fp16-00001-of-00002.safetensors"),
+            "of the variant fp16 only",
+        ),
+        (
+            lambda model: (model / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(LFS_POINTER),
+            "safetensors.index.json is a Git LFS pointer, not the file; run `git lfs pull`",
+        ),
+        (lambda model: (model / "vae" / "config.json").write_text(LFS_POINTER), "vae/config.json is a Git LFS pointer"),
         (lambda model: rename_weights(model / "vae", "-00001-of-00001.safetensors"), "holds shards without their"),
         (lambda model: rename_weights(model / "text_encoder", ".bin"), "holds .bin files only"),
         (lambda model: (model / "tokenizer" / "spiece.model").write_text(LFS_POINTER), "spiece.model is a Git LFS poi"),
@@ -174,7 +183,21 @@ def truncate(path: Path) -> None:
             lambda model: edit_config(model / "transformer" / "config.json", text_embed_dim=64),
             "text_proj.weight, which is",
         ),
-        (lambda model: edit_config(model / "text_encoder" / "config.json", d_model=64), "text encoder's width is 64"),
+        (lambda model: write_tokenizer_and_text_encoder(model, 64), "text encoder's width is 64"),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", num_layers=3), "encoder.block.2.layer.0."),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", d_model=64), "shared.weight, which is"),
+        (
+            lambda model: edit_config(model / "text_encoder" / "config.json", d_model="x"),
+            "has a config of another kind",
+        ),
+        (lambda model: edit_config(model / "text_encoder" / "config.json", model_type="bert"), "describes a bert"),
+        (lambda model: (model / "tokenizer" / "tokenizer_config.json").write_text("{"), "/tokenizer cannot be read ("),
+        (
+            lambda model: (model / "tokenizer" / "tokenizer_config.json").write_text(LFS_POINTER),
+            "config.json is a Git LF",
+        ),
+        (lambda model: (model / "tokenizer" / "spiece.model").write_text("<html>"), "spiece.model is damaged; is the"),
+        (lambda model: (model / "tokenizer" / "spiece.model").write_bytes(b""), "spiece.model is damaged; is the"),
         (lambda model: edit_config(model / "transformer" / "config.json", num_layers=3), "transformer_blocks.2"),
         (
             lambda model: edit_config(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,37 @@ from utils.common.filesystem import unreadable
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "lora"
-# Part of the tensor names -> the tool that writes such files.
-FOREIGN_FORMATS = {
-    "lora_unet_": "kohya's sd-scripts",
-    "lora_transformer_": "kohya's sd-scripts",
-    "diffusion_model.": "ComfyUI or the original CogVideoX code",
-    "base_model.model.": "peft",
-    ".lora_down.": "kohya's sd-scripts",
-    ".lora.down.": "an old version of diffusers",
-    ".processor.": "an old version of diffusers",
-}
+_OTHER_MODEL = "Give a LoRA of CogVideoX."
+_OTHER_KIND = "Such adapters are not supported."
+_OTHER_FORMAT = (
+    "Such files are not read; convert it to the diffusers format, whose names are like "
+    "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
+)
+_PEFT = (
+    "If it is from a training_state/ folder, give the folder checkpoint-N above it. Otherwise convert it to the "
+    "diffusers format: put 'transformer.' before each name, after removing 'base_model.model.' and '.default', and "
+    "multiply the lora_B tensors by alpha / rank."
+)
+_WHOLE_TRANSFORMER = "Give its folder as --transformer_path."
+# Pattern in a tensor's name -> what the file holds, and what to do. The first match counts: a LoRA of another model may
+# be in any format.
+FOREIGN_FILES = (
+    (r"\.matrix_[AB]\.\d", "adapters in the format of CogVideo's SAT code", _OTHER_FORMAT),
+    (r"^(transformer\.)?transformer_blocks\.\d+\.attn1\.to_q\.weight$", "a whole transformer", _WHOLE_TRANSFORMER),
+    (r"(double|single)(_transformer)?_blocks[._]", "adapters of Flux or HunyuanVideo", _OTHER_MODEL),
+    (r"[._]\d+[._](self|cross)_attn|^transformer\.blocks\.", "adapters of Wan", _OTHER_MODEL),
+    (r"(down|up|input|output|middle)_blocks?[._]", "adapters of Stable Diffusion", _OTHER_MODEL),
+    (r"transformer_blocks[._]\d+[._]attn2?[._]", "adapters of another model, such as SD3 or LTX-Video", _OTHER_MODEL),
+    (r"^(text_encoders?|lora_te\d?)[._]", "adapters of a text encoder", "CogVideoX is trained without them."),
+    (r"lokr_|hada_|oft_|lora_mid|^lycoris_|\.diff(_b)?$", "LyCORIS adapters, such as LoKr, LoHa or OFT", _OTHER_KIND),
+    (r"lora_magnitude_vector|dora_scale", "DoRA adapters", _OTHER_KIND),
+    (r"\.processor\.|[._]lora\.(down|up)\.", "adapters in the format of an old diffusers version", _OTHER_FORMAT),
+    (r"^lora_(unet|transformer)_|\.lora_(down|up)\.", "adapters in the format of kohya's sd-scripts", _OTHER_FORMAT),
+    (r"^diffusion_model\.", "adapters in the format of ComfyUI", _OTHER_FORMAT),
+    (r"^base_model\.|\.lora_[AB]\.\w+\.weight$|^transformer_blocks\.", "adapters in the format of peft", _PEFT),
+    (r"\.alpha$", "adapters with alpha tensors", "Multiply the lora_B tensors by alpha / rank and remove alpha."),
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
@@ -90,9 +115,39 @@ def find_lora(path: Path) -> Path:
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.is_file():
         return file
-    found = sorted(file.parent.name for file in path.glob(f"checkpoint-*/{WEIGHTS_FILE}")) if path.is_dir() else []
-    hint = f"; it has {', '.join(found)}" if found else ""
-    raise UserError(f"--lora_path {path}: there is no {WEIGHTS_FILE}{hint}. Give the folder checkpoint-N of a run.")
+    if not path.is_dir():
+        raise UserError(f"--lora_path {path}: there is no such file or folder.")
+    if (path / "transformer").is_dir():
+        raise UserError(f"--lora_path {path} holds a whole transformer; give it as --transformer_path.")
+    found = [file.parent for level in ("*", "*/*") for file in sorted(path.glob(f"{level}/{WEIGHTS_FILE}"))]
+    found += sorted(file for file in path.iterdir() if file.suffix == ".safetensors" or "_lora_" in file.name)
+    names = ", ".join(str(file.relative_to(path)) for file in found)
+    hint = f"; it has {names}. Give one of these" if found else ". Give the folder checkpoint-N of a LoRA run"
+    raise UserError(f"--lora_path {path}: there is no {WEIGHTS_FILE} in it{hint}.")
+
+
+def describe_foreign(names: Iterable[str]) -> str | None:
+    """Returns what a file with tensors of these names holds, and what to do; None if its format is not known."""
+    names = list(names)
+    for pattern, content, remedy in FOREIGN_FILES:
+        if name := next((name for name in names if re.search(pattern, name)), None):
+            return f"{content} ({name}). {remedy}"
+    return None
+
+
+def _describe_pickle(file: Path) -> str | None:
+    """Returns a sentence about a file of `torch.save`, without running its pickle; None for any other file."""
+    if not zipfile.is_zipfile(file):
+        is_pickle = file.suffix in _PICKLES
+        return "is not a safetensors file; files of torch.save are not read" if is_pickle else None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        texts = [text for content in pickles for _, text, _ in pickletools.genops(content) if isinstance(text, str)]
+    except (ValueError, zipfile.BadZipFile):  # damaged
+        texts = []
+    content = describe_foreign(texts)
+    return "is a file of torch.save, which is not read" + (f"; it holds {content.rstrip('.')}" if content else "")
 
 
 def _adapter_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> set[str]:
@@ -105,6 +160,8 @@ def _adapter_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> se
         with safe_open(file, framework="pt") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        if pickle := None if unreadable(file) else _describe_pickle(file):
+            raise UserError(f"--lora_path {file} {pickle}.") from error
         reason = unreadable(file) or f"it cannot be read as safetensors ({error})"
         raise UserError(f"--lora_path {file}: {reason}.") from error
     layers = dict(transformer.named_modules())
@@ -123,13 +180,8 @@ def _adapter_modules(transformer: CogVideoXTransformer3DModel, file: Path) -> se
             modules.add(module)
         else:
             unexpected.append(f"{name} {list(shape)}")
-    if foreign := next(
-        (tool for marker, tool in FOREIGN_FORMATS.items() if any(marker in name for name in shapes)), None
-    ):
-        raise UserError(
-            f"--lora_path {file} is in the format of {foreign}, which is not read: {next(iter(shapes))}. Convert it to "
-            "the diffusers format, whose names are like transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
-        )
+    if unexpected and (foreign := describe_foreign(shapes)):
+        raise UserError(f"--lora_path {file} holds {foreign}")
     if not modules:
         first = unexpected[0] if unexpected else "nothing at all"
         raise UserError(f"--lora_path {file}: no adapter module matches this transformer; the file holds {first}.")

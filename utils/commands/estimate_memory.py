@@ -18,6 +18,7 @@ from typing import Any
 
 from utils.commands.launch import template_path
 from utils.common.errors import UserError, exit_on_user_error
+from utils.common.filesystem import expand_user
 from utils.config.args import parse_args
 from utils.config.deepspeed_config import resolve_template
 from utils.config.options import add_options, collect, make_parser, option, require_positive
@@ -70,7 +71,7 @@ def make_context(train_flags: list[str], zero: str | None, num_processes: int) -
         UserError: the flags are wrong, or the model is unknown.
     """
     args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *train_flags])
-    spec, text_encoder = load_spec(args.model.model_path)
+    spec, text_encoder = load_spec(args.model.model_path, args.model.variant)
     args = fill_in_defaults(replace(args, model=replace(args.model, model_type=spec.task)), spec, zero is not None)
     if errors := [*args.errors(), *model_errors(args, spec, zero is not None, num_processes)]:
         raise UserError(errors)
@@ -80,16 +81,16 @@ def make_context(train_flags: list[str], zero: str | None, num_processes: int) -
     return RunContext(args, spec, text_encoder, config, num_processes)
 
 
-def load_spec(model_path: str) -> tuple[ModelSpec, dict[str, Any]]:
+def load_spec(model_path: str, variant: str | None = None) -> tuple[ModelSpec, dict[str, Any]]:
     """Returns the spec and the text encoder's config of a folder or of a published checkpoint."""
     spec = None if Path(model_path).is_dir() else published_spec(model_path)
     if spec is not None:
         return spec, published_text_encoder(model_path)
-    folder = Path(model_path).expanduser()
+    folder = expand_user(model_path)
     if not folder.is_dir():
         names = ", ".join(PUBLISHED)
         raise UserError(f"--model_path {model_path}: there is no such folder, and it is none of {names}.")
-    return read_spec(folder), text_encoder_config(folder)
+    return read_spec(folder, variant), text_encoder_config(folder, variant)
 
 
 if __name__ == "__main__":

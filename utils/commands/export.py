@@ -12,6 +12,7 @@ from typing import Literal
 
 from utils.checkpoint.export import export, open_checkpoint
 from utils.common.errors import UserError, exit_on_user_error
+from utils.common.filesystem import flags_in_errors
 from utils.config.options import make_parser, option, parse_group
 from utils.model.loading import DTYPES
 
@@ -35,7 +36,8 @@ def main() -> None:
     target = args.output_path or args.checkpoint / "transformer"
     if target.exists():
         raise UserError(f"--output_path {target} already exists; give another folder.")
-    export(weights, config_file, target, DTYPES[args.dtype], "--checkpoint")
+    with flags_in_errors({"--output_path": target}):
+        export(weights, config_file, target, DTYPES[args.dtype], "--checkpoint")
     print(f"{target}: {len(weights)} tensors, {args.dtype}")
 
 

@@ -29,7 +29,7 @@ from dataset.scan import ScanResult, summarize
 from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable, remove_stale_temporaries
+from utils.common.filesystem import check_writable, flags_in_errors, remove_stale_temporaries
 from utils.config.args import ValidationArgs
 from utils.config.data_args import DataArgs
 from utils.config.options import add_options, collect, make_parser, option
@@ -48,6 +48,7 @@ class InspectArgs:
     model_path: str | None = option(
         None, help="checkpoint that sets the default --fps and limits the resolutions; required for the cache options"
     )
+    variant: str | None = option(None, help="as in training; part of the keys of the cache entries")
     enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
     inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
     verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
@@ -59,7 +60,7 @@ def main() -> None:
     spec = model_dir = None
     if options.model_path is not None:
         model_dir = loading.resolve_model_dir(options.model_path)
-        spec = read_spec(model_dir)
+        spec = read_spec(model_dir, options.variant)
     data = replace(data, fps=data.fps or (spec.fps if spec else 8.0))
     check(options, data, spec)
 
@@ -68,7 +69,8 @@ def main() -> None:
     validation = read_validation_samples(data, replace(validation_args, do_validation=True), task)
     cache_dir = find_cache_dir(data, samples)
     scan = scan_data(data, samples, validation, cache_dir, save_index=cache_dir.is_dir())
-    show_samples(data, scan, options.inspect_dir)
+    with flags_in_errors({"--inspect_dir": options.inspect_dir}):
+        show_samples(data, scan, options.inspect_dir)
     if spec is not None and model_dir is not None and cache_dir.is_dir():
         maintain_cache(options, data, scan, LatentCache(cache_dir), model_dir, spec)
 
@@ -200,7 +202,7 @@ def maintain_cache(
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache)
+    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
     all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
     used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())

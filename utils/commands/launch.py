@@ -24,7 +24,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +32,9 @@ from unittest.mock import patch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MACHINE_SETTINGS = ("NUM_PROCESSES", "NUM_MACHINES", "MACHINE_RANK", "MAIN_PROCESS_IP", "MAIN_PROCESS_PORT")
-# Time after which a lock on a network file system counts as left behind.
-MAX_COMPILE_S = 15 * 60
+LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "zfs", "tmpfs", "f2fs", "ext3")
+# The namespace of a machine, whose processes see those of all containers (linux/proc_ns.h).
+INITIAL_PID_NAMESPACE = f"pid:[{0xEFFFFFFC}]"
 # Variables of accelerate that do not change the training.
 ACCELERATE_LOGGING = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE")
 # The variables that torchrun sets for a single process. Port 0 picks a free one.
@@ -45,7 +45,7 @@ SINGLE_PROCESS = {
 
 
 def main() -> int:
-    use_utf8()
+    runpy.run_path(str(CONFIGS.parent / "utils" / "common" / "encoding.py"))["use_utf8"]()
     ignore_accelerate_variables()
     flags = [*flags_from_environment(), *sys.argv[1:]]
     num_cores, user_threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
@@ -85,12 +85,6 @@ def main() -> int:
     return code if code > 0 else 128 - code  # a negative code is the signal that ended the process
 
 
-def use_utf8() -> None:
-    """Starts this program again in Python's UTF-8 mode if the locale has another encoding; captions are UTF-8."""
-    if sys.getfilesystemencoding() != "utf-8":
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONUTF8": "1"})
-
-
 def ignore_accelerate_variables() -> None:
     """Removes environment variables by which accelerate would train otherwise than the command line says."""
     names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in ACCELERATE_LOGGING]
@@ -101,7 +95,11 @@ def ignore_accelerate_variables() -> None:
 
 
 def flags_from_environment() -> Iterator[str]:
-    """Translates environment variables to flags of the launcher."""
+    """Translates environment variables to flags of the launcher. Exits if a number is none."""
+    for name in ("OMP_NUM_THREADS", *MACHINE_SETTINGS):
+        value = os.environ.get(name) or "1"
+        if name != "MAIN_PROCESS_IP" and not (value.isdecimal() and (int(value) < 2**16 or name[-4:] != "PORT")):
+            fail(f"{name}={value} is not a valid number.")
     for name in MACHINE_SETTINGS:
         if os.environ.get(name):
             yield f"--{name.lower()}={os.environ[name]}"
@@ -154,54 +152,59 @@ def complete(args: argparse.Namespace) -> None:
 def check_extensions(offloads: bool) -> None:
     """Removes the locks of processes that were killed while DeepSpeed compiled; DeepSpeed would wait for them forever.
 
-    torch's `FileBaton` keeps the lock open while it compiles, so a lock that no process has open belongs to no one. The
-    processes of other users and machines are not visible here; their locks are removed after fifteen minutes only.
+    torch's `FileBaton` keeps the lock open while it compiles, and writes nothing into it. A lock that no process has
+    open belongs to no one, but the processes of other users, machines and containers are not visible here. If the lock
+    may belong to one of them, it is named with the command that removes it.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-    owners: dict[str, str] = {}
-    for file in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
-        with suppress(OSError):  # closed in the meantime, or of another user
-            owners[str(file.readlink())] = file.parts[2]
-    for lock in locks:
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         what = f"DeepSpeed's {lock.parent.name} is being compiled"
-        if owner := owners.get(str(lock.resolve())):
+        if owner := process_that_opened(lock):
             print(f"{what} by process {owner}; this run waits for it, a few minutes at most.", file=sys.stderr)
-        elif is_left_behind(lock):
+        elif is_visible_here_only(lock) and os.access(lock.parent, os.W_OK):
+            lock.unlink(missing_ok=True)  # it may have been released in the meantime
             print(f"Removed {lock}, which a process left behind that was ended while it compiled.", file=sys.stderr)
         else:
             print(
-                f"{what}, perhaps by another machine or user; this run waits for it. If none does so: rm {lock}",
+                f"{what}, perhaps by another machine, container or user; this run waits for it. If none does so, "
+                f"remove the lock: rm {lock}",
                 file=sys.stderr,
             )
     if offloads and not any(root.rglob("cpu_adam.so")):
         print("DeepSpeed compiles its CPU Adam at the first start, which takes a minute or more.", file=sys.stderr)
 
 
-def is_left_behind(lock: Path) -> bool:
-    """Removes a lock that no process here has open, unless a process elsewhere may. Returns whether it is gone."""
+def process_that_opened(lock: Path) -> str | None:
+    """Returns the id of a process that has a file open, or None. Containers may show the file under another path."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # closed in the meantime, or of another user
+            if link.readlink().name == lock.name and link.samefile(lock):
+                return link.parts[2]
+    return None
+
+
+def is_visible_here_only(lock: Path) -> bool:
+    """Whether every process that may have opened a lock is visible in /proc.
+
+    They are if this user made the lock on a local disk, unless this is a container and the disk may be shared with
+    others. The root of a container ("overlay") is its own.
+    """
+    kind = file_system(lock)
     try:
-        status = lock.stat()
-        is_own = status.st_uid == os.geteuid() and is_on_this_machine(lock)
-        if is_own or time.time() - status.st_mtime > MAX_COMPILE_S:
-            lock.unlink()
-            return True
-    except FileNotFoundError:  # released in the meantime
-        return True
-    except OSError:
-        pass
-    return False
+        is_own = lock.stat().st_uid == os.geteuid()
+        sees_all = str(Path("/proc/self/ns/pid").readlink()) == INITIAL_PID_NAMESPACE
+    except OSError:  # released in the meantime
+        return False
+    return is_own and (kind == "overlay" or (sees_all and kind in LOCAL_FILE_SYSTEMS))
 
 
-def is_on_this_machine(path: Path) -> bool:
-    """Whether a file is on a local disk, as far as the table of mounts tells."""
+def file_system(path: Path) -> str:
+    """Returns the kind of the file system that a file is on, as the table of mounts names it."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    _, kind = max(
-        (mount for mount in mounts if path.resolve().is_relative_to(mount[0])), key=lambda mount: len(mount[0])
-    )
-    return kind in ("ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "f2fs", "ext3")
+    above = [(len(folder), kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
+    return [kind for length, kind in above if length == max(above)[0]][-1]  # a later mount hides an earlier one
 
 
 def grow_segments() -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+
+from utils.common.encoding import use_utf8
 
 EXIT_CODE = 2
 # Errors of the system that the user can resolve, wherever they occur.
@@ -21,6 +27,7 @@ SYSTEM_ERRORS = {
     errno.ENOMEM: "the host memory does not suffice",
     errno.EDQUOT: "the disk quota is used up; free some space, or give a folder on another disk",
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -57,17 +64,32 @@ class CheckReport:
             return None
 
 
-def describe_system_error(error: OSError) -> str | None:
+def details_of(error: OSError | SafetensorError) -> tuple[int, str | None]:
+    """Returns the number of an error of the system, 0 if it has none, and the path that it concerns, if it is known."""
+    if isinstance(error, OSError):
+        path = error.filename2 or error.filename  # the number of an open file in rare cases
+        return error.errno or 0, None if path is None else str(path)
+    hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has errors of its own
+    return int(hidden[1]) if hidden else 0, None
+
+
+def describe_system_error(error: OSError | SafetensorError) -> str | None:
     """Returns a sentence about an error in `SYSTEM_ERRORS`; None for all others."""
-    path, message = error.filename2 or error.filename, SYSTEM_ERRORS.get(error.errno or 0)
-    if message is None or (path is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)):
+    number, path = details_of(error)
+    message = SYSTEM_ERRORS.get(number)
+    if message is None or (path is None and number not in (*DISK_FULL, errno.ENOMEM)):
         return None
     return f"{path}: {message}." if path else f"{message[0].upper()}{message[1:]}."
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Prints the messages of a `UserError`, or of an error in `SYSTEM_ERRORS`, to stderr and exits with code 2."""
+    """Prints the messages of a `UserError`, or of an error in `SYSTEM_ERRORS`, to stderr and exits with code 2.
+
+    Every program runs inside this context, so it also sets the encoding of text.
+    """
+    use_utf8()
+    threading.excepthook = _report_thread_error
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a caption may hold characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -82,11 +104,19 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(EXIT_CODE)
 
 
+def _report_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Prints an error in `SYSTEM_ERRORS` of a thread, such as that of TensorBoard, as a sentence."""
+    if isinstance(args.exc_value, OSError) and (message := describe_system_error(args.exc_value)):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(args)
+
+
 @contextmanager
 def _system_errors_as_user_errors() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if (message := describe_system_error(error)) is None:
             raise
         raise UserError(message, on_every_rank=False) from error

@@ -9,13 +9,15 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-from utils.common.errors import UserError
+from safetensors import SafetensorError
+
+from utils.common.errors import DISK_FULL, UserError, describe_system_error, details_of
 
 # Folder of the project.
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +25,8 @@ _TMP_PREFIX = ".writing-"
 # A temporary folder of another machine counts as stale after this time, because its process cannot be checked.
 _STALE_AFTER_S = 24 * 3600
 _LOCK_FILE = ".lock"
+# The beginning of a file that was cloned without Git LFS.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Open as long as the process lives: closing a file releases its lock.
 _lock_files: list[IO[str]] = []
 
@@ -55,7 +59,7 @@ def apply_umask(*files: Path) -> None:
 def unreadable(path: Path) -> str | None:
     """Returns what keeps this user from reading an existing file or folder, or None if nothing does.
 
-    Some libraries report a missing permission as a missing or damaged file.
+    Some libraries report a missing permission, or a file that was cloned without Git LFS, as a missing or damaged file.
     """
     with suppress(OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
         for folder in reversed(path.absolute().parents):
@@ -64,7 +68,15 @@ def unreadable(path: Path) -> str | None:
         mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
         if path.exists() and not os.access(path, mode, effective_ids=True):
             return f"this user has no permission to read {path}"
+        if path.is_file() and is_lfs_pointer(path):
+            return f"{path} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
     return None
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file only names the content that Git LFS would put in its place."""
+    with file.open("rb") as content:
+        return content.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def unreadable_in(folder: Path) -> str | None:
@@ -102,9 +114,38 @@ def lock_folder(folder: Path, flag: str) -> None:
     _lock_files.append(file)
 
 
+@contextmanager
+def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Adds the flag that chose a folder to errors of the system that concern it, such as a full disk.
+
+    Args:
+        folders: flag -> folder.
+
+    Raises:
+        UserError: an error in `SYSTEM_ERRORS` occurred in the block.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if (message := describe_system_error(error)) is None:
+            raise
+        number, path = details_of(error)
+        flags = [
+            f"{flag} {folder}: "
+            for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts))  # the innermost first
+            if (
+                Path(path).is_relative_to(folder)
+                if path
+                else number in DISK_FULL and (len(folders) == 1 or disk_is_full(folder))
+            )
+        ]
+        message = message[0].lower() + message[1:] if flags else message
+        raise UserError(f"{''.join(flags[:1])}{message}", on_every_rank=False) from error
+
+
 def disk_is_full(folder: Path) -> bool:
     """Whether less than 1 MiB is free. torch, safetensors and ffmpeg hide the error of the system."""
-    return shutil.disk_usage(folder).free < 2**20
+    return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 
 def remove_stale_temporaries(folder: Path) -> None:

@@ -32,6 +32,10 @@ from utils.config.options import (
 class ModelArgs:
     model_path: str = option(help="folder of a CogVideoX checkpoint in the diffusers format, or its model hub id")
     model_type: Literal["t2v", "i2v"] = option(help="t2v: text to video; i2v: image to video")
+    variant: str | None = option(
+        None,
+        help="variant of the weights, such as fp16; components without weights of the variant use their plain ones",
+    )
     training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: full fine-tuning")
 
 

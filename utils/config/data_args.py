@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.video import NATIVE_STRIDE, Rate, Resolution
-from utils.config.options import option, require_positive, require_unit_interval
+from utils.config.options import option, require_positive, require_text, require_unit_interval
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,5 @@ class DataArgs:
         if self.fps != NATIVE_STRIDE:
             yield from require_positive(self, "fps")
         yield from require_positive(self, "clips_per_video", "clip_timeout")
+        yield from require_text(self, "id_token")
         yield from require_unit_interval(self, "caption_dropout", "image_dropout")

@@ -45,6 +45,13 @@ def require_positive(group: Any, *names: str) -> Iterator[str]:
             yield f"--{name} is {value}; it must be above 0."
 
 
+def require_text(group: Any, *names: str) -> Iterator[str]:
+    """Yields an error for each named field with bytes that are not UTF-8, which Python reads as lone surrogates."""
+    for name in names:
+        if any("\ud800" <= char <= "\udfff" for char in getattr(group, name)):
+            yield f"--{name} {getattr(group, name)!a}: it must be UTF-8 text."
+
+
 def require_finite(group: Any, *names: str) -> Iterator[str]:
     """Yields an error for each named field that is NaN or infinite."""
     for name in names:

@@ -117,14 +117,17 @@ def encode_by_layers(
 
 
 @contextmanager
-def prompt_encoder(model_dir: Path, device: torch.device, max_length: int, offload: bool) -> Iterator[EncodePrompts]:
+def prompt_encoder(
+    model_dir: Path, device: torch.device, max_length: int, offload: bool, variant: str | None = None
+) -> Iterator[EncodePrompts]:
     """Yields a function that encodes prompts with a checkpoint's text encoder, as `encode_prompt` does.
 
     Args:
         max_length: number of tokens per prompt.
         offload: keep the weights in host memory and copy one layer at a time to the device.
+        variant: as in `weight_files`.
     """
-    text_encoder = loading.load_text_encoder(model_dir, torch.device("cpu") if offload else device)
+    text_encoder = loading.load_text_encoder(model_dir, torch.device("cpu") if offload else device, variant=variant)
     tokenizer = loading.load_tokenizer(model_dir)
 
     def encode(prompts: list[str], beat: Callable[[], None]) -> Iterator[torch.Tensor]:
@@ -141,8 +144,10 @@ def prompt_encoder(model_dir: Path, device: torch.device, max_length: int, offlo
 
 
 @contextmanager
-def pixel_encoders(model_dir: Path, device: torch.device, slicing: bool, tiling: bool) -> Iterator[PixelEncoders]:
+def pixel_encoders(
+    model_dir: Path, device: torch.device, slicing: bool, tiling: bool, variant: str | None = None
+) -> Iterator[PixelEncoders]:
     """Yields functions that encode clips and condition images with a checkpoint's VAE."""
-    vae = loading.load_vae(model_dir, device, slicing, tiling)
+    vae = loading.load_vae(model_dir, device, slicing, tiling, variant=variant)
     with loading.released(vae):
         yield PixelEncoders(partial(encode_video, vae), partial(encode_image, vae))

@@ -28,9 +28,9 @@ from safetensors import safe_open
 from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
-from utils.common.filesystem import disk_is_full, expand_user
-from utils.model.spec import COMPONENTS
-from utils.model.weight_files import weight_files
+from utils.common.filesystem import disk_is_full, expand_user, unreadable_in
+from utils.model.spec import COMPONENTS, CONFIGS
+from utils.model.weight_files import has_variant, weight_files
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {
@@ -65,27 +65,45 @@ def resolve_model_dir(model_path: str) -> Path:
         ) from error
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
     """Returns the dtype of the first tensor in a component's safetensors files."""
-    with safe_open(weight_files(folder)[0], framework="pt") as weights:
+    with safe_open(weight_files(folder, variant)[0], framework="pt") as weights:
         name = next(iter(weights.keys()))
         return _STORED_DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
 
 
-def text_encoder_config(model_dir: Path) -> dict[str, Any]:
+def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    """Loads a component from its weights of a variant, or from the plain ones if it has none, as diffusers does."""
+    variant = variant if variant is not None and has_variant(folder, variant) else None
+    return model_class.from_pretrained(folder, dtype=dtype, variant=variant)
+
+
+def variant_notes(model_dir: Path, variant: str | None) -> list[str]:
+    """Returns a note about the weights that `--variant` selects; empty without the flag."""
+    if variant is None:
+        return []
+    folders = [model_dir / name for name, (_, model_class) in CONFIGS.items() if name != "scheduler"]
+    dtypes = {folder: str(stored_dtype(folder, variant)).removeprefix("torch.") for folder in folders}
+    selected = [f"{folder.name} ({dtypes[folder]})" for folder in folders if has_variant(folder, variant)]
+    plain = [f"{folder.name} ({dtypes[folder]})" for folder in folders if not has_variant(folder, variant)]
+    others = f"; plain weights: {', '.join(plain)}" if plain else ""
+    return [f"--variant {variant} selects weights of the variant: {', '.join(selected)}{others}."]
+
+
+def text_encoder_config(model_dir: Path, variant: str | None = None) -> dict[str, Any]:
     """Returns the config of the text encoder; its `dtype` is that of the files, which `load_text_encoder` keeps."""
     folder = model_dir / "text_encoder"
     config = json.loads((folder / "config.json").read_text())
-    return config | {"dtype": str(stored_dtype(folder)).removeprefix("torch.")}
+    return config | {"dtype": str(stored_dtype(folder, variant)).removeprefix("torch.")}
 
 
-def working_dtype(folder: Path, device: torch.device) -> torch.dtype:
+def working_dtype(folder: Path, device: torch.device, variant: str | None = None) -> torch.dtype:
     """Returns the stored dtype, but float32 instead of float16 on a CPU, where float16 convolutions are very slow."""
-    stored = stored_dtype(folder)
+    stored = stored_dtype(folder, variant)
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def fingerprint(folder: Path, by_meaning: bool = False, **settings: Any) -> str:
+def fingerprint(folder: Path, by_meaning: bool = False, variant: str | None = None, **settings: Any) -> str:
     """Returns a digest of a component's files and settings, 32 hex digits; part of the cache keys.
 
     Files up to 64 MiB are hashed in full. Of larger files, the size and 256 evenly spaced blocks of 64 KiB are hashed;
@@ -94,15 +112,19 @@ def fingerprint(folder: Path, by_meaning: bool = False, **settings: Any) -> str:
     Args:
         by_meaning: whether to hash the entries of config.json in place of its text, without those that name the
             software which wrote it. Such a digest finds the same component in another release of its files.
+        variant: which weights to hash if the folder has them. The digest is then always by meaning, and equals that of
+            the same weights under the plain names.
     """
+    suffix = f".{variant}" if variant is not None and has_variant(folder, variant) else ""
+    by_meaning = by_meaning or suffix != ""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    paths = _identifying_files(folder) if by_meaning else [path for path in folder.iterdir() if path.is_file()]
+    paths = _identifying_files(folder, variant) if by_meaning else [path for path in folder.iterdir() if path.is_file()]
     for path in sorted(path for path in paths if path.name[0] != "."):
         if path.name == "config.json" and by_meaning:
             digest.update(_meaning_of_config(path))
             continue
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        digest.update(f"{path.name.replace(suffix, '')} {size}".encode())
         with path.open("rb") as file:
             if size <= 2**26:
                 digest.update(file.read())
@@ -118,17 +140,23 @@ def _meaning_of_config(path: Path) -> bytes:
     return json.dumps({name: config[name] for name in config if name not in _WRITER}, sort_keys=True).encode()
 
 
-def _identifying_files(folder: Path) -> list[Path]:
+def _identifying_files(folder: Path, variant: str | None) -> list[Path]:
     """Returns the files that are loaded from a component's folder."""
-    names = {file.name for file in weight_files(folder)} | {"config.json", *_TOKENIZER_FILES}
+    names = {file.name for file in weight_files(folder, variant)} | {"config.json", *_TOKENIZER_FILES}
     return [path for path in folder.iterdir() if path.name in names]
 
 
 def load_vae(
-    model_dir: Path, device: torch.device, slicing: bool, tiling: bool, dtype: torch.dtype | None = None
+    model_dir: Path,
+    device: torch.device,
+    slicing: bool,
+    tiling: bool,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
 ) -> AutoencoderKLCogVideoX:
     folder = model_dir / "vae"
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype or working_dtype(folder, device)).to(device)
+    dtype = dtype or working_dtype(folder, device, variant)
+    vae = _from_pretrained(AutoencoderKLCogVideoX, folder, dtype, variant).to(device)
     if slicing:
         vae.enable_slicing()
     if tiling:
@@ -137,23 +165,32 @@ def load_vae(
 
 
 def load_tokenizer(model_dir: Path) -> T5Tokenizer:
-    return T5Tokenizer.from_pretrained(model_dir / "tokenizer")
+    """Loads the tokenizer. Raises UserError if it cannot be read."""
+    folder = model_dir / "tokenizer"
+    try:
+        return T5Tokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the readers of its files raise
+        reason = unreadable_in(folder) or f"{folder} cannot be read ({error})"
+        raise UserError(f"--model_path: {reason}.") from error
 
 
-def load_text_encoder(model_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5EncoderModel:
+def load_text_encoder(
+    model_dir: Path, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+) -> T5EncoderModel:
     folder = model_dir / "text_encoder"
-    encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype or stored_dtype(folder)).to(device)
+    dtype = dtype or stored_dtype(folder, variant)
+    encoder = _from_pretrained(T5EncoderModel, folder, dtype, variant).to(device)
     return encoder.requires_grad_(False).eval()
 
 
 def load_transformer(
-    folder: Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", variant: str | None = None
 ) -> CogVideoXTransformer3DModel:
     """Loads a transformer.
 
     The weights are memory-mapped until they are copied or cast, so the processes of a machine share the pages.
     """
-    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=stored_dtype(folder))
+    transformer = _from_pretrained(CogVideoXTransformer3DModel, folder, stored_dtype(folder, variant), variant)
     return torch.nn.Module.to(transformer, device, dtype)  # the `to` of diffusers warns about every cast
 
 
@@ -183,6 +220,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
             raise
     if not path.is_file() or path.stat().st_size == 0:
         code = errno.ENOSPC if disk_is_full(path.parent) else errno.EIO
+        path.unlink(missing_ok=True)
         raise OSError(code, "the video could not be written", str(path))
 
 

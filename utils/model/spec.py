@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from sentencepiece import SentencePieceProcessor
+from transformers import T5EncoderModel
 
 from dataset.video import Resolution
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import unreadable
-from utils.model.weight_files import LFS_POINTER, check_weights, is_lfs_pointer, read_config
+from utils.model.weight_files import check_weights, has_variant, read_config
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
@@ -180,17 +182,20 @@ class ModelSpec:
         return []
 
 
-# Component -> name of its config file, and its diffusers class or None for other libraries.
+# Component -> name of its config file, and its class.
 CONFIGS = {
     "transformer": ("config.json", CogVideoXTransformer3DModel),
     "vae": ("config.json", AutoencoderKLCogVideoX),
     "scheduler": ("scheduler_config.json", CogVideoXDPMScheduler),
-    "text_encoder": ("config.json", None),
+    "text_encoder": ("config.json", T5EncoderModel),
 }
 
 
-def read_spec(model_dir: Path) -> ModelSpec:
+def read_spec(model_dir: Path, variant: str | None = None) -> ModelSpec:
     """Reads the configs of a checkpoint in the diffusers format and checks the headers of its weight files.
+
+    Args:
+        variant: as in `weight_files`.
 
     Raises:
         UserError: files are missing or damaged, or this is not a CogVideoX checkpoint. Lists all errors.
@@ -215,8 +220,10 @@ def read_spec(model_dir: Path) -> ModelSpec:
     report = CheckReport()
     for name, (_, model_class) in CONFIGS.items():
         if name != "scheduler":
-            report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name))
+            report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name), variant)
     errors += report.errors
+    if variant is not None and not any(has_variant(model_dir / name, variant) for name in COMPONENTS):
+        errors.append(f"--variant {variant}: {model_dir} has no weights of this variant; leave the flag out.")
     tokenizer_files = [model_dir / "tokenizer" / file for file in ("spiece.model", "tokenizer.json")]
     found = [file for file in tokenizer_files if file.is_file()]
     if not found:
@@ -224,13 +231,21 @@ def read_spec(model_dir: Path) -> ModelSpec:
     for path in found:
         if reason := unreadable(path):
             errors.append(f"--model_path: {reason}.")
-        elif is_lfs_pointer(path):
-            errors.append(f"--model_path: {path} is {LFS_POINTER}")
+        elif path.suffix == ".model" and not _is_sentencepiece(path):
+            errors.append(f"--model_path: {path} is damaged; is the download complete?")
     if errors:
         raise UserError(errors)
     if errors := list(_config_errors(model_dir, **configs)):
         raise UserError(errors)
     return ModelSpec(configs["transformer"], configs["vae"])
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Whether a file holds a vocabulary of sentencepiece. If not, transformers takes it for another tokenizer's."""
+    try:
+        return SentencePieceProcessor(model_file=str(path)).vocab_size() > 0
+    except (OSError, RuntimeError):
+        return False
 
 
 def _config_errors(

@@ -11,16 +11,20 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import CogVideoXDPMScheduler
 from safetensors import SafetensorError, safe_open
+from transformers import T5Config, T5EncoderModel
 
 from utils.common.errors import UserError
-from utils.common.filesystem import unreadable
+from utils.common.filesystem import unreadable, unreadable_in
+
+# The name of a weight file of a variant, or of one of its shards.
+_VARIANT = re.compile(r".+\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
-def read_config(path: Path, model_class: Any | None, flag: str = "--model_path") -> dict[str, Any]:
+def read_config(path: Path, model_class: Any, flag: str = "--model_path") -> dict[str, Any]:
     """Reads a component's config and completes it with the defaults of its class.
 
     Args:
-        model_class: the diffusers class; None for components of other libraries, whose config is returned as is.
+        model_class: the class of the component. The config of a text encoder is returned as is.
 
     Raises:
         UserError: the file is missing, is not JSON, or describes another class.
@@ -33,7 +37,9 @@ def read_config(path: Path, model_class: Any | None, flag: str = "--model_path")
         raise UserError(f"{flag}: {unreadable(path) or f'{path} cannot be read as JSON ({error})'}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{flag}: {path} is not a config; a JSON object is expected.")
-    if model_class is None:
+    if model_class is T5EncoderModel:
+        if config.get("model_type") != "t5":
+            raise UserError(f"{flag}: {path} describes a {config.get('model_type')}; a CogVideoX checkpoint has a t5.")
         return config
     found, expected = config.get("_class_name"), model_class.__name__
     # both CogVideoX schedulers have the same config fields
@@ -48,51 +54,72 @@ def with_defaults(model_class: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
-def weight_files(folder: Path) -> list[Path]:
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a component has weights of a variant, such as `model.fp16.safetensors` or shards of this name.
+
+    If it has, the pipelines of diffusers load them, and otherwise the plain weights of the component.
+    """
+    pattern = rf".+\.{re.escape(variant)}(-\d+-of-\d+)?\.(safetensors|bin)"
+    return any(re.fullmatch(pattern, path.name) for path in folder.glob("*"))
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Returns the safetensors files from which diffusers or transformers loads a component; they may be missing.
 
-    Empty if there is neither a single file nor an index of shards. Other variants in the folder, such as
-    `model.fp16.safetensors`, are not loaded.
+    Empty if there is neither a single file nor an index of shards.
+
+    Args:
+        variant: which weights to load if the folder has them.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError, AttributeError: the index of the shards cannot be read.
     """
     is_diffusers = folder.name != "text_encoder"
     stem = "diffusion_pytorch_model" if is_diffusers else "model"
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    suffix = f".{variant}" if variant is not None and has_variant(folder, variant) else ""
+    single, index = folder / f"{stem}{suffix}.safetensors", folder / f"{stem}.safetensors.index{suffix}.json"
     if index.is_file() and (is_diffusers or not single.is_file()):  # only diffusers looks for an index first
-        return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / shard for shard in _read_shard_names(index)]
     return [single] if single.is_file() else []
 
 
-def describe_other_weights(folder: Path) -> str:
+def _read_shard_names(index: Path) -> list[str]:
+    content = json.loads(index.read_text())
+    names = sorted(set(content["weight_map"].values()))
+    if any(Path(name).name != name for name in names) or "metadata" not in content:  # refused by diffusers
+        raise ValueError("it has no metadata, or names files of other folders")
+    return names
+
+
+def describe_other_weights(folder: Path, flag: str, variant: str | None) -> str:
     """Returns a sentence about a folder without weights that can be loaded."""
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    is_variant = any("." in name.removesuffix(".safetensors") for name in names)
-    if not is_variant and any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in names):
-        return f"{folder} holds shards without their .safetensors.index.json; is the download complete?"
+    if legacy := sorted(folder.glob(f"*.safetensors.{variant}.index.json")):
+        new = legacy[0].name.replace(f".{variant}.index.", f".index.{variant}.")
+        return f"{folder} holds {legacy[0].name}, a name of old diffusers versions; rename it to {new}."
+    if variant is None and names and (other := _VARIANT.fullmatch(names[0])):
+        remedy = f"give --variant {other[1]}" if flag == "--model_path" else "rename them without it"
+        return f"{folder} holds weights of the variant {other[1]} only ({names[0]}); {remedy}."
+    if any(re.search(r"-\d+-of-\d+(\.\w+)?\.safetensors$", name) for name in names):
+        index = f".safetensors.index{f'.{variant}' if variant else ''}.json"
+        return f"{folder} holds shards without their {index}; is the download complete?"
     if names:
-        expected = f"{names[0].partition('.')[0]}.safetensors"
-        return (
-            f"{folder} holds {names[0]}, which is not loaded; the plain file {expected} is expected. Download the "
-            "model without a variant, or rename the files."
-        )
+        is_diffusers = folder.name != "text_encoder"
+        expected = f"{'diffusion_pytorch_model' if is_diffusers else 'model'}.safetensors"
+        return f"{folder} holds {names[0]}, which is not loaded; the file {expected} is expected."
     if any(folder.glob("*.bin")):
         return f"{folder} holds .bin files only, which are not loaded; download the model as safetensors."
     return f"{folder} holds no .safetensors file; is the download complete?"
 
 
-LFS_POINTER = "a Git LFS pointer and not the file itself; run `git lfs pull` in the model's folder."
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file was cloned without Git LFS and only names the content."""
-    with file.open("rb") as content:
-        return content.read(64).startswith(b"version https://git-lfs")
-
-
-def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict[str, Any] | None) -> None:
-    """Checks the headers of a component's safetensors files.
+def check_weights(
+    folder: Path, flag: str, model_class: Any, config: dict[str, Any] | None, variant: str | None = None
+) -> None:
+    """Checks the headers of the safetensors files from which a component is loaded.
 
     Args:
-        model_class, config: if both are given, every tensor of such a model must be present with its shape.
+        model_class, config: every tensor of such a model must be present with its shape; unknown if `config` is None.
+        variant: as in `weight_files`.
 
     Raises:
         UserError: a file is missing or truncated, or a tensor is missing or has another shape.
@@ -100,11 +127,12 @@ def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict
     if reason := unreadable(folder):
         raise UserError(f"{flag}: {reason}.")
     try:
-        files = weight_files(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag}: the index of the shards in {folder} cannot be read ({error}).") from error
+        files = weight_files(folder, variant)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = unreadable_in(folder) or f"the index of the shards in {folder} cannot be read ({error})"
+        raise UserError(f"{flag}: {reason}.") from error
     if folder.is_dir() and not files:
-        raise UserError(f"{flag}: {describe_other_weights(folder)}")
+        raise UserError(f"{flag}: {describe_other_weights(folder, flag, variant)}")
     shapes: dict[str, list[int]] = {}
     errors = []
     for file in files:
@@ -116,14 +144,21 @@ def check_weights(folder: Path, flag: str, model_class: Any | None, config: dict
                 errors.append(f"{flag}: {reason}.")
             elif not file.exists():
                 errors.append(f"{flag}: {file} is missing; is the download complete?")
-            elif is_lfs_pointer(file):
-                errors.append(f"{flag}: {file} is {LFS_POINTER}")
             else:
                 errors.append(f"{flag}: {file} is damaged ({error}); is the download complete?")
     if errors:
         raise UserError(errors)
-    if model_class is not None and config is not None:
+    if config is not None:
         check_shapes(shapes, folder, flag, model_class, config)
+
+
+def _expected_shapes(model_class: Any, config: dict[str, Any]) -> dict[str, list[int]]:
+    """Returns the shapes of the tensors of a model, without those that transformers ties to others."""
+    with init_empty_weights(include_buffers=True):
+        is_t5 = model_class is T5EncoderModel
+        model = T5EncoderModel(T5Config(**config)) if is_t5 else model_class.from_config(config)
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def check_shapes(
@@ -143,8 +178,12 @@ def check_shapes(
     Raises:
         UserError: a tensor is missing, has another shape or, with `strict`, is unexpected.
     """
-    with init_empty_weights(include_buffers=True):
-        expected = {name: list(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
+    try:
+        expected = _expected_shapes(model_class, config)
+    except Exception as error:  # whatever the constructors of diffusers and transformers raise
+        raise UserError(f"{flag}: {folder} has a config of another kind ({error}).") from error
+    if "encoder.embed_tokens.weight" in shapes and model_class is T5EncoderModel:  # another name of the same tensor
+        shapes = {"shared.weight": shapes["encoder.embed_tokens.weight"], **shapes}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if strict:
         wrong += sorted(shapes.keys() - expected.keys())

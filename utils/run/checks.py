@@ -140,10 +140,7 @@ def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> lis
     Raises:
         UserError: the tokenizer cannot be read.
     """
-    try:
-        tokenizer = loading.load_tokenizer(model_dir)
-    except Exception as error:
-        raise UserError(f"--model_path: {model_dir / 'tokenizer'} cannot be read ({error}).") from error
+    tokenizer = loading.load_tokenizer(model_dir)
     distinct = sorted({sample.prompt for sample in samples})
     # a token takes at least one byte, so shorter prompts always fit
     suspects = [prompt for prompt in distinct if len(prompt.encode()) >= max_length or not prompt.isascii()]
@@ -188,14 +185,16 @@ def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
         frames, height, width = plan.spec.latent_size(clip_sample.resolution)
         moments = 2 * plan.spec.latent_channels * height * width
         sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
-    needs = [("the latent cache", plan.cache_dir, 4 * sum(sizes[name] for name in missing))]  # float32 at most
+    needs = [
+        ("the latent cache", "--cache_dir", plan.cache_dir, 4 * sum(sizes[name] for name in missing))
+    ]  # float32 at most
     if not (plan.args.data.precompute_only or plan.is_finished):
         num_trained = count_trained(plan.spec.transformer, plan.args)
         size = checkpoint_bytes(plan.args, num_trained, plan.zero is not None)
-        needs.append(("a checkpoint", plan.args.output.output_dir, size))
+        needs.append(("a checkpoint", "--output_dir", plan.args.output.output_dir, size))
     needed_on_disk: Counter[int] = Counter()
     errors = []
-    for name, folder, size in needs:
+    for name, flag, folder, size in needs:
         existing = nearest_existing(folder)
         needed_on_disk[existing.stat().st_dev] += size
         # the next save removes what a killed one has left
@@ -204,8 +203,8 @@ def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
         if needed > free:
             in_all = f" ({needed / GIB:.2f} GiB in all)" if needed > size else ""
             errors.append(
-                f"{folder}: {name} needs {size / GIB:.2f} GiB more{in_all}, but {free / GIB:.2f} GiB are free; free "
-                "some space or give another folder."
+                f"{flag} {folder}: {name} needs {size / GIB:.2f} GiB more{in_all}, but {free / GIB:.2f} GiB are free; "
+                "free some space or give another folder."
             )
     if errors:
         raise UserError(errors)

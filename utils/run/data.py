@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dataset.bucketing import SamplingPolicy
 from dataset.file_index import FileIndex
-from dataset.manifest import Sample, Table, find_table, read_manifest
+from dataset.manifest import Sample, Table, find_table, read_manifest, resolve
 from dataset.scan import ScanResult, scan_and_sample
 from utils.common.errors import UserError
+from utils.common.filesystem import flags_in_errors
 from utils.config.args import ValidationArgs
 from utils.config.data_args import DataArgs
 
@@ -46,7 +47,9 @@ def scan_data(
         data.train_resolution, data.fps, data.resize_mode, data.clips_per_video, data.pad_short_clips
     )
     workers = len(os.sched_getaffinity(0))  # other local ranks are idle during the scan
-    return scan_and_sample(samples, validation, FileIndex(cache_dir), policy, workers, data.clip_timeout, save_index)
+    index = FileIndex(cache_dir)
+    with flags_in_errors({"--cache_dir": cache_dir}):
+        return scan_and_sample(samples, validation, index, policy, workers, data.clip_timeout, save_index)
 
 
 def read_training_samples(data: DataArgs, task: str) -> list[Sample]:
@@ -78,7 +81,7 @@ def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) 
     if table is not None:
         samples = read(table=Table(table, ("prompt",), ("video", "image") if task == "i2v" else ("video",)))
     else:
-        videos = data.video_column if (root / data.video_column).exists() or not root.is_dir() else None
+        videos = data.video_column if resolve(root, data.video_column).exists() or not root.is_dir() else None
         samples = read(options.validation_prompts, videos, options.validation_images)
     if task == "i2v" and not all(sample.video or sample.image for sample in samples):
         raise UserError(

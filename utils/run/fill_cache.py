@@ -38,9 +38,15 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
         device,
         plan.spec.max_text_seq_length,
         args.memory.offload_text_encoder,
+        args.model.variant,
     )
     load_pixel_encoders = partial(
-        encoders.pixel_encoders, plan.model_dir, device, args.system.enable_slicing, args.system.enable_tiling
+        encoders.pixel_encoders,
+        plan.model_dir,
+        device,
+        args.system.enable_slicing,
+        args.system.enable_tiling,
+        args.model.variant,
     )
     failed = precompute_prompts(cache, plan.prompts, load_prompt_encoder, shard, heartbeat.beat)
     failed |= precompute_clips(

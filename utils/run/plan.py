@@ -141,7 +141,9 @@ def make_plan(
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
-    encoding, encoders = encoder_settings(model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir))
+    encoding, encoders = encoder_settings(
+        model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir), args.model.variant
+    )
     keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
     validation_keys = encoding.keys(scan.validation, scan.facts)
     prompts = {encoding.prompt_key(""): ""}
@@ -167,7 +169,7 @@ def make_plan(
 
 
 def encoder_settings(
-    model_dir: Path, spec: ModelSpec, tiling: bool, cache: LatentCache
+    model_dir: Path, spec: ModelSpec, tiling: bool, cache: LatentCache, variant: str | None = None
 ) -> tuple[EncoderSettings, dict[str, str]]:
     """Returns the encoder settings that are part of the cache keys.
 
@@ -178,9 +180,10 @@ def encoder_settings(
     def settings(by_meaning: bool) -> EncoderSettings:
         fingerprint = partial(loading.fingerprint, by_meaning=by_meaning)
         return EncoderSettings(
-            vae=fingerprint(model_dir / "vae", tiling=tiling),
+            vae=fingerprint(model_dir / "vae", variant=variant, tiling=tiling),
             text_encoder=fingerprint(
                 model_dir / "text_encoder",
+                variant=variant,
                 tokenizer=fingerprint(model_dir / "tokenizer"),
                 length=spec.max_text_seq_length,
             ),

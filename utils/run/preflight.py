@@ -67,9 +67,9 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         progress = check_resume(report, context, model, resume_from)
 
     samples, validation = read_samples(report, args)
-    check_prompts(report, model, samples + validation)
     if not samples or not values_are_valid:
         raise UserError(report.errors)
+    check_prompts(report, model, samples + validation)
     cache_dir = find_cache_dir(args.data, samples)
     scan = scan_samples(report, args, samples, validation, cache_dir)
     if context is None or progress is None or not scan.samples:
@@ -84,7 +84,8 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 def read_model(args: Args) -> BaseModel:
     """Reads the configs of the checkpoint, and downloads it if it is an id on the hub. Raises UserError."""
     folder = loading.resolve_model_dir(args.model.model_path)
-    return BaseModel(folder, read_spec(folder), loading.text_encoder_config(folder))
+    variant = args.model.variant
+    return BaseModel(folder, read_spec(folder, variant), loading.text_encoder_config(folder, variant))
 
 
 def resolve_strategy(
@@ -102,6 +103,8 @@ def resolve_strategy(
     zero = report.run(resolve_template, template, args, model.spec.width, num_processes) if template else None
     report.errors += model_errors(args, model.spec, uses_deepspeed, num_processes)
     report.errors += machine_errors(args, uses_deepspeed)
+    if notes := loading.variant_notes(model.folder, args.model.variant):
+        report.notes += [*notes, f"prompts are encoded in {model.text_encoder['dtype']}."]
     report.notes += [note for size in args.data.train_resolution for note in model.spec.frames_notes(size.frames)]
     if uses_deepspeed and zero is None:
         return args, None
@@ -184,9 +187,10 @@ def check_resume(
     report: CheckReport, context: RunContext, model: BaseModel, resume_from: Path | None
 ) -> Progress | None:
     """Returns the progress at which the run starts; None if it cannot resume from the checkpoint."""
+    folder, variant = model.folder / "transformer", context.args.model.variant
     start = Progress(
-        base=loading.fingerprint(model.folder / "transformer"),
-        base_by_meaning=loading.fingerprint(model.folder / "transformer", by_meaning=True),
+        base=loading.fingerprint(folder, variant=variant),
+        base_by_meaning=loading.fingerprint(folder, by_meaning=True, variant=variant),
         zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
         num_processes=context.num_processes,
     )

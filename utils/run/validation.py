@@ -182,12 +182,15 @@ def load_pipeline(
     Prompts were encoded before training, so the pipeline has no text encoder. The VAE is loaded for this validation.
     """
     video_folder(plan, step).mkdir(parents=True, exist_ok=True)
-    system = plan.args.system
+    system, variant = plan.args.system, plan.args.model.variant
     dtype = compute_dtype(plan.args)  # the pipelines pass latents to the VAE in the dtype of the prompt embeddings
+    vae = loading.load_vae(
+        plan.model_dir, accelerator.device, system.enable_slicing, system.enable_tiling, dtype, variant
+    )
     pipeline = loading.PIPELINES[plan.spec.task](
         tokenizer=None,
         text_encoder=None,
-        vae=loading.load_vae(plan.model_dir, accelerator.device, system.enable_slicing, system.enable_tiling, dtype),
+        vae=vae,
         transformer=transformer,
         scheduler=loading.load_scheduler(plan.model_dir),
     )

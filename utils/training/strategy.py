@@ -64,7 +64,8 @@ class DDP:
         is_sft, is_quantized = self.args.model.training_type == "sft", self.args.memory.quantize_base != "none"
         folder = resume_from if is_sft and resume_from is not None else model_dir
         device = "cpu" if is_quantized else self.accelerator.device.type
-        return load_transformer(folder / "transformer", weight_dtype(self.args, self.uses_deepspeed), device)
+        dtype = weight_dtype(self.args, self.uses_deepspeed)
+        return load_transformer(folder / "transformer", dtype, device, self.args.model.variant)
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         if self.args.training.mixed_precision == "fp16":
@@ -101,10 +102,11 @@ class DeepSpeed:
 
         On the host they keep the dtype of the files, so the processes of a machine share the memory-mapped pages.
         """
-        folder = model_dir / "transformer"
+        folder, variant = model_dir / "transformer", self.args.model.variant
         if self.divides_weights:
-            return load_transformer(folder)
-        return load_transformer(folder, weight_dtype(self.args, self.uses_deepspeed), self.accelerator.device.type)
+            return load_transformer(folder, variant=variant)
+        dtype = weight_dtype(self.args, self.uses_deepspeed)
+        return load_transformer(folder, dtype, self.accelerator.device.type, variant)
 
     @property
     def divides_weights(self) -> bool:
