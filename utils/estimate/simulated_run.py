@@ -116,7 +116,7 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
             optimizer.zero_grad(set_to_none=keeps_none)
 
         # A first update without the model creates the gradients and the optimizer states.
-        sum(parameter.sum().float() for parameter in parameters).backward()
+        torch.stack([parameter.sum().float() for parameter in parameters]).sum().backward()
         update_weights()
         tracker.restart_counts()
         tracker.watch_peak(parameters)
