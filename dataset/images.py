@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from dataset.video import ClipError, Resolution, resize
+from dataset.stream_info import ClipError
+from dataset.video import Resolution, resize
 
 
 def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
