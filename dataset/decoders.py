@@ -145,9 +145,9 @@ class PyavReader:
     def _frame_times(self, path: Path, first: VideoFrame) -> tuple[list[int] | None, np.ndarray]:
         """Returns the presentation time of each frame in units of the stream, and `times`.
 
-        AVI and ASF store decoding times only. Since the frames are presented in the order of some permutation of them,
-        frame i is presented at the i-th of these times; no frame can be recognized by its time then, and None is
-        returned in place of the presentation times.
+        AVI and ASF do not store presentation times: the times of the packets increase although the codec reorders
+        frames. Frame i is then presented at the i-th of these times. No frame can be recognized by its time, so None
+        is returned in place of the presentation times.
         """
         with open_container(path) as (container, stream, codec):
             packets = [
@@ -161,7 +161,7 @@ class PyavReader:
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
         if not listed or (len(listed) < len(packets) and not self.info.interlaced):
             raise ClipError(f"has no frame times; convert it: {CONVERT}")
-        only_decoding_times = reorders and all(pts == dts for pts, dts, _ in packets)
+        only_decoding_times = reorders and [pts for pts, _, _ in packets] == [pts for pts, _ in listed]
         if not only_decoding_times:
             listed = [(pts, duration) for pts, duration in listed if first.pts is None or pts >= first.pts]
         pts = [time for time, _ in listed]
