@@ -34,6 +34,8 @@ _DOLBY_VISION = (
 # AVColorTransferCharacteristic -> name of the curve, name in ffmpeg
 _HDR_TRANSFERS = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
 _UNSPECIFIED = 2
+# mp4 sample entries of Dolby Vision without a layer that other decoders can show (profile 5)
+_DOLBY_VISION_TAGS = ("dvh1", "dvhe", "dav1")
 
 _CODECS = {
     *("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "msmpeg4v2", "msmpeg4v3", "h263", "flv1", "wmv1", "wmv2"),
@@ -140,8 +142,8 @@ def read_stream_info(path: Path) -> StreamInfo:
             name, ffmpeg_name = _HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
             raise ClipError(f"is HDR ({name}), which training would see too dark; convert it: {command}")
-        if transfer == _UNSPECIFIED and "DOVI_RPU_BUFFER" in side_data:
-            raise ClipError(f"is HDR (Dolby Vision without a standard layer); convert it on a GPU: {_DOLBY_VISION}")
+        if transfer == _UNSPECIFIED and codec.codec_tag in _DOLBY_VISION_TAGS:
+            raise ClipError(f"is HDR (Dolby Vision alone); convert it on a machine with Vulkan: {_DOLBY_VISION}")
         matrix = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32) if "DISPLAYMATRIX" in side_data else None
         return StreamInfo(
             container.format.name.split(",")[0],
