@@ -36,13 +36,14 @@ def write_circle(path: Path, pixel_aspect: str, *options: object) -> None:
     """Writes a clip of 720x576 pixels that shows a circle if its pixels are 64:45."""
     rows, columns = np.mgrid[:576, :720]
     is_inside = ((columns - 359.5) * 64 / 45) ** 2 + (rows - 287.5) ** 2 < 200**2
-    write_picture(path, np.uint8(255 * is_inside), "-vf", f"setsar={pixel_aspect}", *options)
+    write_picture(path, np.where(is_inside, 255, 0).astype(np.uint8), "-vf", f"setsar={pixel_aspect}", *options)
 
 
 def extent(path: Path, mode: str, resolution: Resolution) -> tuple[int, int]:
     """Returns width and height of the white part of the first trained frame."""
     pixels = decode(path, FrameSelection(resolution, 8.0, mode, 0, resolution.frames))[0, :, :, 1].numpy() > 128
-    return np.ptp(pixels.any(0).nonzero()[0]).item() + 1, np.ptp(pixels.any(1).nonzero()[0]).item() + 1
+    rows, columns = np.nonzero(pixels)
+    return int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1
 
 
 @pytest.mark.parametrize(
