@@ -27,7 +27,7 @@ _DEFAULT_FRAME_S = 1 / 25
 _DAMAGED = "is damaged: some frames cannot be decoded, or it has fewer frames than its header states"
 # Part of decord's error message when it cannot open a file -> explanation.
 _OPEN_ERRORS = {
-    "broken metadata": f"states no length; convert it: {CONVERT}",
+    "broken metadata": f"states no length; {CONVERT} converts it",
     "av_read_frame failed": "is damaged or cut short",
 }
 
@@ -160,13 +160,13 @@ class PyavReader:
         # the second field of an interlaced frame may have no time of its own
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
         if not listed or (len(listed) < len(packets) and not self.info.interlaced):
-            raise ClipError(f"has no frame times; convert it: {CONVERT}")
+            raise ClipError(f"has no frame times; {CONVERT} converts it")
         only_decoding_times = reorders and [pts for pts, _, _ in packets] == [pts for pts, _ in listed]
         if not only_decoding_times:
             listed = [(pts, duration) for pts, duration in listed if first.pts is None or pts >= first.pts]
         pts = [time for time, _ in listed]
         if not pts or decoding_times != sorted(decoding_times) or len(set(pts)) < len(pts):
-            raise ClipError(f"has frame times that repeat, like two files joined into one; convert it: {CONVERT}")
+            raise ClipError(f"has frame times that repeat, like two files joined into one; {CONVERT} converts it")
         length = listed[-1][1] * unit or (float(1 / rate) if rate else _DEFAULT_FRAME_S)
         starts = (np.array(pts, np.float64) - pts[0]) * unit
         return None if only_decoding_times else pts, np.append(starts, starts[-1] + length)

@@ -31,8 +31,8 @@ _DOLBY_VISION = (
     "ffmpeg -i IN -vf libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:format=yuv420p "
     "-c:v libx264 -crf 14 OUT.mp4"
 )
-# AVColorTransferCharacteristic -> name of the curve, name in ffmpeg
-_HDR_TRANSFERS = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
+# Code point of the transfer curve (ITU-T H.273) -> its name, and its name in ffmpeg
+HDR_TRANSFERS = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
 _UNSPECIFIED = 2
 # mp4 sample entries of Dolby Vision without a layer that other decoders can show (profile 5)
 _DOLBY_VISION_TAGS = ("dvh1", "dvhe", "dav1")
@@ -122,7 +122,7 @@ def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, Vi
         if stream is None:
             raise ClipError("has no video, only sound or other data")
         if not isinstance(stream, VideoStream) or stream.codec_context is None:
-            raise ClipError(f"has a codec that cannot be decoded; convert it: {CONVERT}")
+            raise ClipError(f"has a codec that cannot be decoded; {CONVERT} converts it")
         stream.codec_context.thread_count = 1  # as many processes as cores decode
         yield container, stream, stream.codec_context
 
@@ -138,12 +138,12 @@ def read_stream_info(path: Path) -> StreamInfo:
         transfer, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
         frame = _first_key_frame(container, stream, codec)
         side_data: Any = frame.side_data if frame is not None else {}
-        if transfer in _HDR_TRANSFERS:
-            name, ffmpeg_name = _HDR_TRANSFERS[transfer]
+        if transfer in HDR_TRANSFERS:
+            name, ffmpeg_name = HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
-            raise ClipError(f"is HDR ({name}), which training would see too dark; convert it: {command}")
+            raise ClipError(f"is HDR ({name}), which training would see too dark; {command} converts it")
         if transfer == _UNSPECIFIED and codec.codec_tag in _DOLBY_VISION_TAGS:
-            raise ClipError(f"is HDR (Dolby Vision alone); convert it on a machine with Vulkan: {_DOLBY_VISION}")
+            raise ClipError(f"is HDR (Dolby Vision alone); with Vulkan, {_DOLBY_VISION} converts it")
         matrix = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32) if "DISPLAYMATRIX" in side_data else None
         return StreamInfo(
             container.format.name.split(",")[0],

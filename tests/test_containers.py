@@ -163,13 +163,13 @@ def test_lost_bytes_are_an_error(tmp_path: Path, name: str):
 def test_joined_streams_are_an_error(tmp_path: Path):
     write_clip(tmp_path / "one.ts", H264)
     (tmp_path / "two.ts").write_bytes((tmp_path / "one.ts").read_bytes() * 2)
-    with pytest.raises(ClipError, match=r"two files joined into one; convert it: ffmpeg"):
+    with pytest.raises(ClipError, match=r"two files joined into one; ffmpeg .* converts it"):
         probe(tmp_path / "two.ts")
 
 
 def test_stream_without_frame_times_is_an_error(tmp_path: Path):
     write_clip(tmp_path / "clip.h264", H264)
-    with pytest.raises(ClipError, match=r"no frame times; convert it: ffmpeg"):
+    with pytest.raises(ClipError, match=r"no frame times; ffmpeg .* converts it"):
         probe(tmp_path / "clip.h264")
 
 

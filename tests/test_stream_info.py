@@ -14,6 +14,7 @@ import pytest
 from dataset.bucketing import ClipSample
 from dataset.decoders import open_reader
 from dataset.file_index import INDEX_FILE, FileIndex
+from dataset.images import image_size
 from dataset.latent_cache import EncoderSettings
 from dataset.manifest import Sample
 from dataset.scan import scan_files, summarize
@@ -111,11 +112,26 @@ def test_hdr_is_refused_with_a_command_that_keeps_white_white(tmp_path: Path, tr
     write_picture(path, picture, "-vf", f"format=gbrp,{colours}:color_primaries=bt2020:colorspace=bt2020nc", *encoder)
     with pytest.raises(ClipError, match=re.escape(f"is HDR ({name})")) as caught:
         probe(path)
-    program, *command = shlex.split(str(caught.value).partition("convert it: ")[2])
+    program, *command = shlex.split(re.search("ffmpeg.*OUT.mp4", str(caught.value))[0])
     assert program == "ffmpeg"
     ffmpeg(*({"IN": path, "OUT.mp4": converted}.get(word, word) for word in command))
     shown, _ = shown_by_ffmpeg(converted, 64, 96)
     assert shown.min() > 225 and shown.max() < 245
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.png", ("-pix_fmt", "rgb48be")), ("a.avif", ("-c:v", "libaom-av1", "-cpu-used", 8, "-pix_fmt", "yuv420p10le"))],
+)
+def test_hdr_images_are_refused(tmp_path: Path, name: str, options: tuple):
+    for transfer, is_refused in (("smpte2084", True), ("bt709", False)):
+        colours = f"setparams=color_trc={transfer}:color_primaries=bt2020"
+        ffmpeg("-f", "lavfi", "-i", f"color=gray:size=96x64,{colours}", "-frames:v", 1, *options, tmp_path / name)
+        if is_refused:
+            with pytest.raises(ClipError, match=re.escape("is HDR (PQ)")):
+                image_size(tmp_path / name)
+        else:
+            assert image_size(tmp_path / name) == (64, 96)
 
 
 def test_dolby_vision_without_a_standard_layer_is_refused(tmp_path: Path):
