@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataset.decoders import DecordReader, PyavReader, open_reader
-from dataset.stream_info import ClipError
+from dataset.stream_info import ClipError, read_stream_info
 from dataset.video import FrameSelection, Resolution, choose_frames, decode, probe
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -67,6 +67,7 @@ KINDS = {
     "mxf dnxhd": ("mxf", DECORD, ("dnxhd", "-profile:v", "dnxhr_lb", "-s", "256x128", "-pix_fmt", "yuv422p")),
     "mov prores": ("mov", DECORD, ("prores_ks", "-pix_fmt", "yuv422p10le")),
     "mov mjpeg": ("mov", DECORD, ("mjpeg", "-q:v", 3, "-pix_fmt", "yuvj420p")),
+    "mov jpeg2000": ("mov", PYAV, ("jpeg2000", "-pix_fmt", "rgb24")),
     "mov animation": ("mov", PYAV, ("qtrle", "-pix_fmt", "rgb24")),
     "mov vvc": ("mp4", PYAV, ("libvvenc", "-preset", "faster", "-pix_fmt", "yuv420p10le")),
     "dv": ("dv", DECORD, ("dvvideo", "-s", "720x576", "-r", 25)),
@@ -155,9 +156,30 @@ def test_lost_bytes_are_an_error(tmp_path: Path, name: str):
     path = tmp_path / name
     write_clip(path, H264 if "h264" in name else MPEG2)
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] + content[len(content) // 2 + 1500 :])
+    lost = len(content) // 2 // 188 * 188  # whole packets of a transport stream
+    path.write_bytes(content[:lost] + content[lost + 4 * 188 :])
     with pytest.raises(ClipError, match="is damaged"):
         decode(path, FrameSelection(Resolution(17, 64, 96), 8.0, "stretch", 0, 17))
+
+
+def test_incomplete_last_frame_is_an_error(tmp_path: Path):
+    path = tmp_path / "mpeg2.ts"
+    write_clip(path, MPEG2)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.8)])
+    reader = open_reader(path)
+    *_, last = range(len(reader.times) - 1)
+    with pytest.raises(ClipError, match="is damaged"):
+        list(reader.read([0, last]))
+
+
+def test_second_fields_may_be_listed(tmp_path: Path):
+    """Cameras may list the two fields of a frame as two packets. No encoder at hand does, so the list is made here."""
+    path = tmp_path / "camcorder.mts"
+    write_clip(path, KINDS["camcorder interlaced"][2])
+    reader = PyavReader(path, read_stream_info(path))
+    assert reader.info.interlaced and reader._pts is not None
+    reader._pts = [time for start in reader._pts for time in (start, start + 1800)]
+    assert read_numbers(np.stack(list(reader.read([0, 1, 2, 5, 10, 118, 119])))) == [0, 0, 1, 2, 5, 59, 59]
 
 
 def test_joined_streams_are_an_error(tmp_path: Path):
@@ -177,3 +199,8 @@ def test_hidden_frames_of_av1_are_not_trained(tmp_path: Path):
     write_clip(tmp_path / "whole.mp4", AV1)
     ffmpeg("-ss", "1.2", "-i", tmp_path / "whole.mp4", "-c", "copy", tmp_path / "cut.mp4")
     assert check_against_ffmpeg(tmp_path / "cut.mp4") == list(range(30, 60))
+    content = bytearray((tmp_path / "cut.mp4").read_bytes())
+    duration = slice(content.index(b"elst") + 12, content.index(b"elst") + 16)
+    content[duration] = (int.from_bytes(content[duration]) * 2 // 3).to_bytes(4)  # the last third is hidden too
+    (tmp_path / "cut.mp4").write_bytes(content)
+    assert check_against_ffmpeg(tmp_path / "cut.mp4") == list(range(30, 50))

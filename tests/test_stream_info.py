@@ -69,7 +69,7 @@ def test_turned_pixels_are_turned(tmp_path: Path):
         assert extent(tmp_path / "turned.mp4", "crop", Resolution(9, 1024, 576)) == pytest.approx((400, 400), abs=2)
 
 
-@pytest.mark.parametrize(("stated", "used"), [("0/1", 1), ("100/1", 1), ("1/100", 1), ("10240/10227", 1), ("2/1", 2)])
+@pytest.mark.parametrize(("stated", "used"), [("0/1", 1), ("12/1", 1), ("1/12", 1), ("10240/10227", 1), ("2/1", 2)])
 def test_implausible_pixels_count_as_square(tmp_path: Path, stated: str, used: float):
     write_picture(tmp_path / "clip.mkv", np.zeros((64, 96), np.uint8), "-vf", f"setsar={stated}", "-c:v", *LOSSLESS)
     info = probe(tmp_path / "clip.mkv")
