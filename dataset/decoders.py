@@ -156,7 +156,8 @@ class PyavReader:
                 if packet.size and not packet.is_discard  # an edit list hides discarded frames
             ]
             rate, unit, reorders = stream.guessed_rate, float(stream.time_base or 0), codec.has_b_frames
-        decoding_times = [dts for _, dts, _ in packets if dts is not None]
+        decoding_times = [dts * unit for _, dts, _ in packets if dts is not None]
+        jumps_back = any(after < before - 1 for before, after in itertools.pairwise(decoding_times))
         # the second field of an interlaced frame may have no time of its own
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
         if not listed or (len(listed) < len(packets) and not self.info.interlaced):
@@ -165,7 +166,7 @@ class PyavReader:
         if not only_decoding_times:
             listed = [(pts, duration) for pts, duration in listed if first.pts is None or pts >= first.pts]
         pts = [time for time, _ in listed]
-        if not pts or decoding_times != sorted(decoding_times) or len(set(pts)) < len(pts):
+        if not pts or jumps_back or len(set(pts)) < len(pts):
             raise ClipError(f"has frame times that repeat, like two files joined into one; {CONVERT} converts it")
         length = listed[-1][1] * unit or (float(1 / rate) if rate else _DEFAULT_FRAME_S)
         starts = (np.array(pts, np.float64) - pts[0]) * unit

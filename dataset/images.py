@@ -53,7 +53,7 @@ def _hdr_transfer(path: Path) -> str | None:
 def _read_image(path: Path) -> np.ndarray:
     """Returns uint8 [h, w, C]."""
     if transfer := _hdr_transfer(path):
-        raise ClipError(f"is HDR ({transfer}), which training would see too dark; export it in standard range")
+        raise ClipError(f"is HDR ({transfer}) and would be read too dark; export it in standard range")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

@@ -55,6 +55,7 @@ _DECORD = {
     "yuv4mpegpipe": {"rawvideo"},
 }
 _IMAGES = ("image2", "gif", "apng", "webp")
+_PLAYLISTS = ("hls", "dash", "concat", "imf")
 
 
 class ClipError(Exception):
@@ -118,6 +119,8 @@ def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, Vi
         name = container.format.name
         if name in _IMAGES or name.endswith("_pipe"):
             raise ClipError("is an image and not a video")
+        if name in _PLAYLISTS:  # the cache could not notice changes of the files that it names
+            raise ClipError("is a list of other files and not a video")
         stream = container.streams.best("video")
         if stream is None:
             raise ClipError("has no video, only sound or other data")
@@ -141,9 +144,11 @@ def read_stream_info(path: Path) -> StreamInfo:
         if transfer in HDR_TRANSFERS:
             name, ffmpeg_name = HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
-            raise ClipError(f"is HDR ({name}), which training would see too dark; {command} converts it")
+            raise ClipError(f"is HDR ({name}) and would be read too dark; {command} converts it")
         if transfer == _UNSPECIFIED and codec.codec_tag in _DOLBY_VISION_TAGS:
-            raise ClipError(f"is HDR (Dolby Vision alone); with Vulkan, {_DOLBY_VISION} converts it")
+            raise ClipError(
+                f"is Dolby Vision and would be read in wrong colours; with Vulkan, {_DOLBY_VISION} converts it"
+            )
         matrix = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32) if "DISPLAYMATRIX" in side_data else None
         return StreamInfo(
             container.format.name.split(",")[0],

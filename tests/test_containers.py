@@ -189,6 +189,13 @@ def test_joined_streams_are_an_error(tmp_path: Path):
         probe(tmp_path / "two.ts")
 
 
+def test_playlist_is_an_error(tmp_path: Path):
+    write_clip(tmp_path / "clip.ts", H264)
+    ffmpeg("-i", tmp_path / "clip.ts", "-c", "copy", tmp_path / "list.m3u8")
+    with pytest.raises(ClipError, match="is a list of other files"):
+        probe(tmp_path / "list.m3u8")
+
+
 def test_stream_without_frame_times_is_an_error(tmp_path: Path):
     write_clip(tmp_path / "clip.h264", H264)
     with pytest.raises(ClipError, match=r"no frame times; ffmpeg .* converts it"):
