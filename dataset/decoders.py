@@ -135,6 +135,8 @@ class PyavReader:
 
     def __init__(self, path: Path, info: StreamInfo) -> None:
         self.info = info
+        # the two fields of an H.264 frame may be two packets; the second one may have no time of its own
+        self._lists_fields = info.interlaced and info.codec == "h264"
         self._frames = self._decode(path)
         first = next(self._frames, None)
         if first is None:
@@ -158,9 +160,8 @@ class PyavReader:
             rate, unit, reorders = stream.guessed_rate, float(stream.time_base or 0), codec.has_b_frames
         decoding_times = [dts * unit for _, dts, _ in packets if dts is not None]
         jumps_back = any(after < before - 1 for before, after in itertools.pairwise(decoding_times))
-        # the second field of an interlaced frame may have no time of its own
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
-        if not listed or (len(listed) < len(packets) and not self.info.interlaced):
+        if not listed or (len(listed) < len(packets) and not self._lists_fields):
             raise ClipError(f"has no frame times; {CONVERT} converts it")
         only_decoding_times = reorders and [pts for pts, _, _ in packets] == [pts for pts, _ in listed]
         if not only_decoding_times:
@@ -203,9 +204,9 @@ class PyavReader:
         """Yields each frame with its index in `times`.
 
         Raises:
-            ClipError: a listed frame is missing. The second field of an interlaced frame may be listed in addition.
+            ClipError: a listed frame is missing.
         """
-        steps = (1, 2) if self.info.interlaced else (1,)
+        steps = (1, 2) if self._lists_fields else (1,)
         index = -1
         for frame in self._frames:
             if self._pts is None:
@@ -227,11 +228,11 @@ class PyavReader:
             while number < index:
                 following = following or next(frames, None)
                 if following is None:
-                    if self.info.interlaced and index == number + 1:  # a second field
-                        break
+                    if self._lists_fields and index == number + 1:
+                        break  # the second field of the last frame
                     raise ClipError(_DAMAGED)
                 if following[0] > index:
-                    break
+                    break  # a second field
                 (number, frame), following = following, None
                 picture = None
             if picture is None:
