@@ -147,9 +147,9 @@ class PyavReader:
     def _frame_times(self, path: Path, first: VideoFrame) -> tuple[list[int] | None, np.ndarray]:
         """Returns the presentation time of each frame in units of the stream, and `times`.
 
-        AVI and ASF do not store presentation times: the times of the packets increase although the codec reorders
-        frames. Frame i is then presented at the i-th of these times. No frame can be recognized by its time, so None
-        is returned in place of the presentation times.
+        AVI does not store presentation times, and neither does a container whose times increase although the codec
+        reorders frames. Frame i is then presented at the i-th decoding time. No frame can be recognized by its time,
+        so None is returned in place of the presentation times.
         """
         with open_container(path) as (container, stream, codec):
             packets = [
@@ -158,13 +158,16 @@ class PyavReader:
                 if packet.size and not packet.is_discard  # an edit list hides discarded frames
             ]
             rate, unit, reorders = stream.guessed_rate, float(stream.time_base or 0), codec.has_b_frames
-        decoding_times = [dts * unit for _, dts, _ in packets if dts is not None]
-        jumps_back = any(after < before - 1 for before, after in itertools.pairwise(decoding_times))
+        decoded = [(dts, duration) for _, dts, duration in packets if dts is not None]
+        jumps_back = any((after - before) * unit < -1 for (before, _), (after, _) in itertools.pairwise(decoded))
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
         if not listed or (len(listed) < len(packets) and not self._lists_fields):
             raise ClipError(f"has no frame times; {CONVERT} converts it")
-        only_decoding_times = reorders and [pts for pts, _, _ in packets] == [pts for pts, _ in listed]
-        if not only_decoding_times:
+        is_increasing = [pts for pts, _, _ in packets] == [pts for pts, _ in listed]
+        only_decoding_times = self.info.container == "avi" or (reorders and is_increasing)
+        if only_decoding_times and len(decoded) == len(listed):
+            listed = decoded
+        else:
             listed = [(pts, duration) for pts, duration in listed if first.pts is None or pts >= first.pts]
         pts = [time for time, _ in listed]
         if not pts or jumps_back or len(set(pts)) < len(pts):
@@ -183,9 +186,11 @@ class PyavReader:
 
         has_key, has_frame = False, False
         with open_container(path) as (container, stream, codec):
-            for packet in container.demux(stream):
-                has_key |= packet.is_keyframe
-                if has_key and packet.is_corrupt:
+            # an empty packet repeats a frame, but it would end the decoder as None does
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            for packet in itertools.chain(packets, [None]):
+                has_key |= packet is not None and packet.is_keyframe
+                if has_key and packet is not None and packet.is_corrupt:
                     raise ClipError(_DAMAGED)
                 try:
                     frames = codec.decode(packet)

@@ -70,6 +70,7 @@ class StreamInfo:
         pixel_aspect: width of a stored pixel divided by its height, before the picture is transposed.
         transposed, flip_x, flip_y: how the stored picture is shown: rows and columns are exchanged, then the result is
             mirrored horizontally and vertically.
+        has_lost_times: whether frames are reordered and dropped from a constant rate in AVI, which stores no times.
     """
 
     container: str
@@ -80,6 +81,7 @@ class StreamInfo:
     flip_x: bool
     flip_y: bool
     interlaced: bool
+    has_lost_times: bool
 
     @property
     def is_mirrored(self) -> bool:
@@ -89,13 +91,15 @@ class StreamInfo:
     def uses_decord(self) -> bool:
         """Whether decord decodes the stream correctly.
 
-        It rotates the pictures of one container, mirrors none, and misreads frames that are stored as rgb24.
+        It rotates the pictures of one container, mirrors none, misreads frames that are stored as rgb24, and does not
+        notice dropped frames where frames are reordered.
         """
         is_turned = self.transposed or self.flip_x or self.flip_y
         return (
             self.codec in _DECORD.get(self.container, ())
             and self.pixel_format != "rgb24"
             and not self.is_mirrored
+            and not self.has_lost_times
             and (self.container == "mov" or not is_turned)
         )
 
@@ -139,24 +143,27 @@ def read_stream_info(path: Path) -> StreamInfo:
     with open_container(path) as (container, stream, codec):
         aspect = float(stream.sample_aspect_ratio or 1)
         transfer, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
+        name = container.format.name.split(",")[0]
+        has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
         frame = _first_key_frame(container, stream, codec)
         side_data: Any = frame.side_data if frame is not None else {}
         if transfer in HDR_TRANSFERS:
-            name, ffmpeg_name = HDR_TRANSFERS[transfer]
+            curve, ffmpeg_name = HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
-            raise ClipError(f"is HDR ({name}) and would be read too dark; {command} converts it")
+            raise ClipError(f"is HDR ({curve}) and would be read too dark; {command} converts it")
         if transfer == _UNSPECIFIED and codec.codec_tag in _DOLBY_VISION_TAGS:
             raise ClipError(
                 f"is Dolby Vision and would be read in wrong colours; with Vulkan, {_DOLBY_VISION} converts it"
             )
         matrix = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32) if "DISPLAYMATRIX" in side_data else None
         return StreamInfo(
-            container.format.name.split(",")[0],
+            name,
             codec.codec.canonical_name,
             pixel_format,
             aspect if is_plausible(aspect) else 1.0,
             *orientation(matrix),
             interlaced=frame is not None and frame.interlaced_frame,
+            has_lost_times=has_lost_times,
         )
 
 

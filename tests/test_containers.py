@@ -162,6 +162,12 @@ def test_lost_bytes_are_an_error(tmp_path: Path, name: str):
         decode(path, FrameSelection(Resolution(17, 64, 96), 8.0, "stretch", 0, 17))
 
 
+@pytest.mark.parametrize("codec", [MPEG4, (*MPEG4, "-bf", 2), H264], ids=["mpeg4", "mpeg4 with B-frames", "h264"])
+def test_frames_dropped_from_avi_keep_the_speed(tmp_path: Path, codec: tuple):
+    write_clip(tmp_path / "clip.avi", (*codec, "-vf", "select='not(mod(n,3))'", "-fps_mode", "passthrough"))
+    assert check_against_ffmpeg(tmp_path / "clip.avi") == list(range(0, 60, 3))
+
+
 def test_incomplete_last_frame_is_an_error(tmp_path: Path):
     path = tmp_path / "mpeg2.ts"
     write_clip(path, MPEG2)
