@@ -43,11 +43,11 @@ _CODECS = {
     *("ffv1", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "rawvideo", "v210"),
 }
 # Container -> codecs that decord decodes correctly in it, by their names in libavformat and libavcodec. In MPEG streams
-# it starts behind the first key frame. AVI and ASF have no presentation times, so it loses count of reordered frames.
+# it starts behind the first key frame. AVI and ASF have no presentation times, so it may lose reordered frames.
 _DECORD = {
     "mov": _CODECS,
     "matroska": _CODECS,
-    "avi": _CODECS - {"h264", "hevc"},
+    "avi": _CODECS - {"h264", "hevc", "mpeg1video", "mpeg2video"},
     "flv": {"h264", "flv1"},
     "asf": {"wmv1", "wmv2", "msmpeg4v3"},
     "mxf": {"h264", "mpeg2video", "dnxhd"},

@@ -61,6 +61,7 @@ KINDS = {
     "avi mjpeg": ("avi", DECORD, ("mjpeg", "-q:v", 3, "-pix_fmt", "yuvj420p")),
     "avi mpeg4": ("avi", DECORD, (*MPEG4, "-bf", 2)),
     "avi h264": ("avi", PYAV, H264),
+    "avi mpeg2": ("avi", PYAV, MPEG2),
     "avi raw": ("avi", DECORD, ("rawvideo", "-pix_fmt", "bgr24")),
     "wmv": ("wmv", DECORD, ("wmv2", "-g", 12, "-q:v", 2)),
     "mxf mpeg2": ("mxf", DECORD, MPEG2),
@@ -166,6 +167,12 @@ def test_lost_bytes_are_an_error(tmp_path: Path, name: str):
 def test_frames_dropped_from_avi_keep_the_speed(tmp_path: Path, codec: tuple):
     write_clip(tmp_path / "clip.avi", (*codec, "-vf", "select='not(mod(n,3))'", "-fps_mode", "passthrough"))
     assert check_against_ffmpeg(tmp_path / "clip.avi") == list(range(0, 60, 3))
+    assert probe(tmp_path / "clip.avi").last == pytest.approx(57 / 25, abs=0.001)
+
+
+def test_empty_packets_repeat_frames(tmp_path: Path):
+    write_clip(tmp_path / "clip.ogv", ("libtheora", "-q:v", 8, "-vf", "fps=50"))
+    assert check_against_ffmpeg(tmp_path / "clip.ogv") == list(range(60))
 
 
 def test_incomplete_last_frame_is_an_error(tmp_path: Path):
