@@ -18,8 +18,9 @@ from pathlib import Path
 from dataset.video import ClipInfo
 from utils.common.filesystem import atomic_write
 
-# Increase it whenever a scan of the same file could give another result than before.
-INDEX_VERSION = 1
+# Increase it whenever a scan of the same file could give another result than before. A file in an index of the version
+# before is not read again; `probe` decides whether its length, rate and size are kept.
+INDEX_VERSION = 2
 INDEX_FILE = "files.jsonl"
 
 
@@ -69,25 +70,33 @@ class FileIndex:
         self.path = cache_dir / INDEX_FILE
         self._root = f"{cache_dir.absolute().parent}{os.sep}"
         self._facts: dict[str, FileFacts] = {}
+        self._outdated: set[str] = set()
         self._changed = False
         infos: dict[tuple, ClipInfo] = {}  # clips of one camera share one object, which saves memory
         with suppress(OSError, UnicodeDecodeError), self.path.open() as file:
-            for line in file if next(file, "").strip() == str(INDEX_VERSION) else []:
+            version = next(file, "").strip()
+            for line in file if version in (str(INDEX_VERSION - 1), str(INDEX_VERSION)) else []:
                 with suppress(ValueError, TypeError):  # a damaged line: the file is scanned again
                     name, signature, digest, info = json.loads(line)
                     shared_info = infos.setdefault(tuple(info), ClipInfo(*info))
                     self._facts[name] = FileFacts(bytes.fromhex(digest), shared_info, signature)
+            if version != str(INDEX_VERSION):
+                self._outdated = set(self._facts)
 
-    def get(self, path: str) -> FileFacts | None:
-        """Returns the facts of a file, or None if the file is new or has changed."""
-        facts = self._facts.get(self._name(path))
+    def get(self, path: str) -> tuple[FileFacts | None, bool]:
+        """Returns the facts of a file and whether this version found them; None if the file is new or has changed."""
+        name = self._name(path)
+        facts = self._facts.get(name)
         try:
-            return facts if facts is not None and facts.signature == stat_signature(path) else None
+            is_unchanged = facts is not None and facts.signature == stat_signature(path)
         except OSError:  # the file is missing; the scan reports it
-            return None
+            is_unchanged = False
+        return (facts, name not in self._outdated) if is_unchanged else (None, False)
 
     def add(self, path: str, facts: FileFacts) -> None:
-        self._facts[self._name(path)] = facts
+        name = self._name(path)
+        self._facts[name] = facts
+        self._outdated.discard(name)
         self._changed = True
 
     def save(self) -> None:
@@ -100,6 +109,7 @@ class FileIndex:
         rows = (
             json.dumps([name, facts.signature, facts.digest.hex(), astuple(facts.info)])
             for name, facts in sorted(self._facts.items())
+            if name not in self._outdated
         )
         with suppress(OSError), atomic_write(self.path) as tmp_path:
             tmp_path.write_text("\n".join([str(INDEX_VERSION), *rows]))

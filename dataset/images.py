@@ -5,13 +5,15 @@ Legend: C channels (RGB), H W height and width of a sample, h w height and width
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.video import ClipError, Resolution, resize
+from dataset.stream_info import HDR_TRANSFERS, ClipError
+from dataset.video import Resolution, resize
 
 
 def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
@@ -20,7 +22,7 @@ def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:
     Applies the EXIF rotation, scales 16 bits to 8 and composites transparency over white.
 
     Raises:
-        ClipError: the file cannot be read as an image.
+        ClipError: the file cannot be read as an image, or it is HDR.
     """
     pixels = torch.from_numpy(_read_image(path)).movedim(-1, 0)
     return resize(pixels, resolution, mode).movedim(0, -1)
@@ -30,14 +32,28 @@ def image_size(path: Path) -> tuple[int, int]:
     """Returns height and width of an image after EXIF rotation. Decodes the whole image to verify it.
 
     Raises:
-        ClipError: the file cannot be read as an image.
+        ClipError: the file cannot be read as an image, or it is HDR.
     """
     height, width, _ = _read_image(path).shape
     return height, width
 
 
+def _hdr_transfer(path: Path) -> str | None:
+    """Returns the HDR curve that a PNG or AVIF states in its first 64 KiB. Pillow does not read it."""
+    header = b""
+    with suppress(OSError), path.open("rb") as file:  # opening it as an image reports the error
+        header = file.read(65536).partition(b"IDAT")[0]
+    for marker, position in ((b"cICP", 1), (b"colrnclx", 3)):
+        stated = header.partition(marker)[2]
+        if len(stated) > position and stated[position] in HDR_TRANSFERS:
+            return HDR_TRANSFERS[stated[position]][0]
+    return None
+
+
 def _read_image(path: Path) -> np.ndarray:
     """Returns uint8 [h, w, C]."""
+    if transfer := _hdr_transfer(path):
+        raise ClipError(f"is HDR ({transfer}) and would be read too dark; export it in standard range")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

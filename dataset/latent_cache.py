@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from dataset.bucketing import ClipSample
 from dataset.file_index import FileFacts
-from dataset.video import NATIVE_STRIDE, PIXELS_VERSION, FrameSelection
+from dataset.video import NATIVE_STRIDE, FrameSelection
 from utils.common.errors import UserError
 from utils.common.filesystem import atomic_write, set_mtime_nanoseconds
 
@@ -209,6 +209,8 @@ class EncoderSettings:
         window = {"first": selection.first, "rate": selection.rate} if selection.first or kind == "video" else {}
         if selection.rate == NATIVE_STRIDE and kind == "video":
             window["span"] = selection.span
+        if facts.info.pixel_aspect != 1 and selection.mode == "crop":  # stretching does not depend on it
+            extra["pixel_aspect"] = facts.info.pixel_aspect
         return _name(
             kind,
             content=facts.digest.hex(),
@@ -217,7 +219,7 @@ class EncoderSettings:
             mode=selection.mode,
             flipped=selection.flipped,
             encoder=self.vae,
-            pixels=PIXELS_VERSION,
+            pixels=facts.info.pixels_version,
             **window,
             **extra,
         )

@@ -20,7 +20,8 @@ from dataset.bucketing import ClipSample
 from dataset.file_index import combine_signatures, stat_signature
 from dataset.images import load_image
 from dataset.latent_cache import LatentCache, SampleKeys
-from dataset.video import ClipError, FrameSelection, decode
+from dataset.stream_info import ClipError
+from dataset.video import FrameSelection, decode
 from dataset.worker_pool import Failure, run_in_workers
 
 # Takes prompts and a function that sends a heartbeat, and yields the embedding of each prompt.

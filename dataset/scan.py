@@ -16,7 +16,8 @@ from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import image_size
 from dataset.manifest import Sample
-from dataset.video import NATIVE_STRIDE, ClipError, ClipInfo, Rate, Resolution, cropped, probe, stretch
+from dataset.stream_info import DEINTERLACE, ClipError
+from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
 # Clips that are stretched or cropped by more than this share are reported.
@@ -85,12 +86,12 @@ def scan_files(
     is_image |= {sample.video: False for sample in samples if sample.video is not None}
     facts, errors, new = {}, {}, []
     for path in is_image:
-        known = index.get(path)
-        if known is None:
-            new.append(path)
-        else:
+        known, is_current = index.get(path)
+        if known is not None and is_current:
             facts[path] = known
-    scans = run_in_workers(_scan_file, [(path, is_image[path]) for path in new], num_workers, timeout)
+        else:
+            new.append((path, is_image[path], known))
+    scans = run_in_workers(_scan_file, new, num_workers, timeout)
     last_save = time.monotonic()
     for scan in tqdm(scans, "Scanning files", len(new), unit="file", delay=3, leave=False):
         path = scan.job[0]
@@ -107,9 +108,9 @@ def scan_files(
     return facts, errors
 
 
-def _scan_file(job: tuple[str, bool], buffer: Any) -> FileFacts:
-    """Scans one file in a worker process. The job is (path, whether it is an image)."""
-    path, is_image = Path(job[0]), job[1]
+def _scan_file(job: tuple[str, bool, FileFacts | None], buffer: Any) -> FileFacts:
+    """Scans one file in a worker process. The job is (path, whether it is an image, facts of an earlier version)."""
+    path, is_image, known = Path(job[0]), *job[1:]
     if not os.access(path, os.R_OK, effective_ids=True):
         raise ClipError("cannot be read: this user has no permission")
     signature = stat_signature(job[0])
@@ -117,8 +118,8 @@ def _scan_file(job: tuple[str, bool], buffer: Any) -> FileFacts:
         height, width = image_size(path)
         info = ClipInfo(1, 1.0, 0.0, height, width)
     else:
-        info = probe(path)
-    return FileFacts(digest_file(path), info, signature)
+        info = probe(path, known.info if known else None)
+    return FileFacts(known.digest if known else digest_file(path), info, signature)
 
 
 def split_readable(samples: list[Sample], file_errors: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
@@ -172,6 +173,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
     stats_by_bucket: defaultdict[Resolution, _BucketStats] = defaultdict(_BucketStats)
     images = _BucketStats()
     num_slower, last_sample = 0, None
+    interlaced: list[str] = []
     for clip_sample in clip_samples:
         sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
         stats.num_samples += 1
@@ -180,6 +182,8 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         last_sample, info = sample, facts[sample.clip].info
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
         num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
+        if info.interlaced:
+            interlaced.append(sample.clip)
         stats.seconds += info.seconds
         stats.count(info, clip_sample.resolution, mode, sample.clip)
         if sample.image is not None:
@@ -197,6 +201,11 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         )
     if images.num_clips:
         lines.append(f"  Condition images: {images.num_clips}; {_describe_change(images, verb)}")
+    if interlaced:
+        lines.append(
+            f"Note: {len(interlaced)} of {sizes.total()} clips are interlaced, such as {interlaced[0]}. Training would "
+            f"learn combed edges; deinterlace them: {DEINTERLACE}"
+        )
     if num_slower:
         lines.append(
             f"Note: {num_slower} of {sizes.total()} clips have a lower frame rate than {rate:g} fps, so frames repeat."

@@ -131,10 +131,10 @@ def _add_gif(writer: Any, tag: str, path: Path, prompt: str, fps: float, step: i
     """Logs a clip to TensorBoard as an animated GIF. `SummaryWriter.add_video` would need moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    from dataset.video import open_clip
+    from dataset.decoders import open_reader
 
-    reader = open_clip(path)
-    frames = [Image.fromarray(frame) for frame in reader.get_batch(range(len(reader))).asnumpy()]
+    reader = open_reader(path)
+    frames = [Image.fromarray(frame) for frame in reader.read(list(range(len(reader.times) - 1)))]
     for frame in frames:
         frame.thumbnail((320, 320))  # a full-size GIF takes tens of megabytes
     gif = io.BytesIO()

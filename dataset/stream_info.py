@@ -1,0 +1,206 @@
+"""Reads what a clip states about its video stream, and decides which decoder reads it.
+
+The container and the codec state the shape of a pixel, the orientation of the picture, and its transfer curve. Errors
+name the ffmpeg command that converts a clip that cannot be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from av import VideoCodecContext, VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
+DEINTERLACE = "ffmpeg -i IN -vf bwdif=send_frame -c:v libx264 -crf 14 OUT.mp4"
+# Diffuse white of HDR, 203 nits (ITU-R BT.2408), becomes 234 of 255, and 1000 nits become 252. Levels below 60 % of
+# diffuse white keep their brightness.
+_TONE_MAP = (
+    "ffmpeg -i IN -vf zscale=tin={transfer}:min=bt2020nc:pin=bt2020:t=linear:npl=203:p=bt709:m=gbr,format=gbrpf32le,"
+    "tonemap=mobius:param=0.6:desat=0,zscale=t=bt709:m=bt709:r=tv,format=yuv420p -c:v libx264 -crf 14 OUT.mp4"
+)
+_DOLBY_VISION = (
+    "ffmpeg -i IN -vf libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:format=yuv420p "
+    "-c:v libx264 -crf 14 OUT.mp4"
+)
+# Code point of the transfer curve (ITU-T H.273) -> its name, and its name in ffmpeg
+HDR_TRANSFERS = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
+_UNSPECIFIED = 2
+# mp4 sample entries of Dolby Vision without a layer that other decoders can show (profile 5)
+_DOLBY_VISION_TAGS = ("dvh1", "dvhe", "dav1")
+
+_CODECS = {
+    *("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "msmpeg4v2", "msmpeg4v3", "h263", "flv1", "wmv1", "wmv2"),
+    *("vp8", "vp9", "mjpeg", "jpeg2000", "prores", "dnxhd", "dvvideo", "cfhd", "hap"),
+    *("ffv1", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "rawvideo", "v210"),
+}
+# Container -> codecs that decord decodes correctly in it, by their names in libavformat and libavcodec. In MPEG streams
+# it starts behind the first key frame. AVI and ASF have no presentation times, so it may lose reordered frames.
+_DECORD = {
+    "mov": _CODECS,
+    "matroska": _CODECS,
+    "avi": _CODECS - {"h264", "hevc", "mpeg1video", "mpeg2video"},
+    "flv": {"h264", "flv1"},
+    "asf": {"wmv1", "wmv2", "msmpeg4v3"},
+    "mxf": {"h264", "mpeg2video", "dnxhd"},
+    "dv": {"dvvideo"},
+    "yuv4mpegpipe": {"rawvideo"},
+}
+_IMAGES = ("image2", "gif", "apng", "webp")
+_PLAYLISTS = ("hls", "dash", "concat", "imf")
+
+
+class ClipError(Exception):
+    """Raised for an unusable clip or image. The message continues a sentence that starts with its path."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """The video stream of a clip. Codec, container and pixel format have their names in ffmpeg.
+
+    Attributes:
+        pixel_aspect: width of a stored pixel divided by its height, before the picture is transposed.
+        transposed, flip_x, flip_y: how the stored picture is shown: rows and columns are exchanged, then the result is
+            mirrored horizontally and vertically.
+        has_lost_times: whether frames are reordered and dropped from a constant rate in AVI, which stores no times.
+    """
+
+    container: str
+    codec: str
+    pixel_format: str
+    pixel_aspect: float
+    transposed: bool
+    flip_x: bool
+    flip_y: bool
+    interlaced: bool
+    has_lost_times: bool
+
+    @property
+    def is_mirrored(self) -> bool:
+        return (self.flip_x != self.flip_y) != self.transposed
+
+    @property
+    def uses_decord(self) -> bool:
+        """Whether decord decodes the stream correctly.
+
+        It rotates the pictures of one container, mirrors none, misreads frames that are stored as rgb24, and does not
+        notice dropped frames where frames are reordered.
+        """
+        is_turned = self.transposed or self.flip_x or self.flip_y
+        return (
+            self.codec in _DECORD.get(self.container, ())
+            and self.pixel_format != "rgb24"
+            and not self.is_mirrored
+            and not self.has_lost_times
+            and (self.container == "mov" or not is_turned)
+        )
+
+
+@contextmanager
+def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, VideoCodecContext]]:
+    """Opens a clip with PyAV.
+
+    Raises:
+        ClipError: the file is not a video, or has a codec without a decoder.
+    """
+    import av  # native code, so only the processes that decode load it
+    from av.video.stream import VideoStream
+
+    try:
+        # tags that are not UTF-8 must not make a clip unusable
+        container = av.open(str(path), metadata_errors="replace")
+    except Exception as error:
+        raise ClipError("cannot be read as a video") from error
+    with container:
+        name = container.format.name
+        if name in _IMAGES or name.endswith("_pipe"):
+            raise ClipError("is an image and not a video")
+        if name in _PLAYLISTS:  # the cache could not notice changes of the files that it names
+            raise ClipError("is a list of other files and not a video")
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ClipError("has no video, only sound or other data")
+        if not isinstance(stream, VideoStream) or stream.codec_context is None:
+            raise ClipError(f"has a codec that cannot be decoded; {CONVERT} converts it")
+        stream.codec_context.thread_count = 1  # as many processes as cores decode
+        yield container, stream, stream.codec_context
+
+
+def read_stream_info(path: Path) -> StreamInfo:
+    """Reads the stream information of a clip. Decodes one key frame, which states orientation and interlacing.
+
+    Raises:
+        ClipError: the file is not a video, its codec cannot be decoded, or it is HDR.
+    """
+    with open_container(path) as (container, stream, codec):
+        aspect = float(stream.sample_aspect_ratio or 1)
+        transfer, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
+        name = container.format.name.split(",")[0]
+        has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
+        frame = _first_key_frame(container, stream, codec)
+        side_data: Any = frame.side_data if frame is not None else {}
+        if transfer in HDR_TRANSFERS:
+            curve, ffmpeg_name = HDR_TRANSFERS[transfer]
+            command = _TONE_MAP.format(transfer=ffmpeg_name)
+            raise ClipError(f"is HDR ({curve}) and would be read too dark; {command} converts it")
+        if transfer == _UNSPECIFIED and codec.codec_tag in _DOLBY_VISION_TAGS:
+            raise ClipError(
+                f"is Dolby Vision and would be read in wrong colours; with Vulkan, {_DOLBY_VISION} converts it"
+            )
+        matrix = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32) if "DISPLAYMATRIX" in side_data else None
+        return StreamInfo(
+            name,
+            codec.codec.canonical_name,
+            pixel_format,
+            aspect if is_plausible(aspect) else 1.0,
+            *orientation(matrix),
+            interlaced=frame is not None and frame.interlaced_frame,
+            has_lost_times=has_lost_times,
+        )
+
+
+def is_plausible(pixel_aspect: float) -> bool:
+    """Returns whether a stated pixel aspect ratio is used.
+
+    Encoders round, so pixels within 1 % of a square count as square. Faulty headers state ratios beyond 10.
+    """
+    return abs(pixel_aspect - 1) > 0.01 and 0.1 <= pixel_aspect <= 10
+
+
+def orientation(matrix: np.ndarray | None) -> tuple[bool, bool, bool]:
+    """Returns `transposed`, `flip_x` and `flip_y` of a display matrix int32 [9]; all False for other angles than 90.
+
+    The matrix maps stored (x, y) to shown (a x + c y, b x + d y), with a, b, c, d at positions 0, 1, 3 and 4.
+    """
+    if matrix is None:
+        return False, False, False
+    a, b, c, d = (int(matrix[position]) for position in (0, 1, 3, 4))
+    if b == c == 0:
+        return False, a < 0, d < 0
+    if a == d == 0:
+        return True, c < 0, b < 0
+    return False, False, False
+
+
+def _first_key_frame(container: InputContainer, stream: VideoStream, codec: VideoCodecContext) -> VideoFrame | None:
+    """Decodes the first key frame that can be decoded alone; returns None if there is none."""
+    from av import FFmpegError
+
+    for packet in container.demux(stream):
+        if packet.is_keyframe and packet.size:
+            try:
+                frames = codec.decode(packet) + codec.decode(None)
+            except FFmpegError:
+                frames = []
+            if frames:
+                return frames[0]
+            codec.flush_buffers()
+    return None
