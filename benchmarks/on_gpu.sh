@@ -7,10 +7,15 @@
 #
 # The results are in benchmarks/results/<GPU>/results.jsonl and tests.log; --results names another folder. Failed items
 # keep their traceback there and are repeated once the commit has changed. COMMIT names the commit outside of a git
-# checkout. PyTorch and the packages of requirements-dev.txt must be installed. Then:
+# checkout. PyTorch and the packages of requirements-dev.txt must be installed for python3; what is missing is named at
+# the start. Then:
 #
 #   python -m benchmarks.decide     prints the constants that follow from the results
 #   python -m benchmarks.tables     writes the tables of the documentation
 set -euo pipefail
+if [[ -n "${PYTHONPATH:-}" ]]; then  # its relative folders are those of the caller
+    PYTHONPATH=$(python3 -c 'import os; print(os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(":"))))')
+    export PYTHONPATH
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec python3 -m benchmarks.on_gpu "$@"
