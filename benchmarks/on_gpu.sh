@@ -13,6 +13,10 @@
 #   python -m benchmarks.decide     prints the constants that follow from the results
 #   python -m benchmarks.tables     writes the tables of the documentation
 set -euo pipefail
+if ! python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    echo "python3 ($(command -v python3)) has no PyTorch. Install PyTorch and requirements-dev.txt for it." >&2
+    exit 1
+fi
 if [[ -n "${PYTHONPATH:-}" ]]; then  # its relative folders are those of the caller
     PYTHONPATH=$(python3 -c 'import os; print(os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(":"))))')
     export PYTHONPATH

@@ -61,7 +61,7 @@ def test_bare_machine_is_prepared_and_what_it_lacks_is_named(monkeypatch, tmp_pa
     installed = {"protobuf": "6.33.6", "torch": "2.11.0+cu130"}
 
     def version(name: str) -> str:
-        if name == "decord":
+        if name in ("decord", "ruff"):
             raise PackageNotFoundError
         return installed.get(name) or metadata.version(name)
 
