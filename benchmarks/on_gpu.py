@@ -21,16 +21,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
+from benchmarks.gpu_environment import prepare
 from benchmarks.gpu_rows import LORA_LEVERS, SFT_LEVERS, TINY_ROWS
 from benchmarks.rows import ROWS
 from utils.commands.launch import grow_segments
 from utils.common.filesystem import ROOT
+from utils.common.processes import end_with_parent
 
 RESULTS = Path(__file__).parent / "results"
 RESULTS_FILE, TESTS_LOG = "results.jsonl", "tests.log"
@@ -138,6 +139,8 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="run on a CPU, with tiny models")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
+    for sentence in prepare():
+        print(sentence, flush=True)
     gpu, gib, cuda = ("CPU", None, None) if options.rehearse else describe_gpu()
     versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     facts = {"gpu": gpu, "commit": commit(), "versions": versions, "cuda": cuda}
@@ -154,6 +157,8 @@ def main() -> None:
 
 def fits(item: str, gib: float | None) -> bool:
     """Whether a row is predicted to fit the GPU and the host. Other items always fit."""
+    import psutil  # a bare machine lacks it; `prepare` has named it then
+
     predicted = json.loads((RESULTS / "predicted.json").read_text()).get(item.removeprefix("row/"))
     if gib is None or predicted is None:
         return True
@@ -237,9 +242,10 @@ def run_tests(group: Group, items: list[str], results: Results, seconds: float) 
 
 
 def start(group: Group, items: list[str], stdout: IO[str], stderr: IO[str]) -> subprocess.Popen[bytes]:
-    """Starts the process of a group as the leader of its own process group."""
-    command = [sys.executable, *group.command, *items]
-    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, start_new_session=True)
+    """Starts the process of a group as the leader of its own process group. It ends if this process is killed."""
+    command = [sys.executable, "-u", *group.command, *items]
+    die = partial(end_with_parent, os.getpid(), signal.SIGKILL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=die)
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float, poll: Callable[[], None]) -> bool:

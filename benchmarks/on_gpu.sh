@@ -7,10 +7,19 @@
 #
 # The results are in benchmarks/results/<GPU>/results.jsonl and tests.log; --results names another folder. Failed items
 # keep their traceback there and are repeated once the commit has changed. COMMIT names the commit outside of a git
-# checkout. PyTorch and the packages of requirements-dev.txt must be installed. Then:
+# checkout. PyTorch and the packages of requirements-dev.txt must be installed for python3; what is missing is named at
+# the start. Then:
 #
 #   python -m benchmarks.decide     prints the constants that follow from the results
 #   python -m benchmarks.tables     writes the tables of the documentation
 set -euo pipefail
+if ! python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    echo "python3 ($(command -v python3)) has no PyTorch. Install PyTorch and requirements-dev.txt for it." >&2
+    exit 1
+fi
+if [[ -n "${PYTHONPATH:-}" ]]; then  # its relative folders are those of the caller
+    PYTHONPATH=$(python3 -c 'import os; print(os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(":"))))')
+    export PYTHONPATH
+fi
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 exec python3 -m benchmarks.on_gpu "$@"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import decide, on_gpu, real_size, tables
+from benchmarks import decide, gpu_environment, on_gpu, real_size, tables
 from benchmarks.gpu_rows import LEVER_ROWS, LORA_LEVERS, SFT_LEVERS
 from benchmarks.on_gpu import Group
 from benchmarks.rows import ROWS
@@ -46,9 +51,29 @@ def test_rehearsal(tmp_path):
 def run(monkeypatch, folder: Path, groups: list[Group], *options: str) -> dict[str, dict[str, Any]]:
     """Runs `on_gpu` with other groups and returns the last line of each item."""
     monkeypatch.setattr(on_gpu, "groups", lambda rehearse: iter(groups))
+    monkeypatch.setattr(on_gpu, "prepare", list)  # would change the environment of other tests
     monkeypatch.setattr("sys.argv", ["on_gpu", "--rehearse", "--results", str(folder), *options])
     on_gpu.main()
     return {line["item"]: line for line in on_gpu.read_lines(folder / "results.jsonl")}
+
+
+def test_bare_machine_is_prepared_and_what_it_lacks_is_named(monkeypatch, tmp_path):
+    installed = {"protobuf": "6.33.6", "torch": "2.11.0+cu130"}
+
+    def version(name: str) -> str:
+        if name in ("decord", "ruff"):
+            raise PackageNotFoundError
+        return installed.get(name) or metadata.version(name)
+
+    monkeypatch.setattr(gpu_environment, "version", version)
+    monkeypatch.setenv("TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK", "")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no `python`
+    sentences = list(gpu_environment.prepare())
+    assert sentences[0].startswith("protobuf 6.33.6 is installed, but requirements.txt requires protobuf>=")
+    assert sentences[2].startswith("decord is not installed; requirements.txt requires") and len(sentences) == 3
+    program = "import os, sys; print(sys.prefix, os.environ['TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK'])"
+    printed = subprocess.run(["python", "-c", program], env=os.environ, text=True, capture_output=True, check=True)
+    assert printed.stdout == f"{sys.prefix} true\n"
 
 
 def test_failures_are_recorded_and_do_not_stop_other_items(monkeypatch, tmp_path):

@@ -117,7 +117,7 @@ class MemoryArgs:
     )
     offload_optimizer: bool = option(
         False,
-        help="sft on one GPU: keep gradients, float32 weights and Adam states in host memory, 16 bytes per weight",
+        help="sft on one GPU: keep gradients, float32 weights and Adam states in host memory, 14 bytes per weight",
     )
     quantize_optimizer: Literal["none", "8bit", "4bit"] = option(
         "none",

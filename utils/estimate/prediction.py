@@ -167,7 +167,8 @@ def zero_terms(
     }
     update = 0 if offloads["optimizer"] else 4 * trained // num_processes
     terms["working set"] += max(0, update - sum(activations.values()) - buffers)
-    host = 16 * trained * offloads["optimizer"] + itemsize * updates.weights * offloads["param"]
+    # float32 masters, gradients and Adam's states, and a buffer of the weights or gradients in their dtype
+    host = (16 + itemsize) * trained * offloads["optimizer"] + itemsize * updates.weights * offloads["param"]
     return terms, host
 
 

@@ -1,0 +1,56 @@
+"""Prepares the environment of `on_gpu` on a machine that was not set up for this project.
+
+Imports no package, so that it can name what is missing. Only PyTorch must be there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from utils.common.filesystem import ROOT
+
+
+def prepare() -> Iterator[str]:
+    """Sets the variables of the programs that the items start. Yields sentences about what is missing."""
+    provide_python()
+    for name, sentence in unmet_requirements():
+        yield sentence
+        if name == "protobuf":
+            # sentencepiece's own check; its file needs nothing of the newer version
+            os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
+            yield "protobuf: the version check of sentencepiece is off, so that tokenizers can be read."
+
+
+def provide_python() -> None:
+    """Makes `python`, which the launch scripts call, this interpreter. Its folder has the programs of the packages."""
+    folder = Path(tempfile.mkdtemp(prefix="python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')  # a link would leave the environment
+    python.chmod(0o755)
+    os.environ["PATH"] = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def unmet_requirements() -> Iterator[tuple[str, str]]:
+    """Yields name and sentence of each package that is missing or has another version than required."""
+    for file, pattern in (("requirements.txt", r"^\w.*"), ("requirements-dev.txt", r"^pytest.*")):  # no item needs ruff
+        for requirement in re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE):
+            name, allowed = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()  # type: ignore[union-attr]
+            try:
+                installed = version(name)
+            except PackageNotFoundError:
+                yield name, f"{name} is not installed; {file} requires {requirement}. Items that need it fail."
+                continue
+            from packaging.specifiers import SpecifierSet  # installed with the first package
+
+            if not SpecifierSet(allowed).contains(installed, prereleases=True):
+                yield name, f"{name} {installed} is installed, but {file} requires {requirement}."
