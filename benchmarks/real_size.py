@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,13 @@ def context_of(row: Row) -> RunContext:
     return make_context(["--model_path", row.model, *row.flags.split()], zero, num_processes)
 
 
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Returns rows in groups that differ in the DeepSpeed template at most, for which one simulation suffices."""
+    return [list(group) for _, group in groupby(rows, lambda row: (row.model, row.flags, row.zero is None))]
+
+
 def predict_rows(rows: list[Row], simulate: Callable[[RunContext], UpdateProfile] = extrapolated_updates) -> list[Any]:
-    """Predicts rows that differ in the DeepSpeed template at most, for which one simulation suffices.
+    """Predicts the rows of a group.
 
     Returns:
         for each row the terms of the peak of one process in GiB, the peak before the first update, TFLOP and memory
@@ -78,8 +83,7 @@ def main() -> None:
     file, simulate = (FULL_DEPTH, simulate_updates) if options.full_depth else (PREDICTED, extrapolated_updates)
     results = read(file)
     wanted = [row for row in ROWS if options.rows in row.name and (options.again or row.name not in results)]
-    for _, group in groupby(wanted, lambda row: (row.model, row.flags, row.zero is None)):
-        rows = list(group)
+    for rows in groups(wanted):
         predicted = run_in_subprocess(predict_rows, rows, simulate)  # fake tensors stay in caches
         results |= {row.name: result for row, result in zip(rows, predicted, strict=True)}
         in_order = {row.name: results[row.name] for row in ROWS if row.name in results}

@@ -8,6 +8,7 @@ float32 weights on the host, which are cast to bf16 on their way to the GPU.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -39,6 +40,7 @@ def main(model: str, template: str) -> dict[str, int]:
     strategy = make_strategy(context.args, context.zero)
     memory_tracker.ALLOCATION_UNIT = 1
     transformer = strategy.load_transformer(Path(model), None)
+    gc.freeze()  # the tracker collects garbage at each new peak
     with memory_tracker.MemoryTracker() as tracker:
         tracker.watch_peak()
         make_trainable(transformer, context.args)

@@ -17,6 +17,7 @@ from utils.memory.low_bit_states import (
     ROUNDED_BITS,
     Codebook,
     Moment,
+    encode,
     make_codebook,
     rounding_noise,
     stochastic_round,
@@ -156,7 +157,7 @@ class LowBitAdam(torch.optim.Optimizer):
         named_codebooks = dict(zip(("mean", "square"), self._codebooks, strict=True))
         if step == 1:
             for name, codebook in named_codebooks.items():
-                state |= zero_state(name, weight, codebook, generator)
+                state |= zero_state(name, weight, codebook)
         # `data`: a graph would depend on the shape of the weight that a view belongs to
         weights, gradients = weight.view(-1).data, weight.grad.reshape(-1).data
         for start in range(0, len(weights), CHUNK):
@@ -214,9 +215,7 @@ def _norm(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(weight.grad, dtype=torch.float32)
 
 
-def zero_state(
-    name: str, weight: torch.Tensor, codebook: Codebook, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+def zero_state(name: str, weight: torch.Tensor, codebook: Codebook) -> dict[str, torch.Tensor]:
     """Returns the state of one moment of a weight before its first update.
 
     Returns:
@@ -226,12 +225,10 @@ def zero_state(
     count, device = weight.numel(), weight.device
     if count < MIN_QUANTIZED_SIZE or count % BLOCK:
         return {name: torch.zeros(count, device=device)}
-    codes = torch.empty(count * codebook.bits // 8, dtype=torch.uint8, device=device)
-    state = {name: codes, f"{name}_scale": torch.empty(count // BLOCK, 1, device=device)}
-    for start in range(0, count, CHUNK):
-        moment = view_moment(state, name, codebook, start, generator)
-        moment.write(torch.zeros(len(moment.values), BLOCK, device=device), codebook)
-    return state
+    zeros = torch.zeros(1, BLOCK, device=device)
+    codes, scale = encode(zeros, codebook, noise=zeros)  # zero has a code of its own, so nothing is rounded
+    rows = count // BLOCK
+    return {name: codes.expand(rows, -1).flatten(), f"{name}_scale": scale.repeat(rows, 1)}
 
 
 def view_moment(state: dict[str, Any], name: str, codebook: Codebook, start: int, generator: torch.Generator) -> Moment:
