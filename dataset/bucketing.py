@@ -18,7 +18,7 @@ class SamplingPolicy:
 
     Attributes:
         buckets: the training resolutions.
-        rate: frames per second of a sample, or SPREAD.
+        rate: frames per second of a sample, or NATIVE_STRIDE.
         mode: resize mode, `stretch` or `crop`.
         clips_per_video: maximum number of samples per clip; they do not overlap.
         pad_short_clips: whether a clip that is too short for every bucket repeats its last frame.

@@ -65,7 +65,7 @@ class DecordReader:
     """Reads a clip with decord.
 
     A clip that was cut without re-encoding starts at the key frame before the cut, and its edit list hides the frames
-    before the cut. Hidden frames have negative times, and the decoder does not return them. It counts them however.
+    before the cut. Hidden frames have negative times. decord counts them, but does not return them.
     """
 
     def __init__(self, path: Path, info: StreamInfo) -> None:
@@ -88,7 +88,7 @@ class DecordReader:
     def _frame_times(self, spans: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns `times` and the number of hidden frames. `spans` [F, 2] is the start and the end of each frame."""
         starts, fps = spans[:, 0], float(self._reader.get_avg_fps())
-        if not np.all(np.diff(starts) > 0):  # no usable timestamps, such as AVI with B-frames
+        if not np.all(np.diff(starts) > 0):  # AVI with B-frames has no usable timestamps
             return np.arange(len(starts) + 1) / fps, 0
         hidden = int((starts < -TIE_S).sum())
         if hidden == len(starts):
@@ -135,7 +135,7 @@ class PyavReader:
 
     def __init__(self, path: Path, info: StreamInfo) -> None:
         self.info = info
-        # the two fields of an H.264 frame may be two packets; the second one may have no time of its own
+        # a camera may store the two fields of an H.264 frame in two packets, the second one without a time
         self._lists_fields = info.interlaced and info.codec == "h264"
         self._frames = self._decode(path)
         first = next(self._frames, None)
@@ -150,6 +150,9 @@ class PyavReader:
         AVI does not store presentation times, and neither does a container whose times increase although the codec
         reorders frames. Frame i is then presented at the i-th decoding time. No frame can be recognized by its time,
         so None is returned in place of the presentation times.
+
+        Raises:
+            ClipError: the container states no times, or times that repeat or jump back.
         """
         with open_container(path) as (container, stream, codec):
             packets = [
@@ -159,6 +162,7 @@ class PyavReader:
             ]
             rate, unit, reorders = stream.guessed_rate, float(stream.time_base or 0), codec.has_b_frames
         decoded = [(dts, duration) for _, dts, duration in packets if dts is not None]
+        # containers round decoding times, so they may fall a little; at the start of a joined file they fall by seconds
         jumps_back = any((after - before) * unit < -1 for (before, _), (after, _) in itertools.pairwise(decoded))
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
         if not listed or (len(listed) < len(packets) and not self._lists_fields):
@@ -180,13 +184,13 @@ class PyavReader:
         """Yields the intact frames in the order of presentation.
 
         Raises:
-            ClipError: something behind the first key frame is damaged.
+            ClipError: a packet or frame after the first key frame is damaged.
         """
         from av import FFmpegError
 
         has_key, has_frame = False, False
         with open_container(path) as (container, stream, codec):
-            # an empty packet repeats a frame, but it would end the decoder as None does
+            # an empty packet repeats the last frame, but the decoder would take it for the end of the stream
             packets = (packet for packet in container.demux(stream) if packet.size)
             for packet in itertools.chain(packets, [None]):
                 has_key |= packet is not None and packet.is_keyframe
@@ -245,7 +249,7 @@ class PyavReader:
             yield picture
 
     def _picture(self, frame: VideoFrame) -> np.ndarray:
-        """Converts a frame to RGB as the ffmpeg program does, and turns it as it is shown."""
+        """Returns a frame as it is shown, uint8 [h, w, C]. The conversion to RGB is that of the ffmpeg program."""
         from av.video.reformatter import Interpolation
 
         picture = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()

@@ -18,8 +18,8 @@ from pathlib import Path
 from dataset.video import ClipInfo
 from utils.common.filesystem import atomic_write
 
-# Increase it whenever a scan of the same file could give another result than before. A file in an index of the version
-# before is not read again; `probe` decides whether its length, rate and size are kept.
+# Increase it whenever a scan of the same file could give another result than before. An index of the previous
+# version still provides digests; `probe` decides whether it provides length, rate and size too.
 INDEX_VERSION = 2
 INDEX_FILE = "files.jsonl"
 
@@ -84,7 +84,7 @@ class FileIndex:
                 self._outdated = set(self._facts)
 
     def get(self, path: str) -> tuple[FileFacts | None, bool]:
-        """Returns the facts of a file and whether this version found them; None if the file is new or has changed."""
+        """Returns the facts of an unchanged file, or None, and whether this version of the scan found them."""
         name = self._name(path)
         facts = self._facts.get(name)
         try:

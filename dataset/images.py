@@ -39,10 +39,11 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _hdr_transfer(path: Path) -> str | None:
-    """Returns the HDR curve that a PNG or AVIF states in its first 64 KiB. Pillow does not read it."""
+    """Returns the name of the HDR curve that a PNG or AVIF states in its first 64 KiB, or None. Pillow ignores it."""
     header = b""
     with suppress(OSError), path.open("rb") as file:  # opening it as an image reports the error
         header = file.read(65536).partition(b"IDAT")[0]
+    # PNG: the second byte of the chunk; AVIF: the low byte of the second 16-bit field of the box
     for marker, position in ((b"cICP", 1), (b"colrnclx", 3)):
         stated = header.partition(marker)[2]
         if len(stated) > position and stated[position] in HDR_TRANSFERS:
@@ -53,7 +54,7 @@ def _hdr_transfer(path: Path) -> str | None:
 def _read_image(path: Path) -> np.ndarray:
     """Returns uint8 [h, w, C]."""
     if transfer := _hdr_transfer(path):
-        raise ClipError(f"is HDR ({transfer}) and would be read too dark; export it in standard range")
+        raise ClipError(f"is HDR ({transfer}) and would be read too dark; export it in standard dynamic range")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

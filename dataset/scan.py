@@ -31,7 +31,7 @@ class ScanResult:
 
     Attributes:
         facts: path -> facts, for every file of the samples.
-        bad: an error for each line of the data folders that cannot be used.
+        unusable: an error for each line of the data folders that cannot be used.
     """
 
     samples: list[ClipSample]
@@ -203,8 +203,8 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         lines.append(f"  Condition images: {images.num_clips}; {_describe_change(images, verb)}")
     if interlaced:
         lines.append(
-            f"Note: {len(interlaced)} of {sizes.total()} clips are interlaced, such as {interlaced[0]}. Training would "
-            f"learn combed edges; deinterlace them: {DEINTERLACE}"
+            f"Note: {len(interlaced)} of {sizes.total()} clips are interlaced, such as {interlaced[0]}. The model "
+            f"would learn combed edges; deinterlace the clips: {DEINTERLACE}"
         )
     if num_slower:
         lines.append(

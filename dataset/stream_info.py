@@ -42,8 +42,9 @@ _CODECS = {
     *("vp8", "vp9", "mjpeg", "jpeg2000", "prores", "dnxhd", "dvvideo", "cfhd", "hap"),
     *("ffv1", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "rawvideo", "v210"),
 }
-# Container -> codecs that decord decodes correctly in it, by their names in libavformat and libavcodec. In MPEG streams
-# it starts behind the first key frame. AVI and ASF have no presentation times, so it may lose reordered frames.
+# Container -> codecs that decord decodes correctly in it, by their names in libavformat and libavcodec. MPEG streams
+# are not listed: decord skips their first frames. AVI and ASF have no presentation times, so decord may lose reordered
+# frames.
 _DECORD = {
     "mov": _CODECS,
     "matroska": _CODECS,
@@ -91,8 +92,8 @@ class StreamInfo:
     def uses_decord(self) -> bool:
         """Whether decord decodes the stream correctly.
 
-        It rotates the pictures of one container, mirrors none, misreads frames that are stored as rgb24, and does not
-        notice dropped frames where frames are reordered.
+        decord rotates pictures only in mov and mp4, mirrors none, misreads frames that are stored as rgb24, and does
+        not notice frames that were dropped from AVI with reordered frames.
         """
         is_turned = self.transposed or self.flip_x or self.flip_y
         return (
@@ -123,14 +124,14 @@ def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, Vi
         name = container.format.name
         if name in _IMAGES or name.endswith("_pipe"):
             raise ClipError("is an image and not a video")
-        if name in _PLAYLISTS:  # the cache could not notice changes of the files that it names
+        if name in _PLAYLISTS:  # the index would not notice changes of the listed files
             raise ClipError("is a list of other files and not a video")
         stream = container.streams.best("video")
         if stream is None:
             raise ClipError("has no video, only sound or other data")
         if not isinstance(stream, VideoStream) or stream.codec_context is None:
             raise ClipError(f"has a codec that cannot be decoded; {CONVERT} converts it")
-        stream.codec_context.thread_count = 1  # as many processes as cores decode
+        stream.codec_context.thread_count = 1  # each core has a decoding process already
         yield container, stream, stream.codec_context
 
 
@@ -141,7 +142,7 @@ def read_stream_info(path: Path) -> StreamInfo:
         ClipError: the file is not a video, its codec cannot be decoded, or it is HDR.
     """
     with open_container(path) as (container, stream, codec):
-        aspect = float(stream.sample_aspect_ratio or 1)
+        aspect = _usable_aspect(float(stream.sample_aspect_ratio or 1))
         transfer, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
         name = container.format.name.split(",")[0]
         has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
@@ -160,22 +161,22 @@ def read_stream_info(path: Path) -> StreamInfo:
             name,
             codec.codec.canonical_name,
             pixel_format,
-            aspect if is_plausible(aspect) else 1.0,
-            *orientation(matrix),
+            aspect,
+            *_orientation(matrix),
             interlaced=frame is not None and frame.interlaced_frame,
             has_lost_times=has_lost_times,
         )
 
 
-def is_plausible(pixel_aspect: float) -> bool:
-    """Returns whether a stated pixel aspect ratio is used.
+def _usable_aspect(stated: float) -> float:
+    """Returns the stated pixel aspect ratio, or 1 if it is within 1 % of a square or implausible.
 
-    Encoders round, so pixels within 1 % of a square count as square. Faulty headers state ratios beyond 10.
+    Encoders round the ratio of square pixels, and faulty headers state ratios beyond 10.
     """
-    return abs(pixel_aspect - 1) > 0.01 and 0.1 <= pixel_aspect <= 10
+    return stated if abs(stated - 1) > 0.01 and 0.1 <= stated <= 10 else 1.0
 
 
-def orientation(matrix: np.ndarray | None) -> tuple[bool, bool, bool]:
+def _orientation(matrix: np.ndarray | None) -> tuple[bool, bool, bool]:
     """Returns `transposed`, `flip_x` and `flip_y` of a display matrix int32 [9]; all False for other angles than 90.
 
     The matrix maps stored (x, y) to shown (a x + c y, b x + d y), with a, b, c, d at positions 0, 1, 3 and 4.

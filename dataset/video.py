@@ -22,9 +22,9 @@ from dataset.stream_info import StreamInfo, read_stream_info
 # Part of the cache keys of images and of clips that decord decodes. Increase it whenever the same file could give
 # different pixels than before.
 PIXELS_VERSION = 2
-# The same for the clips that PyAV decodes. Version 2 decoded them with decord.
+# The same for clips that PyAV decodes. Under version 2, decord decoded them.
 PYAV_PIXELS_VERSION = 3
-# Sampling rate in frames per second. SPREAD: frames are evenly spaced over the whole clip, regardless of its length.
+# Sampling rate in frames per second. NATIVE_STRIDE: frames are evenly spaced over the clip, regardless of its length.
 NATIVE_STRIDE: Literal["native_stride"] = "native_stride"
 Rate = float | Literal["native_stride"]
 
@@ -84,10 +84,10 @@ class FrameSelection:
     """The frames of a clip that form a sample, and how they are resized.
 
     Attributes:
-        rate: frames per second of the sample, or SPREAD.
+        rate: frames per second of the sample, or NATIVE_STRIDE.
         mode: resize mode, `stretch` or `crop`.
-        first: start, in frames at `rate`; in source frames if the rate is SPREAD.
-        span: length, in the same unit as `first`; the number of sample frames unless the rate is SPREAD.
+        first: start, in frames at `rate`; in source frames if the rate is NATIVE_STRIDE.
+        span: length, in the same unit as `first`; the number of sample frames unless the rate is NATIVE_STRIDE.
         flipped: whether the frames are mirrored horizontally.
     """
 
@@ -103,8 +103,8 @@ def probe(path: Path, known: ClipInfo | None = None) -> ClipInfo:
     """Reads the length, rate and size of a clip.
 
     Args:
-        known: result of a version that read every clip with decord and ignored the shape of the pixels. It is kept,
-            without opening the clip with decord, where that was right.
+        known: result of the previous version, which read every clip with decord and took all pixels for square. If
+            both suit this clip, the result is reused and the clip is not opened with decord.
 
     Raises:
         ClipError: the file cannot be opened, or its first frame cannot be decoded.
@@ -185,8 +185,8 @@ def resize(frames: torch.Tensor, resolution: Resolution, mode: str, pixel_aspect
     """Resizes uint8 [..., C, h, w] to uint8 [..., C, H, W] with antialiased bilinear interpolation.
 
     `stretch` resizes to the exact size and may change the aspect ratio. `crop` keeps the aspect ratio: it scales the
-    picture to cover the target, then crops the centre. The aspect ratio is that of the display: pixels that are not
-    square are scaled differently in the two directions.
+    picture to cover the target, then crops the centre. The aspect ratio is that of the display, so pixels that are not
+    square are scaled by different factors in height and width.
     """
     target = [resolution.height, resolution.width]
     if mode == "crop":
