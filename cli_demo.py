@@ -244,7 +244,7 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
     """Loads the pipeline of a task with its adapters or fine-tuned transformer, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, variant = model_dir / "transformer", args.variant
-    tokenizer = loading.load_tokenizer(model_dir)  # first, as it takes least time
+    tokenizer = loading.load_tokenizer(model_dir)  # the fastest to load, so its errors come early
     dtype = loading.DTYPES[args.dtype] if args.dtype else loading.working_dtype(base, device, variant)
     weights = find_transformer(args.transformer_path) if args.transformer_path else base
     if (weights / "config.json").is_file():

@@ -74,6 +74,7 @@ def main() -> None:
 
 
 def run(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPlan) -> None:
+    """Fills the latent cache, then trains, or finishes a run that has made all its updates."""
     on_main_process(processes, heartbeat, claim_output, plan)
     if plan.args.data.precompute_only or not plan.is_finished:
         create_output(processes, plan)

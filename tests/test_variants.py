@@ -95,7 +95,7 @@ def test_run_uses_the_variant_and_says_so(model, data, tmp_path):
     remove_plain_weights(model)
     plan = preflight(parse_args(arguments(model, data, tmp_path, "--variant", "fp16")), 1)
     assert plan.context.text_encoder["dtype"] == "float16"
-    assert "prompts are encoded in float16." in plan.notes
+    assert "Prompts are encoded in float16." in plan.notes
 
 
 @pytest.mark.slow
@@ -126,4 +126,10 @@ def test_variant_that_does_not_exist_is_refused(tiny, model):
     index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json"
     index.rename(index.with_name("diffusion_pytorch_model.safetensors.fp16.index.json"))
     with pytest.raises(UserError, match=r"rename it to diffusion_pytorch_model.safetensors.index.fp16.json"):
+        read_spec(model, "fp16")
+    vae = model / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.with_name("diffusion_pytorch_model.fp16.bin").touch()
+    with pytest.raises(
+        UserError, match=r"vae holds \S+model.safetensors, .* diffusion_pytorch_model.fp16.safetensors is"
+    ):
         read_spec(model, "fp16")

@@ -23,7 +23,7 @@ ADAPTER = "lora"
 _OTHER_MODEL = "Give a LoRA of CogVideoX."
 _OTHER_KIND = "Such adapters are not supported."
 _OTHER_FORMAT = (
-    "Such files are not read; convert it to the diffusers format, whose names are like "
+    "Such files are not read; convert the file to the diffusers format, whose names are like "
     "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
 )
 _PEFT = (
@@ -127,7 +127,7 @@ def find_lora(path: Path) -> Path:
 
 
 def describe_foreign(names: Iterable[str]) -> str | None:
-    """Returns what a file with tensors of these names holds, and what to do; None if its format is not known."""
+    """Returns what a file with tensors of these names holds, and what to do; None if no pattern matches."""
     names = list(names)
     for pattern, content, remedy in FOREIGN_FILES:
         if name := next((name for name in names if re.search(pattern, name)), None):
@@ -136,7 +136,7 @@ def describe_foreign(names: Iterable[str]) -> str | None:
 
 
 def _describe_pickle(file: Path) -> str | None:
-    """Returns a sentence about a file of `torch.save`, without running its pickle; None for any other file."""
+    """Returns the rest of a sentence about a file of `torch.save`; None for any other file. Does not run the pickle."""
     if not zipfile.is_zipfile(file):
         is_pickle = file.suffix in _PICKLES
         return "is not a safetensors file; files of torch.save are not read" if is_pickle else None

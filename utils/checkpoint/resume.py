@@ -108,14 +108,10 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         if _unordered(value) != _unordered(options[group][name]) and (group != "lora" or is_lora)
     ]
     if progress.base != current.base and progress.base_by_meaning != current.base_by_meaning:
-        variants = [saved["model"].get("variant"), args.model.variant]
-        with_variant = (
-            f" It was trained with --variant {variants[0]}." if variants[0] not in (None, variants[1]) else ""
-        )
-        errors.append(
-            f"--model_path {args.model.model_path}{f' --variant {variants[1]}' if variants[1] else ''} is not the base "
-            f"that {folder} was trained on.{with_variant}"
-        )
+        saved_variant, variant = saved["model"].get("variant"), args.model.variant
+        flags = f"--model_path {args.model.model_path}" + (f" --variant {variant}" if variant else "")
+        hint = f" It was trained with --variant {saved_variant}." if saved_variant not in (None, variant) else ""
+        errors.append(f"{flags} is not the base that {folder} was trained on.{hint}")
     if progress.zero_stage != current.zero_stage:
         errors.append(
             f"{flag}: {folder} was saved under {_strategy(progress)}, and this run is under {_strategy(current)}; "

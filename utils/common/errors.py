@@ -65,11 +65,11 @@ class CheckReport:
 
 
 def details_of(error: OSError | SafetensorError) -> tuple[int, str | None]:
-    """Returns the number of an error of the system, 0 if it has none, and the path that it concerns, if it is known."""
+    """Returns the errno of an error, or 0, and the path that it concerns, or None."""
     if isinstance(error, OSError):
-        path = error.filename2 or error.filename  # the number of an open file in rare cases
+        path = error.filename2 or error.filename  # in rare cases a file descriptor, not a path
         return error.errno or 0, None if path is None else str(path)
-    hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has errors of its own
+    hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors puts the errno into the text
     return int(hidden[1]) if hidden else 0, None
 
 

@@ -74,13 +74,13 @@ def unreadable(path: Path) -> str | None:
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file only names the content that Git LFS would put in its place."""
+    """Whether a file is a placeholder that names its content in Git LFS storage."""
     with file.open("rb") as content:
         return content.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def unreadable_in(folder: Path) -> str | None:
-    """Returns what keeps this user from reading the first such file or folder in `folder`, or None."""
+    """Returns what keeps this user from reading the first unreadable file or folder in `folder`, or None."""
     return next((reason for path in sorted(folder.rglob("*")) if (reason := unreadable(path))), None)
 
 
@@ -116,13 +116,13 @@ def lock_folder(folder: Path, flag: str) -> None:
 
 @contextmanager
 def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
-    """Adds the flag that chose a folder to errors of the system that concern it, such as a full disk.
+    """Adds the flag of a folder to system errors that concern the folder, such as a full disk.
 
     Args:
         folders: flag -> folder.
 
     Raises:
-        UserError: an error in `SYSTEM_ERRORS` occurred in the block.
+        UserError: an error in `SYSTEM_ERRORS` was raised in the block.
     """
     try:
         yield
@@ -130,17 +130,17 @@ def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
         if (message := describe_system_error(error)) is None:
             raise
         number, path = details_of(error)
-        flags = [
-            f"{flag} {folder}: "
-            for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts))  # the innermost first
-            if (
-                Path(path).is_relative_to(folder)
-                if path
-                else number in DISK_FULL and (len(folders) == 1 or disk_is_full(folder))
-            )
-        ]
-        message = message[0].lower() + message[1:] if flags else message
-        raise UserError(f"{''.join(flags[:1])}{message}", on_every_rank=False) from error
+
+        def concerns(folder: Path) -> bool:
+            if path is not None:
+                return Path(path).is_relative_to(folder)
+            return number in DISK_FULL and (len(folders) == 1 or disk_is_full(folder))
+
+        for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts)):  # the innermost first
+            if concerns(folder):
+                message = f"{flag} {folder}: {message[0].lower()}{message[1:]}"
+                break
+        raise UserError(message, on_every_rank=False) from error
 
 
 def disk_is_full(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
 from utils.common.filesystem import disk_is_full, expand_user, unreadable_in
-from utils.model.spec import COMPONENTS, CONFIGS
+from utils.model.spec import COMPONENTS
 from utils.model.weight_files import has_variant, weight_files
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,22 +79,27 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, variant
 
 
 def variant_notes(model_dir: Path, variant: str | None) -> list[str]:
-    """Returns a note about the weights that `--variant` selects; empty without the flag."""
+    """Returns a note that lists the weights which `--variant` selects, with their dtypes; empty without the flag."""
     if variant is None:
         return []
-    folders = [model_dir / name for name, (_, model_class) in CONFIGS.items() if name != "scheduler"]
-    dtypes = {folder: str(stored_dtype(folder, variant)).removeprefix("torch.") for folder in folders}
-    selected = [f"{folder.name} ({dtypes[folder]})" for folder in folders if has_variant(folder, variant)]
-    plain = [f"{folder.name} ({dtypes[folder]})" for folder in folders if not has_variant(folder, variant)]
+    selected: list[str] = []
+    plain: list[str] = []
+    for name in ("transformer", "vae", "text_encoder"):
+        folder = model_dir / name
+        (selected if has_variant(folder, variant) else plain).append(f"{name} ({_dtype_name(folder, variant)})")
     others = f"; plain weights: {', '.join(plain)}" if plain else ""
     return [f"--variant {variant} selects weights of the variant: {', '.join(selected)}{others}."]
+
+
+def _dtype_name(folder: Path, variant: str | None) -> str:
+    return str(stored_dtype(folder, variant)).removeprefix("torch.")
 
 
 def text_encoder_config(model_dir: Path, variant: str | None = None) -> dict[str, Any]:
     """Returns the config of the text encoder; its `dtype` is that of the files, which `load_text_encoder` keeps."""
     folder = model_dir / "text_encoder"
     config = json.loads((folder / "config.json").read_text())
-    return config | {"dtype": str(stored_dtype(folder, variant)).removeprefix("torch.")}
+    return config | {"dtype": _dtype_name(folder, variant)}
 
 
 def working_dtype(folder: Path, device: torch.device, variant: str | None = None) -> torch.dtype:
@@ -110,8 +115,8 @@ def fingerprint(folder: Path, by_meaning: bool = False, variant: str | None = No
     any retraining changes them. Hidden files, such as those of file managers, do not count.
 
     Args:
-        by_meaning: whether to hash the entries of config.json in place of its text, without those that name the
-            software which wrote it. Such a digest finds the same component in another release of its files.
+        by_meaning: whether to hash the entries of config.json in place of its text, except those that name the
+            software that wrote it. Such a digest identifies the component in any release of its files.
         variant: which weights to hash if the folder has them. The digest is then always by meaning, and equals that of
             the same weights under the plain names.
     """

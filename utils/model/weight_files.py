@@ -63,6 +63,13 @@ def has_variant(folder: Path, variant: str) -> bool:
     return any(re.fullmatch(pattern, path.name) for path in folder.glob("*"))
 
 
+def _names(folder: Path, variant: str | None) -> tuple[str, str]:
+    """Returns the names that a component's single weight file and its index of shards should have."""
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    suffix = f".{variant}" if variant is not None and has_variant(folder, variant) else ""
+    return f"{stem}{suffix}.safetensors", f"{stem}.safetensors.index{suffix}.json"
+
+
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Returns the safetensors files from which diffusers or transformers loads a component; they may be missing.
 
@@ -74,39 +81,40 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     Raises:
         OSError, ValueError, LookupError, TypeError, AttributeError: the index of the shards cannot be read.
     """
+    single, index = (folder / name for name in _names(folder, variant))
     is_diffusers = folder.name != "text_encoder"
-    stem = "diffusion_pytorch_model" if is_diffusers else "model"
-    suffix = f".{variant}" if variant is not None and has_variant(folder, variant) else ""
-    single, index = folder / f"{stem}{suffix}.safetensors", folder / f"{stem}.safetensors.index{suffix}.json"
     if index.is_file() and (is_diffusers or not single.is_file()):  # only diffusers looks for an index first
         return [folder / shard for shard in _read_shard_names(index)]
     return [single] if single.is_file() else []
 
 
 def _read_shard_names(index: Path) -> list[str]:
+    """Returns the names of the shards that an index lists. Raises the errors that `weight_files` documents."""
     content = json.loads(index.read_text())
     names = sorted(set(content["weight_map"].values()))
-    if any(Path(name).name != name for name in names) or "metadata" not in content:  # refused by diffusers
-        raise ValueError("it has no metadata, or names files of other folders")
+    if any(Path(name).name != name for name in names) or "metadata" not in content:  # diffusers refuses both
+        raise ValueError("it has no metadata, or names files in other folders")
     return names
 
 
 def describe_other_weights(folder: Path, flag: str, variant: str | None) -> str:
-    """Returns a sentence about a folder without weights that can be loaded."""
+    """Returns a sentence on why no weights can be loaded from a folder.
+
+    Args:
+        flag, variant: as in `check_weights`.
+    """
     names = sorted(path.name for path in folder.glob("*.safetensors"))
+    single, index = _names(folder, variant)
     if legacy := sorted(folder.glob(f"*.safetensors.{variant}.index.json")):
         new = legacy[0].name.replace(f".{variant}.index.", f".index.{variant}.")
         return f"{folder} holds {legacy[0].name}, a name of old diffusers versions; rename it to {new}."
     if variant is None and names and (other := _VARIANT.fullmatch(names[0])):
-        remedy = f"give --variant {other[1]}" if flag == "--model_path" else "rename them without it"
+        remedy = f"give --variant {other[1]}" if flag == "--model_path" else f"remove .{other[1]} from the names"
         return f"{folder} holds weights of the variant {other[1]} only ({names[0]}); {remedy}."
     if any(re.search(r"-\d+-of-\d+(\.\w+)?\.safetensors$", name) for name in names):
-        index = f".safetensors.index{f'.{variant}' if variant else ''}.json"
-        return f"{folder} holds shards without their {index}; is the download complete?"
+        return f"{folder} holds shards without their index {index}; is the download complete?"
     if names:
-        is_diffusers = folder.name != "text_encoder"
-        expected = f"{'diffusion_pytorch_model' if is_diffusers else 'model'}.safetensors"
-        return f"{folder} holds {names[0]}, which is not loaded; the file {expected} is expected."
+        return f"{folder} holds {names[0]}, which is not loaded; the file {single} is expected."
     if any(folder.glob("*.bin")):
         return f"{folder} holds .bin files only, which are not loaded; download the model as safetensors."
     return f"{folder} holds no .safetensors file; is the download complete?"
@@ -118,6 +126,7 @@ def check_weights(
     """Checks the headers of the safetensors files from which a component is loaded.
 
     Args:
+        flag: the option that names the folder, for the message.
         model_class, config: every tensor of such a model must be present with its shape; unknown if `config` is None.
         variant: as in `weight_files`.
 
