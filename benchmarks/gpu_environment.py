@@ -25,13 +25,13 @@ def prepare() -> Iterator[str]:
     for name, sentence in unmet_requirements():
         yield sentence
         if name == "protobuf":
-            # sentencepiece's own check; its file needs nothing of the newer version
+            # the generated code of sentencepiece checks the version, but uses nothing that is new in it
             os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
             yield "protobuf: the version check of sentencepiece is off, so that tokenizers can be read."
 
 
 def provide_python() -> None:
-    """Makes `python`, which the launch scripts call, this interpreter. Its folder has the programs of the packages."""
+    """Puts this interpreter on the PATH as `python`, which the launch scripts call, and the folder of its programs."""
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     python = folder / "python"
@@ -41,7 +41,7 @@ def provide_python() -> None:
 
 
 def unmet_requirements() -> Iterator[tuple[str, str]]:
-    """Yields name and sentence of each package that is missing or has another version than required."""
+    """Yields the name of each package that is missing or has another version than required, and a sentence on it."""
     for file, pattern in (("requirements.txt", r"^\w.*"), ("requirements-dev.txt", r"^pytest.*")):  # no item needs ruff
         for requirement in re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE):
             name, allowed = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()  # type: ignore[union-attr]

@@ -39,23 +39,24 @@ def context_of(row: Row) -> RunContext:
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """Returns rows in groups that differ in the DeepSpeed template at most, for which one simulation suffices."""
+    """Returns groups of adjacent rows that differ at most in the DeepSpeed template; one simulation serves a group."""
     return [list(group) for _, group in groupby(rows, lambda row: (row.model, row.flags, row.zero is None))]
 
 
-def predict_rows(rows: list[Row], simulate: Callable[[RunContext], UpdateProfile] = extrapolated_updates) -> list[Any]:
-    """Predicts the rows of a group.
-
-    Returns:
-        for each row the terms of the peak of one process in GiB, the peak before the first update, TFLOP and memory
-        traffic per update, and host memory. `tflop` includes recomputation; `model_tflop` is the useful work that
-        `train.py` reports.
-    """
+def predict_rows(rows: list[Row], simulate: Callable[[RunContext], UpdateProfile]) -> list[dict[str, Any]]:
+    """Returns the predictions of the rows of a group, from one simulation."""
     updates = simulate(context_of(rows[0]))
     return [predict_row(row, updates) for row in rows]
 
 
 def predict_row(row: Row, updates: UpdateProfile) -> dict[str, Any]:
+    """Returns the prediction of a row.
+
+    Returns:
+        the peak of one process and its terms, the peak before the first update, and host memory, in GiB; TFLOP and
+        memory traffic in TB per update. `tflop` includes recomputation; `model_tflop` is the useful work that
+        `train.py` reports.
+    """
     context = context_of(row)
     terms, host = updates.terms, updates.host
     work = work_per_update(context.args, context.spec, updates.trained, context.num_processes, context.resolution)

@@ -12,7 +12,8 @@ train.py reports a user error in one sentence. accelerate's launcher would add f
 and exit with code 1.
 
 A single process runs in the launcher itself, in the environment that accelerate prepares: importing torch twice would
-take seconds. Heavy imports are therefore inside the functions, and this file imports nothing else of the project.
+take seconds. Heavy imports are therefore inside the functions. This file imports nothing of the project; it only runs
+utils/common/encoding.py, which may restart Python.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def ignore_accelerate_variables() -> None:
 
 
 def flags_from_environment() -> Iterator[str]:
-    """Translates environment variables to flags of the launcher. Exits if a number is none."""
+    """Translates environment variables to flags of the launcher. Exits with an error if a value is not a number."""
     for name in ("OMP_NUM_THREADS", *MACHINE_SETTINGS):
         value = os.environ.get(name) or "1"
         if name != "MAIN_PROCESS_IP" and not (value.isdecimal() and (int(value) < 2**16 or name[-4:] != "PORT")):
@@ -152,9 +153,9 @@ def complete(args: argparse.Namespace) -> None:
 def check_extensions(offloads: bool) -> None:
     """Removes the locks of processes that were killed while DeepSpeed compiled; DeepSpeed would wait for them forever.
 
-    torch's `FileBaton` keeps the lock open while it compiles, and writes nothing into it. A lock that no process has
-    open belongs to no one, but the processes of other users, machines and containers are not visible here. If the lock
-    may belong to one of them, it is named with the command that removes it.
+    torch's `FileBaton` keeps the lock file open while it compiles, and writes nothing into it. A lock that no process
+    has open is stale, but processes of other users, machines and containers are not visible here. If one of them may
+    hold the lock, this prints the command that removes it.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -165,11 +166,11 @@ def check_extensions(offloads: bool) -> None:
             print(f"{what} by process {owner}; this run waits for it, a few minutes at most.", file=sys.stderr)
         elif is_visible_here_only(lock) and os.access(lock.parent, os.W_OK):
             lock.unlink(missing_ok=True)  # it may have been released in the meantime
-            print(f"Removed {lock}, which a process left behind that was ended while it compiled.", file=sys.stderr)
+            print(f"Removed {lock}; the process that compiled there was killed.", file=sys.stderr)
         else:
             print(
-                f"{what}, perhaps by another machine, container or user; this run waits for it. If none does so, "
-                f"remove the lock: rm {lock}",
+                f"{what}, perhaps by another machine, container or user; this run waits for it. If none of them "
+                f"compiles, remove the lock: rm {lock}",
                 file=sys.stderr,
             )
     if offloads and not any(root.rglob("cpu_adam.so")):
@@ -188,8 +189,8 @@ def process_that_opened(lock: Path) -> str | None:
 def is_visible_here_only(lock: Path) -> bool:
     """Whether every process that may have opened a lock is visible in /proc.
 
-    They are if this user made the lock on a local disk, unless this is a container and the disk may be shared with
-    others. The root of a container ("overlay") is its own.
+    This holds if this user made the lock on a local disk, unless this is a container, which may share the disk with
+    others. A container shares its root ("overlay") with none.
     """
     kind = file_system(lock)
     try:
@@ -201,7 +202,7 @@ def is_visible_here_only(lock: Path) -> bool:
 
 
 def file_system(path: Path) -> str:
-    """Returns the kind of the file system that a file is on, as the table of mounts names it."""
+    """Returns the type of the file system that holds a file, as in /proc/mounts."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(len(folder), kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
     return [kind for length, kind in above if length == max(above)[0]][-1]  # a later mount hides an earlier one

@@ -42,7 +42,7 @@ def _attention_backward_flop(grad: Any, query: Any, key: Any, value: Any, *args:
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# Operation -> formula of its floating-point operations. The counter of torch has none for attention on a CPU.
+# Operation -> function that returns its floating-point operations. torch has none for attention on a CPU.
 FLOP_FORMULAS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
@@ -57,8 +57,8 @@ class MemoryTracker(TorchDispatchMode):
         peak: maximum of `now` since `watch_peak`.
         gradients: bytes of gradients at the peak.
         host: maximum bytes of host memory.
-        flop: floating-point operations since the start; a multiply-add counts as two.
-        traffic: bytes read and written since the start, by kind of operation.
+        flop: floating-point operations since `restart_counts`; a multiply-add counts as two.
+        traffic: bytes read and written since `restart_counts`, by kind of operation.
     """
 
     def __init__(self) -> None:
@@ -76,6 +76,7 @@ class MemoryTracker(TorchDispatchMode):
         self._note_peak()
 
     def restart_counts(self) -> None:
+        """Sets `flop` and `traffic` to zero."""
         self.traffic.clear()
         self.flop = 0
 

@@ -115,7 +115,7 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
             keeps_none = context.num_processes == args.training.gradient_accumulation_steps == 1
             optimizer.zero_grad(set_to_none=keeps_none)
 
-        # A first update without the model creates the gradients and the optimizer states.
+        # the first update creates the gradients and the optimizer states; it needs no activations
         torch.stack([parameter.sum().float() for parameter in parameters]).sum().backward()
         update_weights()
         tracker.restart_counts()
