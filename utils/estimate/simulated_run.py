@@ -132,18 +132,23 @@ def simulate_updates(context: RunContext) -> UpdateProfile:
         if optimizer is not None:
             states = [state for states in optimizer.state.values() for state in states.values()]
             terms["optimizer"] = sum(storage_size(state) for state in states if isinstance(state, torch.Tensor))
-    phases = {}
-    for name, (peak, gradients) in peaks.items():
-        phases[name] = terms | ({} if uses_deepspeed else {"gradients": gradients})
-        rest = peak - sum(phases[name].values())
-        kept = 0 if name == "optimizer" else min(saved, rest)  # fewer may remain when the peak is reached
-        phases[name] |= {"saved activations": kept, "working set": rest - kept}
+    phases = {
+        name: _terms_of_phase(name, peak, terms if uses_deepspeed else terms | {"gradients": gradients}, saved)
+        for name, (peak, gradients) in peaks.items()
+    }
     weights, trained = (sum(map(torch.Tensor.numel, group)) for group in (transformer.parameters(), parameters))
     host = tracker.host
     if args.memory.offload_optimizer:  # Adam's two states, and gradients of earlier micro-batches
         host += (8 if args.training.gradient_accumulation_steps == 1 else 12) * trained
     traffic = forward_and_backward | {"optimizer": (tracker.traffic - forward_and_backward).total()}
     return UpdateProfile(phases, weights, trained, tracker.flop, host, traffic)
+
+
+def _terms_of_phase(name: str, peak: int, terms: dict[str, int], saved: int) -> dict[str, int]:
+    """Returns the terms of the peak of a phase; `saved` is the size of the activations after the forward pass."""
+    rest = peak - sum(terms.values())
+    kept = 0 if name == "optimizer" else min(saved, rest)  # fewer may remain when the peak is reached
+    return terms | {"saved activations": kept, "working set": rest - kept}
 
 
 def split_backward(transformer: CogVideoXTransformer3DModel, end_phase: Callable[[str], None]) -> None:
