@@ -139,11 +139,9 @@ def read_manifest(
     prompts = columns["prompt"]
 
     def paths(name: str) -> Iterable[str | None]:
-        return (
-            (str(resolve(root, text)) for text in columns[name].texts)
-            if name in columns
-            else [None] * len(prompts.texts)
-        )
+        if name not in columns:
+            return [None] * len(prompts.texts)
+        return (str(resolve(root, text)) for text in columns[name].texts)
 
     rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), strict=True)
     return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
@@ -169,7 +167,7 @@ def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Colum
     reader = partial(_read_csv, root=root) if path.suffix.lower() == ".csv" else _read_jsonl
     num_errors = len(errors)
     rows = _read(path, partial(reader, errors=errors), errors)
-    if rows is None or (not rows and len(errors) > num_errors):
+    if rows is None or (not rows and len(errors) > num_errors):  # the errors say why there are no rows
         return {}
     if not rows:
         errors.append(f"{path}: the table is empty; it needs one row per sample, and a .csv file needs a header row.")
@@ -224,15 +222,15 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
 def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns (number of the row's last line, row) for each row. The first row of the file names the columns.
 
-    A quote that is not closed would swallow the rows behind it. Strict parsing refuses it, unless a later quote ends a
-    field by chance; then the swallowed lines name files of the data folder.
+    A quote that is not closed would swallow the rows after it. Strict parsing refuses it, unless a later quote closes
+    it by chance. A text of several lines that names files of the data folder is therefore an error.
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]
-            errors += [f"{path} has several columns '{name}'." for name in repeated]
+            counts = Counter(name.strip() for name in reader.fieldnames or ())
+            errors += [f"{path} has several columns '{name}'." for name, count in counts.items() if count > 1 and name]
             for row in reader:
                 if any(row.get(None, ())):  # more fields than columns; spreadsheets add empty ones
                     errors.append(
@@ -255,7 +253,7 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
 
 
 def _swallowed_row(text: str, root: Path) -> str | None:
-    """Returns the first line of a text of several lines that names a file of the data folder between its commas."""
+    """Returns the first line of a multi-line text with a comma-separated part that is a file of the data folder."""
     lines = text.splitlines() if "\n" in text else []
     names = ((line, part.strip(' "')) for line in lines if "," in line for part in line.split(","))
     return next((line for line, name in names if name and _is_file(resolve(root, name))), None)
@@ -269,13 +267,17 @@ def _is_file(path: Path) -> bool:
 
 
 def _file_error(path: Path) -> str | None:
-    """Returns why there is no clip or image to read, or None. Git LFS pointers have less than 1024 bytes."""
+    """Returns why a clip or an image cannot be read, or None.
+
+    Larger files are not opened: this would take long for many files, and Git LFS pointers have less than 1024 bytes.
+    """
     if not _is_file(path):
         return unreadable(path) or f"there is no file {str(path)[:200]}"
     return unreadable(path) if path.stat().st_size < 1024 else None
 
 
 def _text_error(text: str) -> str | None:
+    """Returns what a text must not hold but does, or None."""
     if "\0" in text:  # such as the end of a file after a power failure
         return "a null character"
     try:

@@ -46,7 +46,7 @@ def require_positive(group: Any, *names: str) -> Iterator[str]:
 
 
 def require_text(group: Any, *names: str) -> Iterator[str]:
-    """Yields an error for each named field with bytes that are not UTF-8, which Python reads as lone surrogates."""
+    """Yields an error for each named field that was not UTF-8, which Python reads as lone surrogates."""
     for name in names:
         if any("\ud800" <= char <= "\udfff" for char in getattr(group, name)):
             yield f"--{name} {getattr(group, name)!a}: it must be UTF-8 text."
