@@ -1,6 +1,6 @@
 """Prepares the environment of `on_gpu` on a machine that was not set up for this project.
 
-Imports no package, so that it can name what is missing. Only PyTorch must be there.
+At its start, `on_gpu` imports no package but PyTorch, so that it can name the packages that are missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from utils.common.filesystem import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare() -> Iterator[str]:

@@ -26,11 +26,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.gpu_environment import prepare
+from benchmarks.gpu_environment import ROOT, prepare
 from benchmarks.gpu_rows import LORA_LEVERS, SFT_LEVERS, TINY_ROWS
 from benchmarks.rows import ROWS
 from utils.commands.launch import grow_segments
-from utils.common.filesystem import ROOT
 from utils.common.processes import end_with_parent
 
 RESULTS = Path(__file__).parent / "results"
