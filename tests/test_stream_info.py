@@ -1,4 +1,4 @@
-"""Shape of pixels, orientation, HDR and interlacing: what a stream states decides what is trained."""
+"""Shape of pixels, orientation, HDR and interlacing, as streams state them, and their effect on the trained frames."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def scan(folder: Path, *names: str):
     return samples, facts
 
 
-def test_an_index_of_the_version_before_keeps_what_was_right(tmp_path: Path):
-    """The digest of an unchanged file is kept; what decord decoded rightly with square pixels is kept altogether."""
+def test_index_of_the_previous_version_is_reused(tmp_path: Path):
+    """The digest of an unchanged file is reused, and all its facts if decord reads it and its pixels are square."""
     (tmp_path / "latent").mkdir()
     write_clip(tmp_path / "plain.mp4", LOSSLESS, frames=9)
     write_clip(tmp_path / "stream.ts", LOSSLESS, frames=9)
@@ -172,7 +172,7 @@ def test_an_index_of_the_version_before_keeps_what_was_right(tmp_path: Path):
 
 
 def test_only_clips_with_other_pixels_have_another_key(tmp_path: Path):
-    """The keys of a clip that decord decoded rightly are those of earlier versions."""
+    """A clip that decord decodes correctly has the cache key of earlier versions."""
     for name, options in (
         ("plain.mp4", LOSSLESS),
         ("stream.ts", LOSSLESS),
