@@ -95,7 +95,7 @@ def test_run_uses_the_variant_and_says_so(model, data, tmp_path):
     remove_plain_weights(model)
     plan = preflight(parse_args(arguments(model, data, tmp_path, "--variant", "fp16")), 1)
     assert plan.context.text_encoder["dtype"] == "float16"
-    assert "Prompts are encoded in float16." in plan.notes
+    assert "prompts are encoded in float16." in plan.notes
 
 
 @pytest.mark.slow

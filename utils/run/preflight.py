@@ -104,7 +104,7 @@ def resolve_strategy(
     report.errors += model_errors(args, model.spec, uses_deepspeed, num_processes)
     report.errors += machine_errors(args, uses_deepspeed)
     if notes := loading.variant_notes(model.folder, args.model.variant):
-        report.notes += [*notes, f"Prompts are encoded in {model.text_encoder['dtype']}."]
+        report.notes += [*notes, f"prompts are encoded in {model.text_encoder['dtype']}."]
     report.notes += [note for size in args.data.train_resolution for note in model.spec.frames_notes(size.frames)]
     if uses_deepspeed and zero is None:
         return args, None
