@@ -148,11 +148,14 @@ def read_stream_info(path: Path) -> StreamInfo:
     """
     with open_container(path) as (container, stream, codec):
         aspect = float(stream.sample_aspect_ratio or 1)
-        transfer, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
+        stated, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
         name = container.format.name.split(",")[0]
         has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
         frame = _first_key_frame(container, stream, codec)
         side_data: Any = frame.side_data if frame is not None else {}
+        # broadcasts in HLG state the transfer of SDR in the header, and HLG in a message that only the decoder reads
+        decoded = int(frame.color_trc) if frame is not None else stated
+        transfer = decoded if decoded in HDR_TRANSFERS else stated
         if transfer in HDR_TRANSFERS:
             curve, ffmpeg_name = HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
