@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TIE_S = 1e-4
 # Duration in seconds of the only frame of a clip without a rate.
 _DEFAULT_FRAME_S = 1 / 25
+# decord gives a frame without a time a number far beyond this one.
+_NO_TIME_S = 1e12
 _DAMAGED = "is damaged: some frames cannot be decoded, or it has fewer frames than its header states"
 # Part of decord's error message when it cannot open a file -> explanation.
 _OPEN_ERRORS = {
@@ -83,36 +85,37 @@ class DecordReader:
             raise ClipError(reasons[0] if reasons else "cannot be read as a video") from error
         if len(spans) == 0:
             raise ClipError("has no frames")
-        self.times, self._hidden = self._frame_times(spans)
+        self.times, self._can_skip = self._frame_times(spans)
 
-    def _frame_times(self, spans: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns `times` and the number of hidden frames. `spans` [F, 2] is the start and the end of each frame."""
+    def _frame_times(self, spans: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Returns `times` and whether frames can be skipped. `spans` [F, 2] is the start and the end of each frame."""
         starts, fps = spans[:, 0], float(self._reader.get_avg_fps())
-        if not np.all(np.diff(starts) > 0):  # AVI with B-frames has no usable timestamps
-            return np.arange(len(starts) + 1) / fps, 0
+        # AVI with B-frames has no usable timestamps; a single frame may have the number that stands for no time
+        if not np.all(np.diff(starts) > 0) or abs(starts[0]) > _NO_TIME_S:
+            return np.arange(len(starts) + 1) * _frame_length(fps), False
         hidden = int((starts < -TIE_S).sum())
         if hidden == len(starts):
             raise ClipError("has no visible frames")
         length = spans[-1, 1] - starts[-1]
         if length <= 0:  # mp4 with VP9 does not store the duration of the last frame
-            length = 1 / fps if 0 < fps < math.inf else _DEFAULT_FRAME_S
-        return np.append(starts[hidden:], starts[-1] + length) - starts[hidden], hidden
+            length = _frame_length(fps)
+        return np.append(starts[hidden:], starts[-1] + length) - starts[hidden], hidden == 0
 
     def read(self, indices: list[int]) -> Iterator[np.ndarray]:
         """Yields frames as in `Reader`.
 
         Reads only forward and never skips across a key frame. decord would seek there, which returns wrong frames for
         open groups of pictures (the default of x265) and for containers without presentation times (AVI with B-frames).
-        If there are hidden frames, its frame count is wrong for skipping, so every frame is read.
+        If there are hidden frames or no times, it does not skip to the right frame, so every frame is read.
         """
         try:
-            key_frames = [] if self._hidden else self._reader.get_key_indices()
+            key_frames = self._reader.get_key_indices() if self._can_skip else []
             position, frame = 0, np.empty(0)
             for index in indices:
                 while position < index:
                     next_key = bisect.bisect_right(key_frames, position)
                     limit = min(index, key_frames[next_key] - 1 if next_key < len(key_frames) else index)
-                    if self._hidden or limit <= position:
+                    if not self._can_skip or limit <= position:
                         self._reader.next()
                         position += 1
                     else:
@@ -124,6 +127,11 @@ class DecordReader:
                 yield frame
         except Exception as error:
             raise ClipError(_DAMAGED) from error
+
+
+def _frame_length(fps: float) -> float:
+    """Returns the duration of a frame in seconds at a stated rate."""
+    return 1 / fps if 0 < fps < math.inf else _DEFAULT_FRAME_S
 
 
 class PyavReader:
@@ -161,8 +169,14 @@ class PyavReader:
                 if packet.size and not packet.is_discard  # an edit list hides discarded frames
             ]
             rate, unit, reorders = stream.guessed_rate, float(stream.time_base or 0), codec.has_b_frames
-        decoded = [(dts, duration) for _, dts, duration in packets if dts is not None]
+        # no frame comes from the packets behind the key frame that are shown before it
+        lost = 0
+        if packets and packets[0][0] == first.pts is not None:
+            shown_before = (pts is not None and pts <= first.pts for pts, _, _ in packets[1:])
+            lost = len(list(itertools.takewhile(bool, shown_before)))
         # containers round decoding times, so they may fall a little; at the start of a joined file they fall by seconds
+        decoded = [(dts, duration) for _, dts, duration in packets[lost:] if dts is not None]
+        del packets[1 : 1 + lost]
         jumps_back = any((after - before) * unit < -1 for (before, _), (after, _) in itertools.pairwise(decoded))
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
         if not listed or (len(listed) < len(packets) and not self._lists_fields):

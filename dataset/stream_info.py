@@ -6,6 +6,7 @@ name the ffmpeg command that converts a clip that cannot be used.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ _DECORD = {
     "dv": {"dvvideo"},
     "yuv4mpegpipe": {"rawvideo"},
 }
+# Codecs whose decoders drop a frame without its references. Others decode it or mark it as corrupt.
+_NEEDS_REFERENCES = ("mpeg1video", "mpeg2video", "mpeg4")
 _IMAGES = ("image2", "gif", "apng", "webp")
 _PLAYLISTS = ("hls", "dash", "concat", "imf")
 
@@ -72,6 +75,7 @@ class StreamInfo:
         transposed, flip_x, flip_y: how the stored picture is shown: rows and columns are exchanged, then the result is
             mirrored horizontally and vertically.
         has_lost_times: whether frames are reordered and dropped from a constant rate in AVI, which stores no times.
+        lacks_references: whether it was cut at a key frame of MPEG-1, 2 or 4, and visible frames refer to lost frames.
     """
 
     container: str
@@ -83,6 +87,7 @@ class StreamInfo:
     flip_y: bool
     interlaced: bool
     has_lost_times: bool
+    lacks_references: bool = False
 
     @property
     def is_mirrored(self) -> bool:
@@ -92,8 +97,8 @@ class StreamInfo:
     def uses_decord(self) -> bool:
         """Whether decord decodes the stream correctly.
 
-        decord rotates pictures only in mov and mp4, mirrors none, misreads frames that are stored as rgb24, and does
-        not notice frames that were dropped from AVI with reordered frames.
+        decord rotates pictures only in mov and mp4, mirrors none, misreads frames that are stored as rgb24, does not
+        notice frames that were dropped from AVI with reordered frames, and takes frames without references for damage.
         """
         is_turned = self.transposed or self.flip_x or self.flip_y
         return (
@@ -101,6 +106,7 @@ class StreamInfo:
             and self.pixel_format != "rgb24"
             and not self.is_mirrored
             and not self.has_lost_times
+            and not self.lacks_references
             and (self.container == "mov" or not is_turned)
         )
 
@@ -143,11 +149,14 @@ def read_stream_info(path: Path) -> StreamInfo:
     """
     with open_container(path) as (container, stream, codec):
         aspect = _usable_aspect(float(stream.sample_aspect_ratio or 1))
-        transfer, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
+        stated, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
         name = container.format.name.split(",")[0]
         has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
         frame = _first_key_frame(container, stream, codec)
         side_data: Any = frame.side_data if frame is not None else {}
+        # broadcasts in HLG state the transfer of SDR in the header, and HLG in a message that only the decoder reads
+        decoded = int(frame.color_trc) if frame is not None else stated
+        transfer = decoded if decoded in HDR_TRANSFERS else stated
         if transfer in HDR_TRANSFERS:
             curve, ffmpeg_name = HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
@@ -165,6 +174,7 @@ def read_stream_info(path: Path) -> StreamInfo:
             *_orientation(matrix),
             interlaced=frame is not None and frame.interlaced_frame,
             has_lost_times=has_lost_times,
+            lacks_references=codec.name in _NEEDS_REFERENCES and _lacks_references(path),
         )
 
 
@@ -205,3 +215,20 @@ def _first_key_frame(container: InputContainer, stream: VideoStream, codec: Vide
                 return frames[0]
             codec.flush_buffers()
     return None
+
+
+def _lacks_references(path: Path) -> bool:
+    """Returns whether the packet behind the first key frame is shown before it, but cannot be decoded."""
+    from av import FFmpegError
+
+    with open_container(path) as (container, stream, codec):
+        packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
+        key, following = next(packets, None), next(packets, None)
+        if key is None or following is None or key.is_discard:  # an edit list hides discarded frames
+            return False
+        if key.pts is None or following.pts is None or following.pts > key.pts:
+            return False
+        try:
+            return len(codec.decode(key) + codec.decode(following) + codec.decode(None)) < 2
+        except FFmpegError:
+            return False

@@ -202,6 +202,29 @@ def test_joined_streams_are_an_error(tmp_path: Path):
         probe(tmp_path / "two.ts")
 
 
+def test_last_frame_of_avi_without_times(tmp_path: Path):
+    """Skipping in decord returns another frame, or an error, in four of five attempts."""
+    write_clip(tmp_path / "clip.avi", (*MPEG4, "-bf", 2), frames=5)
+    for _ in range(10):
+        reader = open_reader(tmp_path / "clip.avi")
+        assert isinstance(reader, DecordReader) and read_numbers(np.stack(list(reader.read([4])))) == [4]
+
+
+@pytest.mark.parametrize(("extension", "options"), [("mkv", HEVC), ("avi", (*MPEG4, "-bf", 2))])
+def test_single_frame_without_a_time(tmp_path: Path, extension: str, options: tuple):
+    path = tmp_path / f"clip.{extension}"
+    write_clip(path, options, frames=1)
+    assert (probe(path).frames, probe(path).fps) == (1, 25)
+
+
+@pytest.mark.parametrize("extension", ["mkv", "avi", "mxf", "mov"])
+def test_cut_drops_frames_without_references(tmp_path: Path, extension: str):
+    write_clip(tmp_path / f"whole.{extension}", MPEG2)
+    path = tmp_path / f"cut.{extension}"
+    ffmpeg("-ss", "1.3", "-i", tmp_path / f"whole.{extension}", "-c", "copy", "-use_editlist", 0, path)
+    assert check_against_ffmpeg(path) == list(range(24, 60))
+
+
 def test_playlist_is_an_error(tmp_path: Path):
     write_clip(tmp_path / "clip.ts", H264)
     ffmpeg("-i", tmp_path / "clip.ts", "-c", "copy", tmp_path / "list.m3u8")

@@ -119,6 +119,15 @@ def test_hdr_is_refused_with_a_command_that_keeps_white_white(tmp_path: Path, tr
     assert shown.min() > 225 and shown.max() < 245
 
 
+def test_hlg_of_broadcasts_is_refused(tmp_path: Path):
+    """The header states the transfer of BT.2020 SDR, and an SEI message of each key frame states HLG."""
+    colours = "log-level=error:transfer=bt2020-10:colorprim=bt2020:colormatrix=bt2020nc:atc-sei=18"
+    encoder = ("-c:v", "libx265", "-x265-params", colours, "-pix_fmt", "yuv420p10le")
+    write_picture(tmp_path / "clip.mp4", np.zeros((64, 96), np.uint8), *encoder)
+    with pytest.raises(ClipError, match=re.escape("is HDR (HLG)")):
+        probe(tmp_path / "clip.mp4")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("a.png", ("-pix_fmt", "rgb48be")), ("a.avif", ("-c:v", "libaom-av1", "-cpu-used", 8, "-pix_fmt", "yuv420p10le"))],

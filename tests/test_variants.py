@@ -123,6 +123,11 @@ def test_every_part_of_a_run_reads_the_variant(tiny, model, data, validation, tm
 def test_variant_that_does_not_exist_is_refused(tiny, model):
     with pytest.raises(UserError, match=r"--variant fp16: .*/5b-9x64x64 has no weights of this variant"):
         read_spec(tiny("5b"), "fp16")
+    for file in (model / "transformer").glob("*.safetensors*"):
+        if "fp16" not in file.name:
+            file.unlink()
+    with pytest.raises(UserError, match=r"of the variant fp16 only .*; give --variant fp16"):
+        read_spec(model, "bf16")
     index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json"
     index.rename(index.with_name("diffusion_pytorch_model.safetensors.fp16.index.json"))
     with pytest.raises(UserError, match=r"rename it to diffusion_pytorch_model.safetensors.index.fp16.json"):

@@ -223,7 +223,9 @@ def read_spec(model_dir: Path, variant: str | None = None) -> ModelSpec:
             report.run(check_weights, model_dir / name, "--model_path", model_class, configs.get(name), variant)
     errors += report.errors
     if variant is not None and not any(has_variant(model_dir / name, variant) for name in COMPONENTS):
-        errors.append(f"--variant {variant}: {model_dir} has no weights of this variant; leave the flag out.")
+        errors.append(
+            f"--variant {variant}: {model_dir} has no weights of this variant; leave the flag out or give another."
+        )
     tokenizer_files = [model_dir / "tokenizer" / file for file in ("spiece.model", "tokenizer.json")]
     found = [file for file in tokenizer_files if file.is_file()]
     if not found:

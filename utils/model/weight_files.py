@@ -108,7 +108,7 @@ def describe_other_weights(folder: Path, flag: str, variant: str | None) -> str:
     if legacy := sorted(folder.glob(f"*.safetensors.{variant}.index.json")):
         new = legacy[0].name.replace(f".{variant}.index.", f".index.{variant}.")
         return f"{folder} holds {legacy[0].name}, a name of old diffusers versions; rename it to {new}."
-    if variant is None and names and (other := _VARIANT.fullmatch(names[0])):
+    if names and (other := _VARIANT.fullmatch(names[0])) and other[1] != variant:
         remedy = f"give --variant {other[1]}" if flag == "--model_path" else f"remove .{other[1]} from the names"
         return f"{folder} holds weights of the variant {other[1]} only ({names[0]}); {remedy}."
     if any(re.search(r"-\d+-of-\d+(\.\w+)?\.safetensors$", name) for name in names):
