@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import arguments, succeed
 from utils.common.errors import UserError
+from utils.common.subprocesses import run_in_subprocess
 from utils.common.units import GIB
 from utils.config.args import Args, parse_args
 from utils.estimate import prediction, settings_search, simulated_run
@@ -149,6 +150,8 @@ def test_script_applies_a_budget_and_keeps_the_optimizer_of_the_checkpoint(tiny,
     assert "--quantize_base none --quantize_optimizer 8bit" in output and "checkpoint-1, at step 1" in output
 
 
-def test_budget_of_the_machine_needs_a_gpu(tiny, tmp_path):
+@pytest.mark.slow
+def test_refusal_of_a_budget_leaves_the_process_of_the_search(tiny, tmp_path):
+    context = make_context(tiny("2b"), tmp_path, "--vram_budget_gib", "auto")
     with pytest.raises(UserError, match="--vram_budget_gib auto needs a GPU"):
-        fit_to_budget(make_context(tiny("2b"), tmp_path, "--vram_budget_gib", "auto"), Machine(), {})
+        run_in_subprocess(fit_to_budget, context, Machine(), {})
