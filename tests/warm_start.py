@@ -7,6 +7,7 @@ its ranks. Tests that kill ranks or start several launchers start programs as a 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
 
+import psutil
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warm_start", "train", "deepspeed", "accelerate.commands.launch"])
 # Stands for `python` in a launch script, and writes down how it is called.
@@ -33,15 +36,17 @@ def run_warm(
     """Does what `subprocess.run` does with `bash SCRIPT ...` or `python SCRIPT ...`, without the time for imports.
 
     Raises:
-        subprocess.TimeoutExpired: the program ran for longer than `timeout` seconds.
+        TimeoutError: the program ran for longer than `timeout` seconds; the message has its output and the stacks of
+            its processes.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
         process = start_warm(command, environment, cwd, *map(str, outputs))
         process.join(timeout)
         if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(list(command), timeout)
+            end_with_stacks(process.pid)
+            output = "".join(path.read_text() for path in outputs)
+            raise TimeoutError(f"{' '.join(command)} did not end within {timeout:g} s:\n{output}")
         return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
 
 
@@ -55,6 +60,17 @@ def start_warm(
     process = CONTEXT.Process(target=_start, args=(argv, dict(environment), cwd, umask, stdout, stderr))
     process.start()
     return process
+
+
+def end_with_stacks(pid: int | None) -> None:
+    """Ends a program after each of its processes has written the stacks of its threads to standard error."""
+    program = psutil.Process(pid)
+    processes = [*program.children(recursive=True), program]
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(1)  # a handler writes at once, also in a process that waits in native code
+    for process in processes:
+        process.kill()
 
 
 def record_python(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -100,7 +116,8 @@ def _start(argv: list[str], environment: dict[str, str], cwd: str, umask: int, s
     """Runs in a process of the server."""
     os.umask(umask)
     for descriptor, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    faulthandler.register(signal.SIGUSR1)
     os.chdir(cwd)
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
