@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from cli_demo import DemoArgs, load_pipeline
 from examples.attributes import Attributes, read_attributes
 from examples.world import CONCEPT, CONCEPT_CAPTION, KNOWN, Scene, draw
 from utils.common.errors import exit_on_user_error
+from utils.generation.args import DemoArgs
+from utils.generation.pipeline import device_here, encode_prompts, load_pipeline
 from utils.model.spec import ModelSpec, read_spec
 
 SIZE = 64
@@ -63,11 +64,14 @@ def make_cases(clips: int, id_token: str) -> list[Case]:
 
 def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) -> Iterator[np.ndarray]:
     """Yields one clip per case, uint8 [F, H, W, 3]."""
+    place = (device_here(), pipeline.vae.dtype)
+    embeddings = encode_prompts(args, Path(args.model_path), spec, ["", *(case.prompt for case in cases)])
     for first in range(0, len(cases), BATCH):
         batch = cases[first : first + BATCH]
         images = {"image": [Image.fromarray(case.image) for case in batch]} if spec.task == "i2v" else {}
         videos = pipeline(
-            prompt=[case.prompt for case in batch],
+            prompt_embeds=torch.cat([embeddings[case.prompt] for case in batch]).to(*place),
+            negative_prompt_embeds=torch.cat([embeddings[""]] * len(batch)).to(*place),
             height=SIZE,
             width=SIZE,
             num_frames=spec.native.frames,
@@ -150,7 +154,7 @@ def main() -> None:
     shares: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in prompts}
     shown: dict[str, dict[str, list[np.ndarray]]] = {kind: {} for kind in prompts}
     for model, args in models.items():
-        pipeline = load_pipeline(args, Path(args.model_path), spec, spec.task)
+        pipeline = load_pipeline(args, Path(args.model_path), spec)
         pipeline.set_progress_bar_config(disable=True)
         for kind, cases in prompts.items():
             started = time.perf_counter()

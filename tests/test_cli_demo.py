@@ -9,7 +9,10 @@ import pytest
 import cli_demo
 from dataset.video import probe
 from tests.conftest import FIRST_FRAME, ROOT, generate, run
+from utils.generation.args import DemoArgs
+from utils.generation.checks import choose_resolution
 from utils.model import loading
+from utils.model.spec import read_spec
 
 CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
 FRAME = str(FIRST_FRAME)
@@ -36,9 +39,8 @@ def test_videos_have_the_native_or_the_requested_size(tiny, tmp_path, variant, o
 
 def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
     """The published configs of 1.5 state 2400x2400, at which the pipelines run out of memory."""
-    args = cli_demo.DemoArgs(prompt="", model_path="")
-    spec = cli_demo.read_spec(tiny("1.5", (81, 2400, 2400)))
-    assert str(cli_demo.choose_resolution(args, spec, "t2v")) == "81x768x1360"
+    spec = read_spec(tiny("1.5", (81, 2400, 2400)))
+    assert str(choose_resolution(DemoArgs(), spec)) == "81x768x1360"
 
 
 @pytest.mark.parametrize(

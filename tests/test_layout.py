@@ -17,7 +17,7 @@ ORDER = [
     ("model", "config"),
     ("training",),
     ("checkpoint", "estimate"),
-    ("run",),
+    ("run", "generation"),
     ("commands", "train", "cli_demo"),
 ]
 RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}

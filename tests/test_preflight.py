@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import LFS_POINTER, ROOT, arguments, run
 from tests.tiny_models import write_tokenizer_and_text_encoder
-from utils.commands.inspect_dataset import contact_sheet
+from utils.commands.inspect_dataset import sample_sheet
 from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
 from utils.estimate.context import RunContext
@@ -335,7 +335,7 @@ def test_images_of_another_shape_are_reported(tiny, data, tmp_path, mode, change
     plan = preflight(parse_args(arguments(tiny("1.5-i2v"), data, tmp_path, *more, task="i2v")), 1)
     (line,) = [line for line in plan.clip_summary if "Condition images" in line]
     assert line.startswith(f"  Condition images: 8; 1 {change} (") and "wide.png" in line
-    sheet = contact_sheet(plan.samples, 60)
+    sheet = sample_sheet(plan.samples, 60)
     assert sheet.width == 7 * 120 and sheet.getpixel((60, 76)) == (0, 0, 0)  # the image is the first picture
 
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
@@ -28,6 +27,7 @@ from dataset.latent_cache import LatentCache
 from dataset.scan import ScanResult, summarize
 from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
+from utils.common.contact_sheet import THUMBNAILS, contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, flags_in_errors, remove_stale_temporaries
 from utils.config.args import ValidationArgs
@@ -39,8 +39,8 @@ from utils.run.data import find_cache_dir, read_training_samples, read_validatio
 from utils.run.plan import encoder_settings
 
 COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
-# Rows of the table that are printed; samples and frames per sample on the contact sheet; sizes in pixels.
-PRINTED_ROWS, SHEET_ROWS, SHEET_COLUMNS, THUMBNAIL_HEIGHT, CAPTION_HEIGHT = 20, 12, 6, 120, 16
+# Rows of the table that are printed, and samples on the contact sheet.
+PRINTED_ROWS, SHEET_ROWS = 20, 12
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def show_samples(data: DataArgs, scan: ScanResult, folder: Path) -> None:
                 if number < PRINTED_ROWS:
                     print("  ".join(str(value)[-40:].ljust(10) for value in row))
         print(f"{len(scan.samples)} samples in {folder / 'samples.csv'}")
-        contact_sheet(scan.samples, data.clip_timeout).save(folder / "contact_sheet.png")
-        print(f"{SHEET_COLUMNS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
+        sample_sheet(scan.samples, data.clip_timeout).save(folder / "contact_sheet.png")
+        print(f"{THUMBNAILS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
     for error in scan.unusable:
         print(f"Unusable: {error}")
 
@@ -148,7 +148,7 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
         )
 
 
-def contact_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
+def sample_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
     """Draws one row per sample, as training sees it: the condition image, if it has one, and some frames.
 
     Samples and frames are evenly spaced.
@@ -156,27 +156,16 @@ def contact_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
     Args:
         timeout: maximum number of seconds per sample.
     """
-    numbers = sorted(set(np.linspace(0, len(samples) - 1, SHEET_ROWS).astype(int).tolist()))
-    chosen = [samples[number] for number in numbers]
+    chosen = [samples[number] for number in evenly_spaced(len(samples), SHEET_ROWS)]
     largest = max(
         size.frames * size.height * size.width * 3 for size in {clip_sample.resolution for clip_sample in chosen}
     )
-    strips = {}
+    rows = {}
     for result in run_in_workers(_thumbnails, list(enumerate(chosen)), 2, timeout, largest):
         number, clip_sample = result.job
         caption = f"{clip_sample.resolution}  {clip_sample}  {clip_sample.sample.prompt}"
-        strips[number] = (result.outcome.reason if isinstance(result.outcome, Failure) else result.outcome, caption)
-    width = max([strip.width for strip, _ in strips.values() if isinstance(strip, Image.Image)], default=480)
-    sheet = Image.new("RGB", (width, len(chosen) * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (strip, caption) in strips.items():
-        top = number * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)
-        draw.text((2, top + 2), caption.encode("ascii", "replace").decode(), fill="black")
-        if isinstance(strip, Image.Image):
-            sheet.paste(strip, (0, top + CAPTION_HEIGHT))
-        else:
-            draw.text((2, top + CAPTION_HEIGHT + 2), strip, fill="red")
-    return sheet
+        rows[number] = caption, result.outcome.reason if isinstance(result.outcome, Failure) else result.outcome
+    return contact_sheet([rows[number] for number in sorted(rows)])
 
 
 def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Image:
@@ -184,14 +173,10 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
     decode(Path(job[1].sample.clip), job[1].selection, pixels)
-    pictures = [pixels[frame] for frame in np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)]
+    pictures = [pixels[frame] for frame in evenly_spaced(size.frames)]
     if job[1].sample.image is not None:
         pictures.insert(0, load_image(Path(job[1].sample.image), size, job[1].selection.mode))
-    width = round(THUMBNAIL_HEIGHT * size.width / size.height)
-    strip = Image.new("RGB", (len(pictures) * width, THUMBNAIL_HEIGHT))
-    for column, picture in enumerate(pictures):
-        strip.paste(Image.fromarray(picture.numpy()).resize((width, THUMBNAIL_HEIGHT)), (column * width, 0))
-    return strip
+    return strip([picture.numpy() for picture in pictures])
 
 
 def maintain_cache(
