@@ -22,6 +22,7 @@ from typing import Any
 
 import av
 
+from dataset.file_index import stat_signature
 from utils.common.errors import UserError
 from utils.common.filesystem import unreadable
 from utils.model import loading
@@ -48,7 +49,6 @@ def make_record(
     }
 
 
-@cache
 def base_fingerprint(model_dir: Path, variant: str | None) -> str:
     """Returns a digest of the weights, tokenizer and scheduler settings of a checkpoint."""
     components = [
@@ -59,15 +59,20 @@ def base_fingerprint(model_dir: Path, variant: str | None) -> str:
     return hashlib.sha256(" ".join(components + others).encode()).hexdigest()[:32]
 
 
-@cache
 def fingerprint(path: Path) -> str:
     """Returns a digest of a file, or of the files of a folder; see `loading.fingerprint` for large files."""
     if path.is_dir():
         folders = sorted(folder for folder in path.rglob("*") if folder.is_dir())
         digests = " ".join(loading.fingerprint(folder) for folder in [path, *folders])
         return hashlib.sha256(digests.encode()).hexdigest()[:32]
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    return _digest(path, stat_signature(str(path)))
+
+
+@cache
+def _digest(file: Path, _: int) -> str:
+    """Returns the digest of a file; cached for as long as its signature stays the same."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:32]
 
 
 def save_record(record: Record, video: Path) -> None:
