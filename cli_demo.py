@@ -20,8 +20,9 @@ from dataset.images import image_size, load_image
 from dataset.scan import REPORTED_CHANGE
 from dataset.stream_info import ClipError
 from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
+from utils.checkpoint.adapters import add_loras, scales_for
 from utils.checkpoint.finetuned import find_transformer, load_merged
-from utils.checkpoint.lora_files import find_lora, load_lora
+from utils.checkpoint.lora_reader import Lora, read_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, flags_in_errors, unreadable
@@ -53,8 +54,12 @@ class DemoArgs:
         "stretch",
         help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
     )
-    lora_path: Path | None = option(None, help="folder checkpoint-N of a LoRA run, or its .safetensors file")
-    lora_scale: float = option(1.0, help="adapter strength; 1.0: as trained; 0: base model")
+    lora_path: tuple[Path, ...] = option(
+        (), help="folder checkpoint-N of a LoRA run, or a LoRA file of diffusers, ComfyUI, peft or kohya; or several"
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), help="strength of the LoRAs, one for all or one per file; 1.0: as trained; 0: base model"
+    )
     transformer_path: Path | None = option(
         None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
     )
@@ -167,19 +172,24 @@ def check(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) ->
         errors.append(f"{task} needs --image_or_video_path.")
     if task == "t2v" and args.image_or_video_path is not None:
         errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
-    if args.lora_path is not None and args.transformer_path is not None:
+    if args.lora_path and args.transformer_path is not None:
         errors.append(
             "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
         )
     report.run(check_writable, args.output_path.parent, "--output_path")
     if args.output_path.is_dir():
         errors.append(f"--output_path {args.output_path} is a folder; give the name of an .mp4 file.")
-    if args.lora_path is not None:
-        report.run(find_lora, args.lora_path)
+    report.run(read_loras, args, spec)
     if args.transformer_path is not None:
         report.run(check_transformer, args.transformer_path, spec)
     if errors:
         raise UserError(errors)
+
+
+def read_loras(args: DemoArgs, spec: ModelSpec) -> list[Lora]:
+    """Reads the names and shapes of the LoRAs. Raises UserError if one is unusable, or the number of scales differs."""
+    scales_for(args.lora_path, args.lora_scale, "--lora_path")
+    return [read_lora(path, "--lora_path", spec.transformer) for path in args.lora_path]
 
 
 def check_transformer(path: Path, spec: ModelSpec) -> None:
@@ -251,9 +261,12 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
         transformer = loading.load_transformer(weights, dtype, variant=None if args.transformer_path else variant)
     else:
         transformer = load_merged(weights, spec.transformer, dtype)
-    if args.lora_path is not None:
-        matched = load_lora(transformer, args.lora_path, args.lora_scale)
-        print(f"LoRA: {matched} adapter modules matched, scale {args.lora_scale:g}, {args.lora_path}")
+    if args.lora_path:
+        loras, scales = read_loras(args, spec), scales_for(args.lora_path, args.lora_scale, "--lora_path")
+        add_loras(transformer, loras, scales)
+        for lora, scale in zip(loras, scales, strict=True):
+            print("\n".join(f"Note: {note}" for note in lora.notes), end="\n" * bool(lora.notes))
+            print(f"LoRA: {len(lora.adapters)} adapter modules matched, scale {scale:g}, {lora.file}")
     cpu = torch.device("cpu")
     pipeline = loading.PIPELINES[task](
         tokenizer=tokenizer,

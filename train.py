@@ -23,6 +23,8 @@ from accelerate.utils import set_seed
 from dataset.cached_dataset import CachedDataset, batches
 from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
+from utils.checkpoint.adapters import start_from
+from utils.checkpoint.lora_reader import read_lora
 from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, write_args
 from utils.checkpoint.resume import choose_checkpoint
 from utils.common.distributed import on_main_process
@@ -123,6 +125,8 @@ def train(plan: RunPlan) -> None:
     # ---- model
     transformer = strategy.load_transformer(plan.model_dir, plan.resume_from)
     make_trainable(transformer, args, accelerator.device)
+    if args.lora.init_lora is not None and plan.resume_from is None:
+        start_from(transformer, read_lora(args.lora.init_lora, "--init_lora"), args)
     use_attention_kernel(args.memory.attention_kernel)
     if args.memory.compile_blocks:
         accelerator.print(

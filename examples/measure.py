@@ -128,8 +128,8 @@ def save_animation(rows: dict[str, list[np.ndarray]], path: Path, fps: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generates clips with a tiny model and measures them.")
     parser.add_argument("model_path", help="a folder in examples/tiny")
-    parser.add_argument("--lora_path", type=Path)
-    parser.add_argument("--lora_scale", type=float, default=1.0)
+    parser.add_argument("--lora_path", type=Path, nargs="+", default=())
+    parser.add_argument("--lora_scale", type=float, nargs="+", default=(1.0,))
     parser.add_argument("--transformer_path", type=Path)
     parser.add_argument("--id_token", default="", help="also measure prompts with this token")
     parser.add_argument("--clips", type=int, default=60, help="number of clips for each kind of prompt")
@@ -141,7 +141,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     count, token, output_dir = (options.pop(name) for name in ("clips", "id_token", "output_dir"))
     tuned = DemoArgs(prompt="", **options)
-    models = {"before": replace(tuned, lora_path=None, transformer_path=None)}
+    models = {"before": replace(tuned, lora_path=(), transformer_path=None)}
     if tuned.lora_path or tuned.transformer_path:
         models["after"] = tuned
     prompts = {"known": make_cases(count, "")} | ({token: make_cases(count, token)} if token else {})

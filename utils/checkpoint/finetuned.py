@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
-from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.lora_reader import lora_in
 from utils.checkpoint.stored_weights import is_merged, read_merged, zero_folder
 from utils.common.errors import UserError
 
@@ -36,7 +36,7 @@ def find_transformer(path: Path) -> Path:
             f"    python -m utils.commands.export --checkpoint {checkpoint}\n"
             "and give the same --transformer_path again."
         )
-    if (path / WEIGHTS_FILE).is_file():
+    if path.is_dir() and lora_in(path) is not None:
         raise UserError(f"--transformer_path {path} holds a LoRA; give it as --lora_path.")
     checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*")) if path.is_dir() else []
     raise UserError(

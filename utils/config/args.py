@@ -95,6 +95,11 @@ class LoraArgs:
     target_modules: tuple[str, ...] = option(
         ("to_q", "to_k", "to_v", "to_out.0"), help="names of the linear layers to adapt"
     )
+    init_lora: Path | None = option(
+        None,
+        help="LoRA of any tool to start from, a file or folder; its rank and layers must be those of --rank and "
+        "--target_modules",
+    )
 
     @property
     def alpha(self) -> float:
@@ -196,6 +201,10 @@ class CheckpointArgs:
         help="sft under DeepSpeed: dtype of transformer/ in the last checkpoint; default: that of --mixed_precision",
     )
 
+    lora_format: Literal["diffusers", "comfyui", "both"] = option(
+        "diffusers", help="lora: format of the LoRA in a checkpoint; ComfyUI's has other names of the layers"
+    )
+
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "checkpointing_steps", "checkpointing_limit")
 
@@ -250,6 +259,14 @@ class Args:
             self.validation,
         ):
             yield from group.errors()
+        if self.model.training_type == "sft":
+            if self.lora.init_lora is not None:
+                yield "--init_lora is for --training_type lora; for sft, merge the LoRA into --model_path."
+            if self.checkpoint.lora_format != "diffusers":
+                yield (
+                    "--lora_format is for --training_type lora; for sft, convert a checkpoint with python -m "
+                    "utils.commands.export --format comfyui."
+                )
         if self.memory.quantize_base != "none" and self.model.training_type == "sft":
             yield "--quantize_base is for --training_type lora; full fine-tuning trains the base weights."
         accumulates = self.training.gradient_accumulation_steps != 1

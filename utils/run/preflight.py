@@ -25,7 +25,14 @@ from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
-from utils.run.checks import check_disk_space, machine_errors, model_errors, prompt_notes, tracker_errors
+from utils.run.checks import (
+    check_disk_space,
+    check_init_lora,
+    machine_errors,
+    model_errors,
+    prompt_notes,
+    tracker_errors,
+)
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import RunPlan, make_plan
 from utils.training.trainable import compile_error, needs_autocast
@@ -61,6 +68,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     args, context = resolve_strategy(report, args, model, num_processes)
     check_output(report, args)
     resume_from, progress = choose_resume(report, args), None
+    check_initial_lora(report, args, model, resume_from)
     if context is not None:
         context = fit_memory(report, context, resume_from)
         args = context.args
@@ -161,6 +169,16 @@ def choose_resume(report: CheckReport, args: Args) -> Path | None:
             f"--resume_from_checkpoint latest: {args.output.output_dir} has no checkpoint; starting new."
         )
     return resume_from
+
+
+def check_initial_lora(report: CheckReport, args: Args, model: BaseModel, resume_from: Path | None) -> None:
+    """Checks the LoRA that a new run starts from. A checkpoint to resume from replaces it."""
+    if args.lora.init_lora is None or args.model.training_type != "lora":
+        return
+    if resume_from is None:
+        report.notes += report.run(check_init_lora, args, model.spec) or []
+    else:
+        report.notes.append(f"--init_lora {args.lora.init_lora} is not read; the run resumes from {resume_from}.")
 
 
 def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | None) -> RunContext:
