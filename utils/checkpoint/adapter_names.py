@@ -31,7 +31,7 @@ _OTHER_KIND = "Such adapters are not supported."
 # be in any format.
 FOREIGN_FILES = (
     (
-        r"^((model\.)?diffusion_model\.|transformer\.)?"
+        r"^((model\.)?diffusion_model\.)?(transformer\.)?"
         r"(transformer_blocks\.\d+\.attn1\.to_q|blocks\.\d+\.q|layers\.\d+\.attention\.query_key_value)\.weight$",
         "a whole transformer",
         "It is no LoRA; a transformer in the diffusers format is given by its folder, as --transformer_path.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -46,14 +47,14 @@ def add_loras(transformer: CogVideoXTransformer3DModel, loras: Sequence[Lora], s
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         # the strength is in B, so each layer's alpha is its rank
-        ranks = {f"{re.escape(layer)}": adapter.rank for layer, adapter in lora.adapters.items()}
+        ranks = {re.escape(layer): adapter.rank for layer, adapter in lora.adapters.items()}
         pattern = ranks if len(lora.ranks) > 1 else {}
         rank, layers = lora.ranks[0], list(lora.adapters)
         tensors = lora.tensors()
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=layers, rank_pattern=pattern, alpha_pattern=dict(pattern)
-        )
-        transformer.add_adapter(config, adapter_name=name)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, rank_pattern=pattern, alpha_pattern=pattern)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            transformer.add_adapter(config, adapter_name=name)
         set_adapters(transformer, tensors, name)
     transformer.requires_grad_(False)
     transformer.set_adapters(names, list(scales))
