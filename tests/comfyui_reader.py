@@ -55,7 +55,7 @@ def apply_lora(transformer: CogVideoXTransformer3DModel, file: Path) -> int:
     names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     for name in names:
         a, b = (tensors.pop(f"{name}.lora_{matrix}.weight") for matrix in "AB")
-        layers[name.removeprefix("diffusion_model.")].weight.data.add_(b @ a)
+        layers[name.removeprefix("diffusion_model.")].get_parameter("weight").data.add_(b @ a)
     assert not tensors
     return len(names)
 

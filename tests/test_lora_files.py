@@ -112,12 +112,12 @@ def test_comfyui_file_gives_the_trained_output(trained, variant, targets):
         torch.testing.assert_close(predict(base, spec), expected, rtol=1e-4, atol=1e-4)
 
 
-def in_format(state: dict[str, torch.Tensor], layer: str, a: str, b: str, alpha: float | None) -> dict:
+def in_format(state: dict, layer: str, suffixes: tuple[str, str], alpha: float | None) -> dict:
     """Renames adapters.
 
     Args:
         layer: a name with {} for the layer; {_} for the layer with underscores, {old} for old diffusers' name.
-        a, b: suffixes.
+        suffixes: of A and B.
         alpha: value of the alpha tensor of each layer; None for no such tensors.
     """
     renamed = {}
@@ -125,15 +125,18 @@ def in_format(state: dict[str, torch.Tensor], layer: str, a: str, b: str, alpha:
         module, _, matrix = name.partition(".lora_")
         old = module.replace("attn1.", "attn1.processor.").replace("to_out.0", "to_out")
         prefix = layer.replace("{_}", module.replace(".", "_")).replace("{old}", old).replace("{}", module)
-        renamed[prefix + (a if matrix[0] == "A" else b)] = weight.contiguous()
+        renamed[prefix + suffixes["AB".index(matrix[0])]] = weight.contiguous()
         if alpha is not None:
             renamed[f"{prefix}.alpha"] = torch.tensor(alpha)
     return renamed
 
 
+# suffixes of A and B
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 OLD = (".lora.down.weight", ".lora.up.weight")
+OLDER = ("_lora.down.weight", "_lora.up.weight")
 PEFT = (".lora_A.weight", ".lora_B.weight")
+PEFT_DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
 
 
 @pytest.mark.parametrize(
@@ -142,14 +145,14 @@ PEFT = (".lora_A.weight", ".lora_B.weight")
         ("transformer.{}", PEFT, None),
         ("transformer.{}", PEFT, 4.0),
         ("transformer.{}", OLD, 4.0),
-        ("{old}", ("_lora.down.weight", "_lora.up.weight"), None),
-        ("transformer.{old}", ("_lora.down.weight", "_lora.up.weight"), None),
+        ("{old}", OLDER, None),
+        ("transformer.{old}", OLDER, None),
         ("lora_unet_{_}", KOHYA, 4.0),
         ("lora_unet__{_}", KOHYA, 16.0),
         ("lora_transformer_{_}", KOHYA, 4.0),
         ("transformer.{}", KOHYA, None),
         ("base_model.model.{}", PEFT, None),
-        ("base_model.model.{}", (".lora_A.default.weight", ".lora_B.default.weight"), None),
+        ("base_model.model.{}", PEFT_DEFAULT, None),
         ("{}", PEFT, None),
         ("diffusion_model.{}", PEFT, None),
     ],
@@ -158,7 +161,7 @@ def test_files_of_other_tools_have_their_strength(trained, tmp_path, layer, suff
     """The expected output is that of W + alpha / rank B A, computed here; without alpha, of W + B A."""
     model_dir, spec, transformer, _ = trained("5b", 8)
     state = get_peft_model_state_dict(transformer)
-    save_file(in_format(state, layer, *suffixes, alpha), tmp_path / "x.safetensors")
+    save_file(in_format(state, layer, suffixes, alpha), tmp_path / "x.safetensors")
     expected, actual = load_base(model_dir), load_base(model_dir)
     for name in {name.partition(".lora_")[0] for name in state}:
         change = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]

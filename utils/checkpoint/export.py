@@ -119,8 +119,11 @@ def export(weights: TransformerWeights, folder: Path, dtype: torch.dtype) -> Non
         shutil.rmtree(tmp_dir, ignore_errors=True)
 
 
-def export_comfyui(weights: TransformerWeights, file: Path, dtype: torch.dtype) -> None:
+def export_comfyui(weights: TransformerWeights, file: Path, dtype: torch.dtype) -> list[str]:
     """Writes one safetensors file with ComfyUI's names, one tensor at a time. The write is atomic.
+
+    Returns:
+        notes on weights that ComfyUI has no place for.
 
     Raises:
         UserError: names or shapes do not match the config, or a value is not finite in `dtype`.
@@ -138,6 +141,9 @@ def export_comfyui(weights: TransformerWeights, file: Path, dtype: torch.dtype) 
         for name, tensor in tensors.items():
             output.write(weights.finite(name, tensor, dtype).flatten().view(torch.uint8).numpy().data)
             progress.update()
+    if _POSITIONS in weights.tensors and _POSITIONS not in tensors:
+        return ["the learned positions are left out, since ComfyUI has either such a table or rotary positions."]
+    return []
 
 
 def _comfyui_tensors(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> dict[str, StoredTensor]:

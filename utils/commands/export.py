@@ -103,8 +103,12 @@ def write_transformer(args: ExportArgs, folder: Path, weights: TransformerWeight
     default = folder / (f"{lora_name(folder)}{COMFYUI_SUFFIX}" if is_comfyui else "transformer")
     target = new_path(args, default, is_file=is_comfyui)
     with flags_in_errors({"--output_path": target.parent}):
-        (export_comfyui if is_comfyui else export)(weights, target, dtype)
-    print(f"{target}: {len(weights.tensors)} tensors, {str(dtype).removeprefix('torch.')}")
+        if is_comfyui:
+            for note in export_comfyui(weights, target, dtype):
+                print(f"Note: {note}")
+        else:
+            export(weights, target, dtype)
+    print(f"{target}: a transformer in {str(dtype).removeprefix('torch.')}")
 
 
 def merged_weights(args: ExportArgs) -> tuple[TransformerWeights, torch.dtype]:
