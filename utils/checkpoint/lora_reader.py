@@ -131,7 +131,7 @@ def find_lora(path: Path, flag: str) -> Path:
         raise UserError(f"{flag} {path}: {unreadable(path) or 'there is no such file or folder'}.")
     if (file := lora_in(path)) is not None:
         return file
-    if (path / "transformer").is_dir():
+    if (path / "transformer").is_dir() or (path / "config.json").is_file():
         raise UserError(f"{flag} {path} holds a whole transformer; give it as --transformer_path.")
     found = [file.parent for level in ("*", "*/*") for file in sorted(path.glob(f"{level}/{WEIGHTS_FILE}"))]
     found += sorted(file for file in path.iterdir() if file.suffix == ".safetensors" or "_lora_" in file.name)
