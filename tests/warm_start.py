@@ -7,6 +7,7 @@ its ranks. Tests that kill ranks or start several launchers start programs as a 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -17,9 +18,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
+
+import psutil
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warm_start", "train", "deepspeed", "accelerate.commands.launch"])
@@ -33,15 +37,17 @@ def run_warm(
     """Does what `subprocess.run` does with `bash SCRIPT ...` or `python SCRIPT ...`, without the time for imports.
 
     Raises:
-        subprocess.TimeoutExpired: the program ran for longer than `timeout` seconds.
+        TimeoutError: the program ran for longer than `timeout` seconds; the message has its output and the stacks of
+            its processes.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
         process = start_warm(command, environment, cwd, *map(str, outputs))
         process.join(timeout)
         if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(list(command), timeout)
+            end_with_stacks(process.pid)
+            output = "".join(path.read_text() for path in outputs)
+            raise TimeoutError(f"{' '.join(command)} did not end within {timeout:g} s:\n{output}")
         return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
 
 
@@ -57,6 +63,17 @@ def start_warm(
     return process
 
 
+def end_with_stacks(pid: int | None) -> None:
+    """Ends a program after each of its processes has written the stacks of its threads to standard error."""
+    program = psutil.Process(pid)
+    processes = [*program.children(recursive=True), program]
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(1)  # a handler writes at once, also in a process that waits in native code
+    for process in processes:
+        process.kill()
+
+
 def record_python(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Runs a bash script and returns the arguments with which it calls `python`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -69,19 +86,33 @@ def record_python(command: Sequence[str], environment: Mapping[str, str]) -> lis
 
 
 class ForkedRank:
-    """A rank that the launcher forks in place of starting it; the part of `subprocess.Popen` that torchrun uses."""
+    """A rank that the launcher forks in place of starting it; the part of `subprocess.Popen` that torchrun uses.
+
+    A rank runs after the first `poll`, when all ranks are forked. A thread of the launcher holds a lock of the resolver
+    while it accepts the connection of a rank, and a rank forked at that moment would wait for the lock forever.
+    """
 
     def __init__(self, args: Sequence[str], env: dict[str, str]):
         self.args = args
         self.returncode: int | None = None
+        gate, self.gate = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            os.close(self.gate)
+            if not os.read(gate, 1):  # the launcher has ended
+                os._exit(1)
             os.setsid()
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):  # torchrun handles these
                 signal.signal(number, signal.SIG_DFL)
             _run_script(args[args.index("-u") + 1 :], env)
+        os.close(gate)
 
     def poll(self) -> int | None:
+        if self.gate:
+            with suppress(BrokenPipeError):  # the rank was killed
+                os.write(self.gate, b"1")
+            os.close(self.gate)
+            self.gate = 0
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
@@ -100,7 +131,8 @@ def _start(argv: list[str], environment: dict[str, str], cwd: str, umask: int, s
     """Runs in a process of the server."""
     os.umask(umask)
     for descriptor, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    faulthandler.register(signal.SIGUSR1)
     os.chdir(cwd)
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 

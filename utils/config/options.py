@@ -27,14 +27,17 @@ RENAMED_FLAGS = {
 }
 
 
-def option(default: Any = MISSING, *, help: str, aliases: dict[str, str] | None = None) -> Any:
+def option(
+    default: Any = MISSING, *, help: str, aliases: dict[str, str] | None = None, positional: bool = False
+) -> Any:
     """Declares a dataclass field that is a command-line flag.
 
     Args:
         default: default value; the flag is required without one.
         aliases: for a `Literal`, alternative spelling -> value. With an alias `true`, the flag alone means it too.
+        positional: whether the value is given without a flag; it is required then.
     """
-    return field(default=default, metadata={"help": help, "aliases": aliases})
+    return field(default=default, metadata={"help": help, "aliases": aliases, "positional": positional})
 
 
 def require_positive(group: Any, *names: str) -> Iterator[str]:
@@ -144,9 +147,12 @@ def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
     """Adds one flag for each field of a dataclass whose fields are `option`s."""
     hints = typing.get_type_hints(group_type)
     for option_field in fields(group_type):
-        default = {"required": True} if option_field.default is MISSING else {"default": option_field.default}
+        is_positional = option_field.metadata["positional"]
+        default: dict[str, Any] = {"default": option_field.default}
+        if option_field.default is MISSING:
+            default = {} if is_positional else {"required": True}
         parser.add_argument(
-            f"--{option_field.name}",
+            option_field.name if is_positional else f"--{option_field.name}",
             help=option_field.metadata["help"],
             **default,
             **_argparse_keywords(hints[option_field.name], option_field.metadata["aliases"]),
