@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from dataset.containers import ClipError
 from dataset.images import image_size, load_image
 from dataset.scan import REPORTED_CHANGE
-from dataset.stream_info import ClipError
 from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
 from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.checkpoint.lora_files import find_lora, load_lora

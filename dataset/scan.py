@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
+from dataset.containers import ClipError
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import image_size
 from dataset.manifest import Sample
-from dataset.stream_info import DEINTERLACE, ClipError
+from dataset.stream_info import DEINTERLACE
 from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
@@ -174,6 +175,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
     images = _BucketStats()
     num_slower, last_sample = 0, None
     interlaced: list[str] = []
+    lossy: list[str] = []
     for clip_sample in clip_samples:
         sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
         stats.num_samples += 1
@@ -184,6 +186,8 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
         if info.interlaced:
             interlaced.append(sample.clip)
+        if info.lost_frames:
+            lossy.append(f"{sample.clip} ({info.lost_frames} of {info.frames + info.lost_frames})")
         stats.seconds += info.seconds
         stats.count(info, clip_sample.resolution, mode, sample.clip)
         if sample.image is not None:
@@ -205,6 +209,11 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         lines.append(
             f"Note: {len(interlaced)} of {sizes.total()} clips are interlaced, such as {interlaced[0]}. The model "
             f"would learn combed edges; deinterlace the clips: {DEINTERLACE}"
+        )
+    if lossy:
+        lines.append(
+            f"Note: {len(lossy)} of {sizes.total()} clips lack frames, such as {lossy[0]}: their times have gaps. "
+            "The motion jumps there; after damage, pictures may be wrong up to the next key frame."
         )
     if num_slower:
         lines.append(
