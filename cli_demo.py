@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import utils  # noqa: F401  (names missing requirements)
+
+# isort: split
 import torch
 from PIL import Image
 

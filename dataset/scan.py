@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,10 @@ def scan_and_sample(
     """
     facts, file_errors = scan_files(samples + validation, index, num_workers, timeout, save_index)
     unusable: list[str] = []
+    clips = {sample.video for sample in samples + validation}
 
     def select(part: list[Sample], policy: SamplingPolicy) -> list[ClipSample]:
-        readable, unreadable_errors = split_readable(part, file_errors)
+        readable, unreadable_errors = split_readable(part, file_errors, clips)
         clip_samples, length_errors = select_clip_samples(readable, facts, policy)
         unusable.extend(unreadable_errors + length_errors)
         return clip_samples
@@ -123,13 +124,21 @@ def _scan_file(job: tuple[str, bool, FileFacts | None], buffer: Any) -> FileFact
     return FileFacts(known.digest if known else digest_file(path), info, signature)
 
 
-def split_readable(samples: list[Sample], file_errors: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
-    """Returns the samples whose files are all readable, and an error for each file that is not."""
+def split_readable(
+    samples: list[Sample], file_errors: Mapping[str, str], clips: Collection[str | None]
+) -> tuple[list[Sample], list[str]]:
+    """Returns the samples whose files can all be used, and an error for each file that cannot.
+
+    Args:
+        clips: paths that are listed as clips, and so have no place among the images.
+    """
     readable, errors = [], []
     for sample in samples:
-        unreadable = [path for path in sample.files if path in file_errors]
-        errors += [f"{path} (line {sample.line}) {file_errors[path]}." for path in unreadable]
-        if not unreadable:
+        unusable = [f"{path} (line {sample.line}) {file_errors[path]}." for path in sample.files if path in file_errors]
+        if sample.image in clips and sample.image is not None and not unusable:
+            unusable = [f"{sample.image} (line {sample.line}) is listed as an image, but is a video."]
+        errors += unusable
+        if not unusable:
             readable.append(sample)
     return readable, errors
 

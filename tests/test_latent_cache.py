@@ -50,6 +50,15 @@ def scan(data: Path, **policy: Any) -> ScanResult:
     return scan_and_sample(samples, [], FileIndex(data / "latent"), replace(default, **policy), 1, 60, True)
 
 
+def test_clip_is_refused_as_an_image(data):
+    first, second, *others = read_manifest(data, "prompts.txt", "videos.txt", None)
+    samples = [replace(first, image=second.video), second, *others]
+    policy = SamplingPolicy((SIZE,), 8.0, "stretch")
+    scanned = scan_and_sample(samples, [], FileIndex(data / "latent"), policy, 1, 60, True)
+    assert scanned.unusable == [f"{second.video} (line 1) is listed as an image, but is a video."]
+    assert len(scanned.samples) == len(samples) - 1
+
+
 def keys_of(scanned, flip=False, **facts) -> list[SampleKeys]:
     encoding = EncoderSettings(**{"vae": "v", "text_encoder": "t", "image_noise": "some", **facts})
     return encoding.keys(scanned.samples, scanned.facts, flip)

@@ -13,7 +13,7 @@ and exit with code 1.
 
 A single process runs in the launcher itself, in the environment that accelerate prepares: importing torch twice would
 take seconds. Heavy imports are therefore inside the functions. This file imports nothing of the project; it only runs
-utils/common/encoding.py, which may restart Python.
+utils/common/encoding.py, which may restart Python, and utils/common/requirements.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ SINGLE_PROCESS = {
 
 
 def main() -> int:
-    runpy.run_path(str(CONFIGS.parent / "utils" / "common" / "encoding.py"))["use_utf8"]()
+    common = CONFIGS.parent / "utils" / "common"
+    runpy.run_path(str(common / "encoding.py"))["use_utf8"]()
+    runpy.run_path(str(common / "requirements.py"))["check_requirements"]()
     ignore_accelerate_variables()
     flags = [*flags_from_environment(), *sys.argv[1:]]
     num_cores, user_threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")

@@ -1,0 +1,34 @@
+"""Names requirements that are not installed. Imports only the standard library, so that it can run first."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+# Package -> its module, if the names differ.
+_MODULES = {"Pillow": "PIL", "protobuf": "google.protobuf", "imageio-ffmpeg": "imageio_ffmpeg"}
+_EXIT_CODE = 2  # of a user error
+
+
+def check_requirements() -> None:
+    """Exits with a sentence if a package in requirements.txt is not installed. Imports none of them."""
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    packages = [re.split(r"[<>=]", line)[0] for line in lines if line and line[0] != "#"]
+    missing = [package for package in packages if not _is_installed(_MODULES.get(package, package))]
+    if missing:
+        print(
+            f"error: {', '.join(missing)} cannot be imported by {sys.executable}. Activate the environment of this "
+            f"project, or install what is missing: pip install -r {REQUIREMENTS}",
+            file=sys.stderr,
+        )
+        sys.exit(_EXIT_CODE)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of google.protobuf
+        return False
