@@ -84,16 +84,20 @@ def test_programs_start_again_in_another_locale(monkeypatch):
     assert started == [(sys.executable, argv)] and os.environ["PYTHONUTF8"] == "1"
 
 
+MISSING = ("decord", "PIL", "deepspeed")
+
+
 def test_missing_requirements_are_named(monkeypatch, capsys):
     requirements.check_requirements()
-    monkeypatch.setattr(requirements, "find_spec", lambda module: None if module in ("decord", "PIL") else module)
+    monkeypatch.setattr(requirements, "find_spec", lambda module: None if module in MISSING else module)
     with pytest.raises(SystemExit) as stopped:
         requirements.check_requirements()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith(
-        f"error: decord, Pillow cannot be imported by {sys.executable}."
-    )
+    assert stopped.value.code == 2 and error.startswith(f"error: Pillow, decord cannot be imported by {sys.executable}")
     assert error.endswith(f"pip install -r {ROOT / 'requirements.txt'}\n")
+    with pytest.raises(SystemExit):
+        requirements.check_requirements("deepspeed")
+    assert "error: Pillow, decord, deepspeed cannot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,4 +106,4 @@ def test_missing_requirements_are_named(monkeypatch, capsys):
 def test_programs_name_missing_requirements(program):
     """Without site packages, nothing is installed."""
     result = subprocess.run([sys.executable, "-S", *program], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: torch, torchvision, diffusers, ")
+    assert result.returncode == 2 and result.stderr.startswith("error: Pillow, accelerate, av, decord, diff")

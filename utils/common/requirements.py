@@ -10,14 +10,19 @@ from pathlib import Path
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 # Package -> its module, if the names differ.
 _MODULES = {"Pillow": "PIL", "protobuf": "google.protobuf", "imageio-ffmpeg": "imageio_ffmpeg"}
+_OPTIONAL = {"deepspeed", "tensorboard"}  # DDP runs without the first, and --report_to checks the second
 _EXIT_CODE = 2  # of a user error
 
 
-def check_requirements() -> None:
-    """Exits with a sentence if a package in requirements.txt is not installed. Imports none of them."""
+def check_requirements(*needed: str) -> None:
+    """Exits with a sentence if a package in requirements.txt is not installed. Imports none of them.
+
+    Args:
+        needed: packages to check that not every run needs.
+    """
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
-    packages = [re.split(r"[<>=]", line)[0] for line in lines if line and line[0] != "#"]
-    missing = [package for package in packages if not _is_installed(_MODULES.get(package, package))]
+    packages = {re.split(r"[<>=]", line)[0] for line in lines if line and line[0] != "#"}
+    missing = [name for name in sorted(packages - _OPTIONAL | {*needed}) if not _is_installed(_MODULES.get(name, name))]
     if missing:
         print(
             f"error: {', '.join(missing)} cannot be imported by {sys.executable}. Activate the environment of this "
