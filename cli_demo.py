@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import utils  # noqa: F401  (names missing requirements)
+
+# isort: split
 import torch
 from PIL import Image
 
+from dataset.containers import ClipError
 from dataset.images import image_size, load_image
 from dataset.scan import REPORTED_CHANGE
-from dataset.stream_info import ClipError
 from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
 from utils.checkpoint.adapters import add_loras, scales_for
 from utils.checkpoint.finetuned import find_transformer, load_merged

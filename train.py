@@ -14,6 +14,8 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
+import utils  # noqa: F401  (names missing requirements)
+
 gc.disable()  # imports create a million objects and hardly any garbage
 
 import torch

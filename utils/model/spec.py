@@ -190,6 +190,29 @@ CONFIGS = {
     "text_encoder": ("config.json", T5EncoderModel),
 }
 
+# Component -> entries of its config that the objective of training depends on. Scheduler: the noise of each timestep.
+_OBJECTIVE = {
+    "scheduler": (
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+        *("snr_shift_scale", "rescale_betas_zero_snr"),
+    ),
+    "vae": ("scaling_factor", "invert_scale_latents"),
+}
+
+
+def read_objective(model_dir: Path) -> dict[str, Any]:
+    """Returns the entries of configs, other than the transformer's, that the objective of training depends on.
+
+    Returns:
+        Name such as `snr_shift_scale in scheduler/scheduler_config.json` -> value.
+    """
+    objective: dict[str, Any] = {}
+    for component, names in _OBJECTIVE.items():
+        file, model_class = CONFIGS[component]
+        config = read_config(model_dir / component / file, model_class)
+        objective |= {f"{name} in {component}/{file}": config.get(name) for name in names}
+    return objective
+
 
 def read_spec(model_dir: Path, variant: str | None = None) -> ModelSpec:
     """Reads the configs of a checkpoint in the diffusers format and checks the headers of its weight files.

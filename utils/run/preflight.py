@@ -24,7 +24,7 @@ from utils.config.deepspeed_config import find_template, resolve_template
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
-from utils.model.spec import ModelSpec, read_spec
+from utils.model.spec import ModelSpec, read_objective, read_spec
 from utils.run.checks import (
     check_disk_space,
     check_init_lora,
@@ -209,6 +209,7 @@ def check_resume(
     start = Progress(
         base=loading.fingerprint(folder, variant=variant),
         base_by_meaning=loading.fingerprint(folder, by_meaning=True, variant=variant),
+        objective=read_objective(model.folder),
         zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
         num_processes=context.num_processes,
     )
