@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
+from utils.checkpoint.export import TRANSFORMER_CONFIG
 from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.lora_metadata import read_metadata
 from utils.checkpoint.stored_weights import is_merged, read_merged, zero_folder
 from utils.common.errors import UserError
+from utils.model.spec import LEARNED, LEARNED_POSITIONS, ModelSpec
+from utils.model.weight_files import read_config
 
 
 def find_transformer(path: Path) -> Path:
@@ -44,6 +49,30 @@ def find_transformer(path: Path) -> Path:
         "fine-tuning run, the output of zero_to_fp32.py, or a transformer in the diffusers format."
         + (f" The folder has {', '.join(checkpoints)}." if checkpoints else "")
     )
+
+
+def trained_positions(transformer: Path | None, lora: Path | None, spec: ModelSpec) -> tuple[str | None, str]:
+    """Returns how a trained file treats learned positions, and its flag and path for messages.
+
+    The first is None if no file states it. Files that cannot be read count as such; loading them reports the error.
+
+    Args:
+        transformer, lora: paths of a fine-tuned transformer and of a LoRA.
+        spec: of the base, whose config may state it too.
+    """
+    if lora is not None and (stated := read_metadata(lora).get("learned_positions")):
+        return stated, f"--lora_path {lora}"
+    config = spec.transformer
+    if transformer is not None:
+        with suppress(UserError, OSError, ValueError):
+            folder = find_transformer(transformer)
+            config_file = (folder.parent / TRANSFORMER_CONFIG) if is_merged(folder) else folder / "config.json"
+            if config_file.is_file():
+                config = read_config(config_file, CogVideoXTransformer3DModel)
+            else:
+                config = {LEARNED: "patch_embed.pos_embedding" in read_merged(folder)}
+    is_dropped = spec.has_learned_positions and not config[LEARNED]
+    return "drop" if is_dropped else config.get(LEARNED_POSITIONS), f"--transformer_path {transformer}"
 
 
 def load_merged(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> CogVideoXTransformer3DModel:

@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils import serialization
 
 from utils.checkpoint.export import TRANSFORMER_CONFIG, export
-from utils.checkpoint.lora_files import save_lora
+from utils.checkpoint.lora_files import WEIGHTS_FILE, save_lora
+from utils.checkpoint.lora_metadata import add_metadata
 from utils.checkpoint.stored_weights import LATEST, rank_files, read_zero, zero_folder
 from utils.common.errors import UserError
 from utils.common.filesystem import apply_umask, disk_is_full
@@ -191,6 +192,8 @@ class Checkpoints:
             if not self.uses_deepspeed:
                 save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
             save_lora(state, lora_config(self.args), folder)
+            if positions := self.args.model.learned_positions:
+                add_metadata(folder / WEIGHTS_FILE, {"learned_positions": positions})
         elif not self.uses_deepspeed:
             self.transformer.save_pretrained(folder / "transformer")
 
