@@ -24,7 +24,7 @@ from dataset.images import image_size, load_image
 from dataset.scan import REPORTED_CHANGE
 from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
 from utils.checkpoint.adapters import add_loras, scales_for
-from utils.checkpoint.finetuned import find_transformer, load_merged
+from utils.checkpoint.finetuned import find_transformer, load_merged, trained_positions
 from utils.checkpoint.lora_reader import Lora, read_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
@@ -39,7 +39,8 @@ from utils.config.options import (
     require_text,
 )
 from utils.model import loading
-from utils.model.spec import ModelSpec, read_spec
+from utils.model.positions import choose_positions, set_learned_positions
+from utils.model.spec import LEARNED, ModelSpec, read_spec
 from utils.model.weight_files import check_shapes, check_weights, read_config
 
 
@@ -65,6 +66,11 @@ class DemoArgs:
     )
     transformer_path: Path | None = option(
         None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
+    )
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None,
+        help="CogVideoX-5b-I2V: its table of learned positions at other sizes than 480x720, as in training; default: "
+        "as the LoRA or the transformer was trained, otherwise keep",
     )
     output_path: Path = option(Path("output.mp4"), help="output .mp4 file")
     num_frames: int | None = option(None, help="number of frames, 8N+1; default: native length of the checkpoint")
@@ -103,7 +109,7 @@ class DemoArgs:
 def main() -> None:
     args = parse_group(make_parser("Generates a video with CogVideoX, fine-tuned or not."), DemoArgs)
     model_dir = loading.resolve_model_dir(args.model_path)
-    spec = read_spec(model_dir, args.variant)
+    spec = with_positions(args, read_spec(model_dir, args.variant))
     task = args.generate_type or spec.task
     resolution = choose_resolution(args, spec, task)
     check(args, spec, task, resolution)
@@ -132,6 +138,16 @@ def main() -> None:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)
         loading.write_video(video, args.output_path, args.fps or spec.fps)
     print(f"{args.output_path}: {len(video)} frames in {time.perf_counter() - started:.1f} s")
+
+
+def with_positions(args: DemoArgs, spec: ModelSpec) -> ModelSpec:
+    """Returns the spec with the learned positions that the LoRA or the transformer was trained with. Raises UserError.
+
+    `--learned_positions` decides if neither states them.
+    """
+    return choose_positions(
+        spec, args.learned_positions, *trained_positions(args.transformer_path, args.lora_path, spec)
+    )
 
 
 def choose_resolution(args: DemoArgs, spec: ModelSpec, task: str) -> Resolution:
@@ -208,7 +224,7 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
         return
     config = read_config(folder / "config.json", model_class, flag)
     for name, expected in spec.transformer.items():
-        if name[0] != "_" and config.get(name) != expected:
+        if name[0] != "_" and name != LEARNED and config.get(name) != expected:
             raise UserError(
                 f"{flag} {folder}: {name} is {config.get(name)}, but {expected} in the base; "
                 "was it trained on another checkpoint?"
@@ -264,6 +280,7 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
         transformer = loading.load_transformer(weights, dtype, variant=None if args.transformer_path else variant)
     else:
         transformer = load_merged(weights, spec.transformer, dtype)
+    set_learned_positions(transformer, spec)
     if args.lora_path:
         loras, scales = read_loras(args, spec), scales_for(args.lora_path, args.lora_scale, "--lora_path")
         add_loras(transformer, loras, scales)

@@ -39,6 +39,7 @@ from utils.common.subprocesses import run_in_subprocess
 from utils.config.args import parse_args
 from utils.estimate.prediction import describe_prediction, predict
 from utils.model import loading
+from utils.model.positions import set_learned_positions
 from utils.run.describe import describe
 from utils.run.fill_cache import fill_cache
 from utils.run.plan import RunPlan
@@ -126,6 +127,7 @@ def train(plan: RunPlan) -> None:
 
     # ---- model
     transformer = strategy.load_transformer(plan.model_dir, plan.resume_from)
+    set_learned_positions(transformer, plan.spec)
     make_trainable(transformer, args, accelerator.device)
     if args.lora.init_lora is not None and plan.resume_from is None:
         start_from(transformer, read_lora(args.lora.init_lora, "--init_lora"), args)

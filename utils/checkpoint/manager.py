@@ -197,7 +197,10 @@ class Checkpoints:
             state = self._adapters(folder)
             if not self.uses_deepspeed:
                 save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
-            save_lora(state, lora_config(self.args), lora_paths(folder, self.args.checkpoint.lora_format, name))
+            positions = self.args.model.learned_positions
+            stated = {} if positions is None else {"learned_positions": positions}
+            paths = lora_paths(folder, self.args.checkpoint.lora_format, name)
+            save_lora(state, lora_config(self.args), paths, stated)
         elif not self.uses_deepspeed:
             self.transformer.save_pretrained(folder / "transformer")
 

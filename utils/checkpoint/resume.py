@@ -28,6 +28,7 @@ from utils.model.weight_files import check_weights, read_config
 FIXED_OPTIONS = (
     ("model", "model_type"),
     ("model", "training_type"),
+    ("model", "learned_positions"),
     ("lora", "rank"),
     ("lora", "lora_alpha"),
     ("lora", "target_modules"),
@@ -94,6 +95,8 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
     try:
         saved = json.loads((folder / ARGS_FILE).read_text())
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+        # earlier versions kept the learned positions, in models that have them
+        saved["model"].setdefault("learned_positions", args.model.learned_positions and "keep")
         trained_with = {(group, name): saved[group][name] for group, name in FIXED_OPTIONS}
         precision = saved["training"]["mixed_precision"]
         if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in NOT_COUNTS):

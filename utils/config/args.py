@@ -37,6 +37,11 @@ class ModelArgs:
         help="variant of the weights, such as fp16; components without weights of the variant use their plain ones",
     )
     training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: full fine-tuning")
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None,
+        help="CogVideoX-5b-I2V: its table of learned positions at other sizes; keep: only 480x720; interpolate: resize "
+        "the table; drop: use rotary positions alone; default: as the checkpoint was trained, otherwise keep",
+    )
 
 
 @dataclass(frozen=True)
