@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import utils  # noqa: F401  (names missing requirements)
+
+# isort: split
 import torch
 from PIL import Image
 
@@ -25,7 +28,7 @@ from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
 from utils.common.errors import exit_on_user_error
 from utils.common.filesystem import flags_in_errors
 from utils.generation.args import DemoArgs, parse_demo, settings_of, videos_of
-from utils.generation.checks import check, task_of
+from utils.generation.checks import check, task_of, with_positions
 from utils.generation.comparison import save_picture, side_by_side
 from utils.generation.pipeline import (
     device_here,
@@ -48,7 +51,7 @@ SHEET_ROWS = 40
 def main() -> int:
     args = parse_demo()
     model_dir = loading.resolve_model_dir(args.model_path)
-    spec = read_spec(model_dir, args.variant)
+    spec = with_positions(args, read_spec(model_dir, args.variant))
     videos = videos_of(args)
     resolutions = check(args, videos, spec)
     shard, processes = own_shard(), num_processes()
@@ -88,7 +91,7 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
         "dtype": str(working_dtype(video, model_dir)).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    files = filter(None, (video.lora_path, video.transformer_path, video.image_or_video_path))
+    files = filter(None, (*video.lora_path, video.transformer_path, video.image_or_video_path))
     return make_record(settings_of(video), resolved, model_dir, video.variant, files)
 
 

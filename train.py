@@ -14,6 +14,8 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
+import utils  # noqa: F401  (names missing requirements)
+
 gc.disable()  # imports create a million objects and hardly any garbage
 
 import torch
@@ -23,6 +25,8 @@ from accelerate.utils import set_seed
 from dataset.cached_dataset import CachedDataset, batches
 from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
+from utils.checkpoint.adapters import start_from
+from utils.checkpoint.lora_reader import read_lora
 from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, write_args
 from utils.checkpoint.resume import choose_checkpoint
 from utils.common.distributed import on_main_process
@@ -35,6 +39,7 @@ from utils.common.subprocesses import run_in_subprocess
 from utils.config.args import parse_args
 from utils.estimate.prediction import describe_prediction, predict
 from utils.model import loading
+from utils.model.positions import set_learned_positions
 from utils.run.describe import describe
 from utils.run.fill_cache import fill_cache
 from utils.run.plan import RunPlan
@@ -122,7 +127,10 @@ def train(plan: RunPlan) -> None:
 
     # ---- model
     transformer = strategy.load_transformer(plan.model_dir, plan.resume_from)
+    set_learned_positions(transformer, plan.spec)
     make_trainable(transformer, args, accelerator.device)
+    if args.lora.init_lora is not None and plan.resume_from is None:
+        start_from(transformer, read_lora(args.lora.init_lora, "--init_lora"), args)
     use_attention_kernel(args.memory.attention_kernel)
     if args.memory.compile_blocks:
         accelerator.print(

@@ -16,6 +16,7 @@ HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 MODEL_ARGS=(
     --model_path "THUDM/CogVideoX-5b-I2V"   # folder or model hub id; also: CogVideoX1.5-5B-I2V
     --model_type "i2v"                      # must match the checkpoint
+    # --learned_positions "interpolate"     # or drop: CogVideoX-5b-I2V at other sizes than 480x720; docs/training.md
     # --variant "fp16"                      # loads weights such as model.fp16.safetensors
     --training_type "lora"                  # lora: adapters, least memory; sft: all weights, several times the memory
 )
@@ -64,6 +65,7 @@ LORA_ARGS=(
     --rank 128                              # 64 or more for a new concept; file size and memory grow with it
     # --lora_alpha 64                       # scale is alpha / rank; default: the rank; half works too, 1 works badly
     --target_modules to_q to_k to_v to_out.0
+    # --init_lora "style.safetensors"       # starts from a LoRA, of any tool, with this rank and these target modules
     --quantize_base "none"                  # int8: half the memory of the frozen weights; int4: a third; approximate
 )
 
@@ -76,6 +78,7 @@ SYSTEM_ARGS=(
 CHECKPOINT_ARGS=(
     --checkpointing_steps 100               # updates between checkpoints; the last update always writes one
     --checkpointing_limit 3                 # maximum number of checkpoints to keep
+    # --lora_format both                    # also writes LoRAs for ComfyUI, which ignores the format of diffusers
     --resume_from_checkpoint latest         # continues a stopped run; starts a new one if there is no checkpoint
 )
 

@@ -63,6 +63,7 @@ LORA_ARGS=(
     --rank 128                              # 64 or more for a new concept; file size and memory grow with it
     # --lora_alpha 64                       # scale is alpha / rank; default: the rank; half works too, 1 works badly
     --target_modules to_q to_k to_v to_out.0
+    # --init_lora "style.safetensors"       # starts from a LoRA, of any tool, with this rank and these target modules
     --quantize_base "none"                  # int8: half the memory of the frozen weights; int4: a third; approximate
 )
 
@@ -75,6 +76,7 @@ SYSTEM_ARGS=(
 CHECKPOINT_ARGS=(
     --checkpointing_steps 100               # updates between checkpoints; the last update always writes one
     --checkpointing_limit 3                 # maximum number of checkpoints to keep
+    # --lora_format both                    # also writes LoRAs for ComfyUI, which ignores the format of diffusers
     --resume_from_checkpoint latest         # continues a stopped run; starts a new one if there is no checkpoint
 )
 

@@ -227,7 +227,7 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, strict=True, skipinitialspace=True)
         try:
             counts = Counter(name.strip() for name in reader.fieldnames or ())
             errors += [f"{path} has several columns '{name}'." for name, count in counts.items() if count > 1 and name]
@@ -235,7 +235,7 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
                 if any(row.get(None, ())):  # more fields than columns; spreadsheets add empty ones
                     errors.append(
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
-                        "comma in quotes, without a space before them."
+                        "comma in quotes."
                     )
                 for text in row.values():
                     if isinstance(text, str) and (line := _swallowed_row(text, root)):

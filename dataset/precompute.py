@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
+from dataset.containers import ClipError
 from dataset.file_index import combine_signatures, stat_signature
 from dataset.images import load_image
 from dataset.latent_cache import LatentCache, SampleKeys
-from dataset.stream_info import ClipError
 from dataset.video import FrameSelection, decode
 from dataset.worker_pool import Failure, run_in_workers
 

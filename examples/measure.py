@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from dataset.video import Resolution
 from examples.attributes import Attributes, read_attributes
 from examples.world import CONCEPT, CONCEPT_CAPTION, KNOWN, Scene, draw
 from utils.common.errors import exit_on_user_error
 from utils.generation.args import DemoArgs
+from utils.generation.checks import with_positions
 from utils.generation.pipeline import device_here, encode_prompts, load_pipeline
 from utils.model.spec import ModelSpec, read_spec
 
-SIZE = 64
+SIZE = Resolution(9, 64, 64)
 # Neither the VAE nor the base models were trained on these seeds.
 FIRST_SEED = 20_000_000
 BATCH = 10
@@ -49,7 +51,7 @@ class Case:
     image: np.ndarray
 
 
-def make_cases(clips: int, id_token: str) -> list[Case]:
+def make_cases(clips: int, id_token: str, size: Resolution = SIZE) -> list[Case]:
     """Returns cases of the held-out concept if there is an id token, else of known scenes."""
     rng = np.random.default_rng(FIRST_SEED)
     scenes = CONCEPT if id_token else KNOWN
@@ -58,11 +60,13 @@ def make_cases(clips: int, id_token: str) -> list[Case]:
         scene = scenes[rng.integers(len(scenes))]
         prompt = f"{id_token} {CONCEPT_CAPTION.format(ground=scene.ground)}" if id_token else scene.caption
         seed = FIRST_SEED + number
-        cases.append(Case(prompt, scene, seed, draw(scene, seed, 9, SIZE)[0]))
+        cases.append(Case(prompt, scene, seed, draw(scene, seed, size.frames, size.height, size.width)[0]))
     return cases
 
 
-def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) -> Iterator[np.ndarray]:
+def generate(
+    pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case], size: Resolution = SIZE
+) -> Iterator[np.ndarray]:
     """Yields one clip per case, uint8 [F, H, W, 3]."""
     place = (device_here(), pipeline.vae.dtype)
     embeddings = encode_prompts(args, Path(args.model_path), spec, ["", *(case.prompt for case in cases)])
@@ -72,9 +76,9 @@ def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) 
         videos = pipeline(
             prompt_embeds=torch.cat([embeddings[case.prompt] for case in batch]).to(*place),
             negative_prompt_embeds=torch.cat([embeddings[""]] * len(batch)).to(*place),
-            height=SIZE,
-            width=SIZE,
-            num_frames=spec.native.frames,
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=[torch.Generator().manual_seed(case.seed) for case in batch],
@@ -132,10 +136,12 @@ def save_animation(rows: dict[str, list[np.ndarray]], path: Path, fps: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generates clips with a tiny model and measures them.")
     parser.add_argument("model_path", help="a folder in examples/tiny")
-    parser.add_argument("--lora_path", type=Path)
-    parser.add_argument("--lora_scale", type=float, default=1.0)
+    parser.add_argument("--lora_path", type=Path, nargs="+", default=())
+    parser.add_argument("--lora_scale", type=float, nargs="+", default=(1.0,))
     parser.add_argument("--transformer_path", type=Path)
     parser.add_argument("--id_token", default="", help="also measure prompts with this token")
+    parser.add_argument("--learned_positions", choices=("keep", "interpolate", "drop"))
+    parser.add_argument("--size", type=Resolution.parse, default=SIZE, help="FxHxW of the clips")
     parser.add_argument("--clips", type=int, default=60, help="number of clips for each kind of prompt")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
@@ -143,13 +149,13 @@ def main() -> None:
         "--output_dir", type=Path, help="folder for table.json and one animation for each kind of prompt"
     )
     options = vars(parser.parse_args())
-    count, token, output_dir = (options.pop(name) for name in ("clips", "id_token", "output_dir"))
+    count, token, output_dir, size = (options.pop(name) for name in ("clips", "id_token", "output_dir", "size"))
     tuned = DemoArgs(prompt="", **options)
-    models = {"before": replace(tuned, lora_path=None, transformer_path=None)}
+    models = {"before": replace(tuned, lora_path=(), transformer_path=None)}
     if tuned.lora_path or tuned.transformer_path:
         models["after"] = tuned
-    prompts = {"known": make_cases(count, "")} | ({token: make_cases(count, token)} if token else {})
-    spec = read_spec(Path(tuned.model_path))
+    prompts = {"known": make_cases(count, "", size)} | ({token: make_cases(count, token, size)} if token else {})
+    spec = with_positions(tuned, read_spec(Path(tuned.model_path)))
 
     shares: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in prompts}
     shown: dict[str, dict[str, list[np.ndarray]]] = {kind: {} for kind in prompts}
@@ -158,7 +164,7 @@ def main() -> None:
         pipeline.set_progress_bar_config(disable=True)
         for kind, cases in prompts.items():
             started = time.perf_counter()
-            clips = list(generate(pipeline, args, spec, cases))
+            clips = list(generate(pipeline, args, spec, cases, size))
             print(f"{model}, {kind} prompts: {count} clips in {time.perf_counter() - started:.0f} s", flush=True)
             shares[kind][model] = summarize(cases, clips, spec.task)
             shown[kind][model] = clips[:COLUMNS]

@@ -35,7 +35,7 @@ from tests.golden_losses import compare_with_golden
 from tests.tiny_models import build
 from tests.zero_start import PROCESSES
 from utils.checkpoint.finetuned import find_transformer
-from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.lora_reader import WEIGHTS_FILE
 from utils.checkpoint.manager import PROGRESS_FILE
 from utils.checkpoint.stored_weights import read_merged
 from utils.commands import export

@@ -15,7 +15,7 @@ from PIL import Image
 
 import cli_demo
 from tests.conftest import FIRST_FRAME, arguments, generate, succeed
-from utils.checkpoint.lora_files import save_lora
+from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.generation.args import parse_demo, videos_of
@@ -37,7 +37,9 @@ def lora(tiny, data, tmp_path):
         for name, weight in transformer.named_parameters():
             if ".lora_B." in name:
                 weight.normal_(std=0.5)
-    save_lora(get_peft_model_state_dict(transformer), lora_config(args), tmp_path / "lora")
+    (tmp_path / "lora").mkdir()
+    paths = lora_paths(tmp_path / "lora", "diffusers", "")
+    save_lora(get_peft_model_state_dict(transformer), lora_config(args), paths, {})
     return tmp_path / "lora"
 
 

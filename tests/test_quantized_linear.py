@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import arguments, succeed
 from tests.gradients import compute_gradients, flatten, prepare_model
-from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.lora_reader import WEIGHTS_FILE
 from utils.memory.quantized_linear import QuantizedLinear, decode, encode
 from utils.training.trainable import trained_parameters
 

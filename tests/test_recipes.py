@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from examples.tiny_configs import VARIANTS
 from tests.conftest import ROOT, run
-from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.lora_reader import WEIGHTS_FILE
 
 pytestmark = pytest.mark.slow
 

@@ -29,7 +29,7 @@ from tests.conftest import (
     succeed,
 )
 from tests.golden_losses import compare_with_golden
-from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.lora_reader import WEIGHTS_FILE
 from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
 from utils.common.units import GIB
 from utils.model.spec import ModelSpec, read_spec

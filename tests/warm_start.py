@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
@@ -85,19 +86,33 @@ def record_python(command: Sequence[str], environment: Mapping[str, str]) -> lis
 
 
 class ForkedRank:
-    """A rank that the launcher forks in place of starting it; the part of `subprocess.Popen` that torchrun uses."""
+    """A rank that the launcher forks in place of starting it; the part of `subprocess.Popen` that torchrun uses.
+
+    A rank runs after the first `poll`, when all ranks are forked. A thread of the launcher holds a lock of the resolver
+    while it accepts the connection of a rank, and a rank forked at that moment would wait for the lock forever.
+    """
 
     def __init__(self, args: Sequence[str], env: dict[str, str]):
         self.args = args
         self.returncode: int | None = None
+        gate, self.gate = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            os.close(self.gate)
+            if not os.read(gate, 1):  # the launcher has ended
+                os._exit(1)
             os.setsid()
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):  # torchrun handles these
                 signal.signal(number, signal.SIG_DFL)
             _run_script(args[args.index("-u") + 1 :], env)
+        os.close(gate)
 
     def poll(self) -> int | None:
+        if self.gate:
+            with suppress(BrokenPipeError):  # the rank was killed
+                os.write(self.gate, b"1")
+            os.close(self.gate)
+            self.gate = 0
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None

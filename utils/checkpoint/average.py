@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils.checkpoint.export import export, open_checkpoint
-from utils.checkpoint.lora_files import WEIGHTS_FILE
+from utils.checkpoint.export import TransformerWeights, export, open_checkpoint
+from utils.checkpoint.lora_reader import WEIGHTS_FILE
 from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE
 from utils.checkpoint.resume import FIXED_OPTIONS
 from utils.checkpoint.stored_weights import StoredTensor, read_safetensors
@@ -111,8 +111,8 @@ def write_average(checkpoints: list[Path], folder: Path, is_lora: bool, dtype: t
             apply_umask(tmp_dir / WEIGHTS_FILE)
         else:
             opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
-            weights = mean([weights for weights, _ in opened], checkpoints)
-            export(weights, opened[0][1], tmp_dir / "transformer", dtype, "checkpoints")
+            weights = mean([dict(weights.tensors) for weights in opened], checkpoints)
+            export(TransformerWeights(weights, opened[0].config_file, "checkpoints"), tmp_dir / "transformer", dtype)
         shutil.copyfile(checkpoints[-1] / ARGS_FILE, tmp_dir / ARGS_FILE)
         tmp_dir.rename(folder)
     finally:
@@ -123,6 +123,11 @@ def write_average(checkpoints: list[Path], folder: Path, is_lora: bool, dtype: t
 def read_lora(checkpoint: Path) -> dict[str, StoredTensor]:
     """Opens the adapters of a checkpoint. Raises UserError if they are missing or damaged."""
     file = checkpoint / WEIGHTS_FILE
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing. If the run had --lora_format comfyui, write it with python -m utils.commands.export "
+            f"--checkpoint {checkpoint}."
+        )
     try:
         return read_safetensors([file])
     except (OSError, SafetensorError) as error:

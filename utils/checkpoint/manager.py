@@ -2,6 +2,7 @@
 
 checkpoint-N/                            state after N optimizer updates
     pytorch_lora_weights.safetensors     LoRA: the adapters, for `load_lora_weights` of diffusers
+    OUTPUT-checkpoint-N-comfyui.safetensors  LoRA with --lora_format comfyui or both: the same for ComfyUI
     transformer/                         SFT: the transformer, for `from_pretrained`; under ZeRO only in the last one
     args.json                            resolved arguments
     progress.json                        updates done, position in the sample stream, fingerprint of the base
@@ -21,8 +22,9 @@ import json
 import re
 import shutil
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils import serialization
 
-from utils.checkpoint.export import TRANSFORMER_CONFIG, export
-from utils.checkpoint.lora_files import save_lora
+from utils.checkpoint.export import TRANSFORMER_CONFIG, TransformerWeights, export
+from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.checkpoint.stored_weights import LATEST, rank_files, read_zero, zero_folder
 from utils.common.errors import UserError
 from utils.common.filesystem import apply_umask, disk_is_full
@@ -59,6 +61,7 @@ class Progress:
         samples_seen: position in the sample stream, over all ranks.
         zero_stage: ZeRO stage of the training state; 0 for DDP.
         num_processes: number of processes that share the training state.
+        objective: what `read_objective` returns for the base; empty in checkpoints of earlier versions.
         data: digest of the samples. With the same data, a resumed run continues in the same order.
     """
 
@@ -69,6 +72,7 @@ class Progress:
     num_processes: int = 1
     data: str = ""
     base_by_meaning: str = ""
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -130,7 +134,7 @@ class Checkpoints:
                     "The folder must be on a disk that all machines share.",
                     on_every_rank=False,
                 )
-            self._save_weights(tmp_dir)
+            self._save_weights(tmp_dir, lora_name(final))
             write_args(self.args, tmp_dir)
             (tmp_dir / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
             apply_umask(*tmp_dir.rglob("*.safetensors"))
@@ -178,10 +182,13 @@ class Checkpoints:
         self.accelerator.load_state(str(folder / TRAINING_STATE), map_location="cpu")
         self.accelerator.scaler = scaler
 
-    def _save_weights(self, folder: Path) -> None:
+    def _save_weights(self, folder: Path, name: str) -> None:
         """Writes the trained weights in the formats that users load. Runs on the main process only.
 
         Under ZeRO, adapters are read back from the files of all ranks.
+
+        Args:
+            name: see `lora_name`.
         """
         if self.uses_deepspeed:
             self.transformer.save_config(folder)
@@ -190,7 +197,10 @@ class Checkpoints:
             state = self._adapters(folder)
             if not self.uses_deepspeed:
                 save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
-            save_lora(state, lora_config(self.args), folder)
+            positions = self.args.model.learned_positions
+            stated = {} if positions is None else {"learned_positions": positions}
+            paths = lora_paths(folder, self.args.checkpoint.lora_format, name)
+            save_lora(state, lora_config(self.args), paths, stated)
         elif not self.uses_deepspeed:
             self.transformer.save_pretrained(folder / "transformer")
 
@@ -202,13 +212,18 @@ class Checkpoints:
         return {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.transformer).items()}
 
 
+def lora_name(checkpoint: Path) -> str:
+    """Returns the names of the run and the checkpoint, which name its ComfyUI file: t2v-lora-checkpoint-100."""
+    checkpoint = checkpoint.resolve()
+    return f"{checkpoint.parent.name}-{checkpoint.name}"
+
+
 def export_last_checkpoint(checkpoint: Path, args: Args) -> None:
     """Exports transformer/ into the last checkpoint of a run if only DeepSpeed's files hold its weights."""
     if args.model.training_type == "sft" and not (checkpoint / "transformer").exists():
         dtype = DTYPES[args.checkpoint.export_dtype or "bf16"]
-        export(
-            read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG, checkpoint / "transformer", dtype, "--output_dir"
-        )
+        weights = TransformerWeights(read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG, "--output_dir")
+        export(weights, checkpoint / "transformer", dtype)
 
 
 def checkpoint_bytes(args: Args, num_trained: int, uses_deepspeed: bool) -> int:
@@ -218,12 +233,13 @@ def checkpoint_bytes(args: Args, num_trained: int, uses_deepspeed: bool) -> int:
         num_trained: number of trained weights.
     """
     is_lora, is_float32 = args.model.training_type == "lora", args.training.mixed_precision == "no"
+    lora_files = 2 if args.checkpoint.lora_format == "both" else 1
     if uses_deepspeed:  # float32 weights and moments on all ranks, and the export of the last checkpoint
-        per_weight = 12.0 + (4 if is_lora or args.checkpoint.export_dtype == "fp32" else 2)
+        per_weight = 12.0 + (4 * lora_files if is_lora else 4 if args.checkpoint.export_dtype == "fp32" else 2)
     else:
         states = {"none": 8.0, "8bit": 2.0, "4bit": 1.5}[args.memory.quantize_optimizer]
         weights = DTYPES["fp32"] if is_lora else weight_dtype(args, uses_deepspeed)
-        copies = 2 if is_lora else 1  # adapters as trained and as users load them
+        copies = 1 + lora_files if is_lora else 1  # adapters as trained and as users load them
         per_weight = states + copies * weights.itemsize + 4 * (args.memory.offload_optimizer and not is_float32)
     return int(num_trained * per_weight)
 

@@ -29,7 +29,7 @@ from utils.model.loading import text_encoder_config
 from utils.model.published_configs import PUBLISHED, published_spec, published_text_encoder
 from utils.model.spec import ModelSpec, read_spec
 from utils.run.checks import model_errors
-from utils.run.preflight import fill_in_defaults
+from utils.run.preflight import fill_in_defaults, with_positions
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def make_context(train_flags: list[str], zero: str | None, num_processes: int) -
     """
     args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *train_flags])
     spec, text_encoder = load_spec(args.model.model_path, args.model.variant)
+    spec = with_positions(spec, args)
     args = fill_in_defaults(replace(args, model=replace(args.model, model_type=spec.task)), spec, zero is not None)
     if errors := [*args.errors(), *model_errors(args, spec, zero is not None, num_processes)]:
         raise UserError(errors)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -49,6 +50,9 @@ class InspectArgs:
         None, help="checkpoint that sets the default --fps and limits the resolutions; required for the cache options"
     )
     variant: str | None = option(None, help="as in training; part of the keys of the cache entries")
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None, help="as in training; decides on the sizes that CogVideoX-5b-I2V takes"
+    )
     enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
     inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
     verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
@@ -61,6 +65,8 @@ def main() -> None:
     if options.model_path is not None:
         model_dir = loading.resolve_model_dir(options.model_path)
         spec = read_spec(model_dir, options.variant)
+        if options.learned_positions is not None:
+            spec = spec.with_learned_positions(options.learned_positions)
     data = replace(data, fps=data.fps or (spec.fps if spec else 8.0))
     check(options, data, spec)
 

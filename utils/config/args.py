@@ -37,6 +37,11 @@ class ModelArgs:
         help="variant of the weights, such as fp16; components without weights of the variant use their plain ones",
     )
     training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: full fine-tuning")
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None,
+        help="CogVideoX-5b-I2V: its table of learned positions at other sizes; keep: only 480x720; interpolate: resize "
+        "the table; drop: use rotary positions alone; default: as the checkpoint was trained, otherwise keep",
+    )
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ class LoraArgs:
     )
     target_modules: tuple[str, ...] = option(
         ("to_q", "to_k", "to_v", "to_out.0"), help="names of the linear layers to adapt"
+    )
+    init_lora: Path | None = option(
+        None,
+        help="LoRA of any tool to start from, a file or folder; its rank and layers must be those of --rank and "
+        "--target_modules",
     )
 
     @property
@@ -196,6 +206,10 @@ class CheckpointArgs:
         help="sft under DeepSpeed: dtype of transformer/ in the last checkpoint; default: that of --mixed_precision",
     )
 
+    lora_format: Literal["diffusers", "comfyui", "both"] = option(
+        "diffusers", help="lora: format of the LoRA in a checkpoint; ComfyUI's has other names of the layers"
+    )
+
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "checkpointing_steps", "checkpointing_limit")
 
@@ -250,6 +264,14 @@ class Args:
             self.validation,
         ):
             yield from group.errors()
+        if self.model.training_type == "sft":
+            if self.lora.init_lora is not None:
+                yield "--init_lora is for --training_type lora; for sft, merge the LoRA into --model_path."
+            if self.checkpoint.lora_format != "diffusers":
+                yield (
+                    "--lora_format is for --training_type lora; for sft, convert a checkpoint with python -m "
+                    "utils.commands.export --format comfyui."
+                )
         if self.memory.quantize_base != "none" and self.model.training_type == "sft":
             yield "--quantize_base is for --training_type lora; full fine-tuning trains the base weights."
         accumulates = self.training.gradient_accumulation_steps != 1

@@ -56,10 +56,12 @@ def require_text(group: Any, *names: str) -> Iterator[str]:
 
 
 def require_finite(group: Any, *names: str) -> Iterator[str]:
-    """Yields an error for each named field that is NaN or infinite."""
+    """Yields an error for each named field, a number or a tuple of them, that is or holds NaN or an infinite number."""
     for name in names:
-        if not math.isfinite(getattr(group, name)):
-            yield f"--{name} is {getattr(group, name)}; it must be a finite number."
+        value = getattr(group, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not math.isfinite(number):
+                yield f"--{name} is {number}; it must be a finite number."
 
 
 def require_seed(seed: int) -> Iterator[str]:

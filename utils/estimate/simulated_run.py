@@ -27,6 +27,7 @@ from utils.estimate.memory_tracker import (
 )
 from utils.model.conditioning import rotary_table
 from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_PASS, encode_by_layers
+from utils.model.positions import set_learned_positions
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
@@ -227,6 +228,7 @@ def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
     """The transformer in training, on the meta device. Not compiled: fake tensors cannot measure compiled code."""
     with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(context.spec.transformer)
+    set_learned_positions(transformer, context.spec)
     torch.nn.Module.to(transformer, weight_dtype(context.args, context.uses_deepspeed))
     make_trainable(transformer, context.with_memory(compile_blocks=False).args)
     return transformer

@@ -47,10 +47,19 @@ class DemoArgs:
         "stretch",
         help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
     )
-    lora_path: Path | None = option(None, help="folder checkpoint-N of a LoRA run, or its .safetensors file")
-    lora_scale: float = option(1.0, help="adapter strength; 1.0: as trained; 0: base model")
+    lora_path: tuple[Path, ...] = option(
+        (), help="folder checkpoint-N of a LoRA run, or a LoRA file of diffusers, ComfyUI, peft or kohya; or several"
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), help="strength of the LoRAs, one for all or one per file; 1.0: as trained; 0: base model"
+    )
     transformer_path: Path | None = option(
         None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
+    )
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None,
+        help="CogVideoX-5b-I2V: its table of learned positions at other sizes than 480x720, as in training; default: "
+        "as the LoRA or the transformer was trained, otherwise keep",
     )
     output_path: Path | None = option(
         None, help="output .mp4 file, or a folder for several videos; default: output.mp4, or videos/"
@@ -120,7 +129,7 @@ class DemoArgs:
                 if self.is_single
                 else f"--output_path {self.output_path}: several videos need a folder."
             )
-        if self.compare and self.lora_path is None:
+        if self.compare and not self.lora_path:
             yield "--compare compares strengths of a LoRA; give --lora_path."
         if self.quantize != "none" and self.offload == "sequential":
             yield "--offload sequential moves plain weights; use --offload model with --quantize."

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dataset.stream_info import ClipError
+from dataset.containers import ClipError
 from dataset.video import Resolution, frames_available, probe
-from utils.checkpoint.finetuned import find_transformer
-from utils.checkpoint.lora_files import find_lora
+from utils.checkpoint.adapters import scales_for
+from utils.checkpoint.finetuned import find_transformer, trained_positions
+from utils.checkpoint.lora_reader import Lora, read_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import check_writable, unreadable
 from utils.generation.args import DemoArgs
 from utils.model import loading
-from utils.model.spec import ModelSpec
+from utils.model.positions import choose_positions
+from utils.model.spec import LEARNED, ModelSpec
 from utils.model.weight_files import check_shapes, check_weights, read_config
 from utils.training.trainable import compile_error
 
@@ -24,6 +26,19 @@ Result = TypeVar("Result")
 
 def task_of(args: DemoArgs, spec: ModelSpec) -> str:
     return args.generate_type or spec.task
+
+
+def with_positions(args: DemoArgs, spec: ModelSpec) -> ModelSpec:
+    """Returns the spec with the learned positions that the LoRA or the transformer was trained with.
+
+    `--learned_positions` decides if neither states them.
+
+    Raises:
+        UserError: it states others.
+    """
+    return choose_positions(
+        spec, args.learned_positions, *trained_positions(args.transformer_path, args.lora_path, spec)
+    )
 
 
 def choose_resolution(args: DemoArgs, spec: ModelSpec) -> Resolution:
@@ -77,12 +92,11 @@ def check_models(args: DemoArgs, spec: ModelSpec, report: CheckReport) -> None:
         report.errors.append(
             f"--generate_type {task} needs a checkpoint for {required}; {args.model_path} is one for {spec.task}."
         )
-    if args.lora_path is not None and args.transformer_path is not None:
+    if args.lora_path and args.transformer_path is not None:
         report.errors.append(
             "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
         )
-    if args.lora_path is not None:
-        report.run(find_lora, args.lora_path)
+    report.run(read_loras, args, spec)
     if args.transformer_path is not None:
         report.run(check_transformer, args.transformer_path, spec)
     if args.compile and (error := compile_error()):
@@ -107,6 +121,17 @@ def check_video(video: DemoArgs, spec: ModelSpec, resolution: Resolution, report
         errors.append(f"--output_path {video.output_path} is a folder; give the name of an .mp4 file.")
 
 
+def read_loras(args: DemoArgs, spec: ModelSpec) -> list[tuple[Lora, float]]:
+    """Reads the names and shapes of the LoRAs. Returns each with its scale.
+
+    Raises:
+        UserError: one is unusable, or the number of scales differs.
+    """
+    scales = scales_for(args.lora_path, args.lora_scale, "--lora_path")
+    loras = [read_lora(path, "--lora_path", spec.transformer) for path in args.lora_path]
+    return list(zip(loras, scales, strict=True))
+
+
 def check_transformer(path: Path, spec: ModelSpec) -> None:
     """Raises UserError if a fine-tuned transformer cannot replace the transformer of the base."""
     folder, flag = find_transformer(path), "--transformer_path"
@@ -120,7 +145,7 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
         return
     config = read_config(folder / "config.json", model_class, flag)
     for name, expected in spec.transformer.items():
-        if name[0] != "_" and config.get(name) != expected:
+        if name[0] != "_" and name != LEARNED and config.get(name) != expected:
             raise UserError(
                 f"{flag} {folder}: {name} is {config.get(name)}, but {expected} in the base; "
                 "was it trained on another checkpoint?"

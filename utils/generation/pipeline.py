@@ -16,12 +16,13 @@ from tqdm import tqdm
 from dataset.images import image_size, load_image
 from dataset.scan import REPORTED_CHANGE
 from dataset.video import ClipInfo, FrameSelection, Resolution, decode, probe, stretch
+from utils.checkpoint.adapters import add_loras, scales_for
 from utils.checkpoint.finetuned import find_transformer, load_merged
-from utils.checkpoint.lora_files import ADAPTER, load_lora
 from utils.generation.args import DemoArgs
-from utils.generation.checks import as_user_error, task_of
+from utils.generation.checks import as_user_error, read_loras, task_of
 from utils.memory.quantized_linear import quantize_blocks
 from utils.model import encoders, loading
+from utils.model.positions import set_learned_positions
 from utils.model.spec import ModelSpec
 
 
@@ -60,9 +61,14 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec) -> Any:
         transformer = loading.load_transformer(weights, dtype, variant=None if args.transformer_path else variant)
     else:
         transformer = load_merged(weights, spec.transformer, dtype)
-    if args.lora_path is not None:
-        matched = load_lora(transformer, args.lora_path, args.lora_scale)
-        print(f"LoRA: {matched} adapter modules matched, scale {args.lora_scale:g}, {args.lora_path}")
+    set_learned_positions(transformer, spec)
+    if args.lora_path:
+        loras, scales = zip(*read_loras(args, spec), strict=True)
+        add_loras(transformer, loras, scales)
+        for lora, scale in zip(loras, scales, strict=True):
+            for note in lora.notes:
+                print(f"Note: {note}")
+            print(f"LoRA: {len(lora.adapters)} adapter modules matched, scale {scale:g}, {lora.file}")
     if args.quantize != "none":
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(".lora_" in name)  # adapters are not quantized
@@ -89,8 +95,10 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec) -> Any:
 
 
 def scale_lora(pipeline: Any, args: DemoArgs, factor: float) -> None:
-    """Sets the strength of the LoRA to `factor` times --lora_scale; 0 gives the base."""
-    pipeline.transformer.set_adapters([ADAPTER], [args.lora_scale * factor])
+    """Sets the strengths of the LoRAs to `factor` times --lora_scale; 0 gives the base."""
+    scales = scales_for(args.lora_path, args.lora_scale, "--lora_path")
+    names = list(pipeline.transformer.peft_config)
+    pipeline.transformer.set_adapters(names, [scale * factor for scale in scales])
 
 
 def generate(

@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 import torch
 
 from dataset.manifest import Sample
+from utils.checkpoint.adapters import init_lora_errors
+from utils.checkpoint.lora_reader import read_lora
 from utils.checkpoint.manager import checkpoint_bytes
 from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
@@ -84,6 +86,19 @@ def model_errors(args: Args, spec: ModelSpec, uses_deepspeed: bool, num_processe
                 f"--target_modules {target}: it must name linear layers of the transformer only, such as to_q."
             )
     return errors
+
+
+def check_init_lora(args: Args, spec: ModelSpec) -> list[str]:
+    """Returns notes on the LoRA that a run starts from.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the transformer, `--rank` or `--target_modules`.
+    """
+    assert args.lora.init_lora is not None
+    lora = read_lora(args.lora.init_lora, "--init_lora", spec.transformer)
+    if errors := init_lora_errors(lora, spec.transformer, args):
+        raise UserError(errors)
+    return [*lora.notes, f"the adapters start from --init_lora {lora.file}."]
 
 
 def machine_errors(args: Args, uses_deepspeed: bool) -> list[str]:

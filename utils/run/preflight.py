@@ -24,8 +24,16 @@ from utils.config.deepspeed_config import find_template, resolve_template
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
-from utils.model.spec import ModelSpec, read_spec
-from utils.run.checks import check_disk_space, machine_errors, model_errors, prompt_notes, tracker_errors
+from utils.model.positions import choose_positions
+from utils.model.spec import LEARNED_POSITIONS, ModelSpec, read_objective, read_spec
+from utils.run.checks import (
+    check_disk_space,
+    check_init_lora,
+    machine_errors,
+    model_errors,
+    prompt_notes,
+    tracker_errors,
+)
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import RunPlan, make_plan
 from utils.training.trainable import compile_error, needs_autocast
@@ -61,6 +69,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     args, context = resolve_strategy(report, args, model, num_processes)
     check_output(report, args)
     resume_from, progress = choose_resume(report, args), None
+    check_initial_lora(report, args, model, resume_from)
     if context is not None:
         context = fit_memory(report, context, resume_from)
         args = context.args
@@ -84,8 +93,14 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 def read_model(args: Args) -> BaseModel:
     """Reads the configs of the checkpoint, and downloads it if it is an id on the hub. Raises UserError."""
     folder = loading.resolve_model_dir(args.model.model_path)
-    variant = args.model.variant
-    return BaseModel(folder, read_spec(folder, variant), loading.text_encoder_config(folder, variant))
+    spec = with_positions(read_spec(folder, args.model.variant), args)
+    return BaseModel(folder, spec, loading.text_encoder_config(folder, args.model.variant))
+
+
+def with_positions(spec: ModelSpec, args: Args) -> ModelSpec:
+    """Returns the spec of a base checkpoint with the learned positions of the run. Raises UserError."""
+    requested, stated = args.model.learned_positions, spec.transformer.get(LEARNED_POSITIONS)
+    return choose_positions(spec, requested, stated, f"--model_path {args.model.model_path}")
 
 
 def resolve_strategy(
@@ -122,6 +137,7 @@ def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) 
         export_dtype = "fp32" if precision == "no" else precision
     args = replace(
         args,
+        model=replace(args.model, learned_positions=args.model.learned_positions or spec.learned_positions),
         data=replace(args.data, fps=args.data.fps or spec.fps),
         training=replace(args.training, mixed_precision=precision),
         lora=replace(args.lora, lora_alpha=args.lora.alpha),
@@ -163,6 +179,16 @@ def choose_resume(report: CheckReport, args: Args) -> Path | None:
     return resume_from
 
 
+def check_initial_lora(report: CheckReport, args: Args, model: BaseModel, resume_from: Path | None) -> None:
+    """Checks the LoRA that a new run starts from. A checkpoint to resume from replaces it."""
+    if args.lora.init_lora is None or args.model.training_type != "lora":
+        return
+    if resume_from is None:
+        report.notes += report.run(check_init_lora, args, model.spec) or []
+    else:
+        report.notes.append(f"--init_lora {args.lora.init_lora} is not read; the run resumes from {resume_from}.")
+
+
 def fit_memory(report: CheckReport, context: RunContext, resume_from: Path | None) -> RunContext:
     """Chooses settings for `--vram_budget_gib`, or else checks that the run fits the free memory of the GPU.
 
@@ -191,6 +217,7 @@ def check_resume(
     start = Progress(
         base=loading.fingerprint(folder, variant=variant),
         base_by_meaning=loading.fingerprint(folder, by_meaning=True, variant=variant),
+        objective=read_objective(model.folder),
         zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
         num_processes=context.num_processes,
     )

@@ -143,15 +143,24 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
 
 def count_trained(config: dict, args: Args) -> int:
     """Returns the number of weights that a run trains. Reads no weights."""
-    transformer = _without_weights(config)
     if args.model.training_type == "sft":
-        return sum(parameter.numel() for parameter in transformer.parameters())
-    layers = {layer for target in args.lora.target_modules for layer in _matching_modules(transformer, target)}
+        return sum(parameter.numel() for parameter in _without_weights(config).parameters())
+    layers = linear_layers(config)
     return sum(
-        args.lora.rank * (layer.in_features + layer.out_features)
-        for layer in layers
-        if isinstance(layer, torch.nn.Linear)
+        args.lora.rank * (layers[name].in_features + layers[name].out_features)
+        for name in target_layers(config, args.lora.target_modules)
     )
+
+
+def linear_layers(config: dict) -> dict[str, torch.nn.Linear]:
+    """Returns name -> layer for the linear layers of a transformer, which can have adapters. Reads no weights."""
+    modules = _without_weights(config).named_modules()
+    return {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
+
+
+def target_layers(config: dict, target_modules: tuple[str, ...]) -> set[str]:
+    """Returns the names of the linear layers that get adapters. Reads no weights."""
+    return {name for name in linear_layers(config) if any(_is_target(name, target) for target in target_modules)}
 
 
 def invalid_target_modules(config: dict, target_modules: tuple[str, ...]) -> list[str]:
@@ -159,10 +168,10 @@ def invalid_target_modules(config: dict, target_modules: tuple[str, ...]) -> lis
 
     peft would also adapt the convolution `patch_embed.proj`, which LoRA loaders do not support.
     """
-    transformer = _without_weights(config)
+    modules = dict(_without_weights(config).named_modules())
 
     def is_valid(target: str) -> bool:
-        matches = _matching_modules(transformer, target)
+        matches = [module for name, module in modules.items() if _is_target(name, target)]
         return bool(matches) and all(isinstance(module, torch.nn.Linear) for module in matches)
 
     return [target for target in target_modules if not is_valid(target)]
@@ -173,6 +182,6 @@ def _without_weights(config: dict) -> CogVideoXTransformer3DModel:
         return CogVideoXTransformer3DModel.from_config(config)
 
 
-def _matching_modules(transformer: CogVideoXTransformer3DModel, target: str) -> list[torch.nn.Module]:
-    """Returns the modules that peft adapts for a target."""
-    return [module for name, module in transformer.named_modules() if f".{name}".endswith(f".{target}")]
+def _is_target(name: str, target: str) -> bool:
+    """Whether peft adapts a module for a target."""
+    return f".{name}".endswith(f".{target}")

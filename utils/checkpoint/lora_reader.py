@@ -1,0 +1,281 @@
+"""Reads LoRA files of diffusers, peft, ComfyUI, kohya's sd-scripts and CogVideo's SAT code.
+
+Every reader gives the same result: for each layer, A, B and the strength at which B A is added to the weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from utils.checkpoint.adapter_names import Part, describe_foreign, parse_name, sat_adapters
+from utils.checkpoint.stored_weights import StoredTensor, read_safetensors
+from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
+from utils.training.trainable import linear_layers
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_SUFFIX = "-comfyui.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # of diffusers: config of the adapters, in the file's metadata
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Entries of a .bin or .pt file that hold its tensors.
+_NESTED = ("module", "state_dict", "model")
+# DeepSpeed's files, which SAT writes, hold numpy's random state.
+_RANDOM_STATE = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]  # type: ignore[attr-defined]
+_MAX_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The change of one linear layer, `strength * B A`.
+
+    Attributes:
+        a: A [rank, in_features], as stored.
+        b: B [out_features, rank], as stored.
+        strength: alpha / rank; 1 if it is unknown.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    strength: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def change(self) -> torch.Tensor:
+        """Returns the change of the weight [out_features, in_features], float32."""
+        return self.strength * (self.b.read().float() @ self.a.read().float())
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA on disk.
+
+    Attributes:
+        file: where it was read.
+        flag: the option that names it, for messages.
+        adapters: layer, under diffusers' name -> its adapter.
+        metadata: of the file, without the config of the adapters.
+        notes: facts that the user should know, such as an unknown strength.
+    """
+
+    file: Path
+    flag: str
+    adapters: dict[str, Adapter]
+    metadata: dict[str, str]
+    notes: list[str]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({adapter.rank for adapter in self.adapters.values()})
+
+    def tensors(self, multiplier: float = 1.0) -> dict[str, torch.Tensor]:
+        """Reads the adapters under peft's names. Float32; the strength times `multiplier` is folded into B.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        tensors = {}
+        for layer, adapter in self.adapters.items():
+            tensors[f"{layer}.lora_A.weight"] = adapter.a.read().float()
+            tensors[f"{layer}.lora_B.weight"] = adapter.b.read().float() * (adapter.strength * multiplier)
+        if not_finite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(f"{self.flag} {self.file}: {not_finite[0]} holds values that are not finite.")
+        return tensors
+
+    def check_fits(self, config: dict[str, Any]) -> None:
+        """Raises UserError if an adapter does not fit its layer of a transformer with this config. Reads no weights."""
+        layers = linear_layers(config)
+        wrong = []
+        for name, adapter in self.adapters.items():
+            layer = layers.get(name)
+            if layer is None:
+                wrong.append(f"{name}, which it does not have as a linear layer")
+            elif (adapter.b.shape[0], adapter.a.shape[1]) != (layer.out_features, layer.in_features):
+                found, expected = f"{adapter.b.shape[0]}x{adapter.a.shape[1]}", tuple(layer.weight.shape)
+                wrong.append(f"{name}, which is {expected[0]}x{expected[1]} and not {found}")
+        if wrong:
+            raise UserError(
+                f"{self.flag} {self.file}: {len(wrong)} of {len(self.adapters)} adapters do not fit this transformer, "
+                f"such as that of {wrong[0]}. Was it trained on another checkpoint?"
+            )
+
+
+def lora_in(folder: Path) -> Path | None:
+    """Returns the LoRA file of a folder, by its name; None if there is none, or several for ComfyUI."""
+    named = [path for name in (WEIGHTS_FILE, _PEFT_FILE) if (path := folder / name).is_file()]
+    comfyui = list(folder.glob(f"*{COMFYUI_SUFFIX}"))
+    return named[0] if named else comfyui[0] if len(comfyui) == 1 else None
+
+
+def find_lora(path: Path, flag: str) -> Path:
+    """Returns the path of the weights file: `path` itself, or the file in the folder `path`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{flag} {path}: {unreadable(path) or 'there is no such file or folder'}.")
+    if (file := lora_in(path)) is not None:
+        return file
+    if (path / "transformer").is_dir() or (path / "config.json").is_file():
+        raise UserError(f"{flag} {path} holds a whole transformer; give it as --transformer_path.")
+    found = [file.parent for level in ("*", "*/*") for file in sorted(path.glob(f"{level}/{WEIGHTS_FILE}"))]
+    found += sorted(file for file in path.iterdir() if file.suffix == ".safetensors" or "_lora_" in file.name)
+    names = ", ".join(str(file.relative_to(path)) for file in found)
+    hint = f"; it has {names}. Give one of these" if found else ". Give the folder checkpoint-N of a LoRA run"
+    raise UserError(f"{flag} {path}: there is no {WEIGHTS_FILE} in it{hint}.")
+
+
+def stated_in_lora(path: Path) -> dict[str, str]:
+    """Returns the metadata of a LoRA file or of the one in a folder. Empty if it has none, or cannot be read."""
+    try:
+        with safe_open(find_lora(path, ""), framework="pt") as file:
+            return file.metadata() or {}
+    except (UserError, OSError, SafetensorError):
+        return {}
+
+
+def read_lora(path: Path, flag: str, config: dict[str, Any] | None = None) -> Lora:
+    """Reads the names and shapes of a LoRA's tensors, and its strength. The tensors stay on disk.
+
+    Args:
+        path: a file, a folder checkpoint-N, or a folder with one LoRA.
+        flag: the option that names it, for messages.
+        config: config of the transformer that the adapters must fit; None for any.
+
+    Raises:
+        UserError: there is no such file, or it holds something else, is incomplete, or does not fit.
+    """
+    file = find_lora(path, flag)
+    tensors, metadata = _open(file, flag)
+    is_sat = bool(sat := sat_adapters(tensors))
+    layers = _by_layer({name: tensors[name] for name in sat or tensors}, f"{flag} {file}")
+    strength_of = _strengths(file, metadata, flag)
+    adapters, unknown = {}, False
+    for layer, parts in layers.items():
+        a, b, alpha = parts["A"], parts["B"], parts.get("alpha")
+        rank = a.shape[0]
+        strength = float(alpha.read()) / rank if alpha is not None else strength_of(layer, rank)
+        unknown |= strength is None
+        if strength is None:
+            strength = 1 / rank if is_sat else 1.0
+        if not math.isfinite(strength):
+            raise UserError(f"{flag} {file}: the alpha of {layer} is not a finite number.")
+        adapters[layer] = Adapter(a, b, strength)
+    metadata.pop(METADATA_KEY, None)
+    lora = Lora(file, flag, adapters, metadata, [])
+    if unknown:
+        ranks = " or ".join(map(str, lora.ranks))
+        lora.notes.append(
+            f"{flag} {file} does not state its alpha. "
+            + (
+                f"The default of CogVideo's SAT code, alpha = 1, is used: scale 1/{ranks}."
+                if is_sat
+                else f"It is applied at scale 1, as if alpha were the rank, {ranks}. If it comes from CogVideo's "
+                f"SAT code, its scale is 1/{ranks}."
+            )
+        )
+    if config is not None:
+        lora.check_fits(config)
+    return lora
+
+
+def _open(file: Path, flag: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Returns the tensors of a safetensors or torch.save file, and its metadata. Raises UserError if it is damaged."""
+    if reason := unreadable(file):
+        raise UserError(f"{flag} {file}: {reason}.")
+    try:
+        if zipfile.is_zipfile(file):
+            return _read_pickle(file), {}
+        with safe_open(file, framework="pt") as weights:
+            metadata = weights.metadata() or {}
+        return read_safetensors([file]), metadata
+    except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
+        kind = "safetensors" if isinstance(error, SafetensorError | OSError) else "weights"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{flag} {file} cannot be read as {kind} ({reason}); is it complete?") from error
+
+
+def _read_pickle(file: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a file of torch.save, memory-mapped. Runs no code that the file may hold."""
+    with torch.serialization.safe_globals(_RANDOM_STATE):
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    for name in _NESTED:
+        if isinstance(content.get(name), dict):
+            content = content[name]
+    return {
+        name: StoredTensor(tuple(tensor.shape), tensor.detach)
+        for name, tensor in content.items()
+        if torch.is_tensor(tensor)
+    }
+
+
+def _by_layer(tensors: Mapping[str, StoredTensor], subject: str) -> dict[str, dict[Part, StoredTensor]]:
+    """Returns layer -> A, B and, if the file has it, alpha.
+
+    Raises:
+        UserError: a tensor fits no layer, or one is missing.
+    """
+    layers: dict[str, dict[Part, StoredTensor]] = {}
+    unmapped = []
+    for name, tensor in tensors.items():
+        parsed = parse_name(name)
+        if parsed is None or parsed[1] in layers.setdefault(parsed[0], {}):
+            unmapped.append(name)
+        else:
+            layers[parsed[0]][parsed[1]] = tensor
+    if unmapped and (foreign := describe_foreign(tensors)):
+        raise UserError(f"{subject} holds {foreign}")
+    if not tensors:
+        raise UserError(f"{subject} holds no tensors.")
+    if unmapped:
+        names = ", ".join(unmapped[:_MAX_NAMES]) + (" and others" if len(unmapped) > _MAX_NAMES else "")
+        raise UserError(f"{subject}: {len(unmapped)} of {len(tensors)} tensors fit no layer of CogVideoX: {names}.")
+    for layer, parts in layers.items():
+        if missing := [part for part in ("A", "B") if part not in parts]:
+            raise UserError(f"{subject} lacks the {missing[0]} of {layer}; is it complete?")
+        a, b = parts["A"].shape, parts["B"].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            raise UserError(f"{subject}: A {list(a)} and B {list(b)} of {layer} have no common rank.")
+    return layers
+
+
+def _strengths(file: Path, metadata: Mapping[str, str], flag: str) -> Callable[[str, int], float | None]:
+    """Returns a function: layer, rank -> strength that the file states for layers without an alpha of their own.
+
+    It is in the metadata of diffusers or kohya's sd-scripts, or in peft's `adapter_config.json` beside the file.
+    """
+    source = file.with_name(_PEFT_CONFIG)
+    try:
+        if METADATA_KEY in metadata:
+            stored = json.loads(metadata[METADATA_KEY])
+            config = {name.removeprefix("transformer."): value for name, value in stored.items()}
+        elif source.is_file():
+            config = json.loads(source.read_text())
+        else:
+            config = {"lora_alpha": float(metadata["ss_network_alpha"])} if "ss_network_alpha" in metadata else {}
+        alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        if not isinstance(alpha, int | float | None) or not all(isinstance(x, int | float) for x in patterns.values()):
+            raise ValueError("alpha is no number")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{flag} {file}: its adapter config cannot be read ({error}).") from error
+
+    def strength(layer: str, rank: int) -> float | None:
+        stated = patterns.get(get_pattern_key(list(patterns), layer), alpha)
+        return None if stated is None else stated / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return strength
