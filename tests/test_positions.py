@@ -133,7 +133,7 @@ def test_lora_states_its_positions_and_the_demo_follows(tiny, data, validation, 
         generate("--model_path", model, "--lora_path", lora, "--prompt", "x", "--output_path", videos[number], *demo)
     one, other = (list(open_reader(video).read(list(range(9)))) for video in videos.values())
     np.testing.assert_array_equal(one, other)
-    args = DemoArgs(prompt="x", model_path=str(model), lora_path=lora, learned_positions="drop")
+    args = DemoArgs(prompt="x", model_path=str(model), lora_path=(lora,), learned_positions="drop")
     with pytest.raises(UserError, match=f"--learned_positions drop: --lora_path .* was trained with {choice}"):
         with_positions(args, read_spec(model))
     resumed = arguments(model, data, out, "--resume_from_checkpoint", "latest", task="i2v")
