@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,12 +189,14 @@ def _open(file: Path, flag: str) -> tuple[dict[str, StoredTensor], dict[str, str
     if reason := unreadable(file):
         raise UserError(f"{flag} {file}: {reason}.")
     try:
-        if zipfile.is_zipfile(file):
+        with file.open("rb") as content:
+            is_zip = content.read(4) == b"PK\x03\x04"  # as torch.save writes it
+        if is_zip:
             return _read_pickle(file), {}
         with safe_open(file, framework="pt") as weights:
             metadata = weights.metadata() or {}
         return read_safetensors([file]), metadata
-    except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
+    except Exception as error:  # whatever the readers of pickle and safetensors files raise
         kind = "safetensors" if isinstance(error, SafetensorError | OSError) else "weights"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{flag} {file} cannot be read as {kind} ({reason}); is it complete?") from error
@@ -242,6 +243,8 @@ def _by_layer(tensors: Mapping[str, StoredTensor], subject: str) -> dict[str, di
         a, b = parts["A"].shape, parts["B"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
             raise UserError(f"{subject}: A {list(a)} and B {list(b)} of {layer} have no common rank.")
+        if "alpha" in parts and math.prod(parts["alpha"].shape) != 1:
+            raise UserError(f"{subject}: the alpha of {layer} is not a single number.")
     return layers
 
 
