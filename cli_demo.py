@@ -265,8 +265,9 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -
         loras, scales = read_loras(args, spec), scales_for(args.lora_path, args.lora_scale, "--lora_path")
         add_loras(transformer, loras, scales)
         for lora, scale in zip(loras, scales, strict=True):
-            print("\n".join(f"Note: {note}" for note in lora.notes), end="\n" * bool(lora.notes))
             print(f"LoRA: {len(lora.adapters)} adapter modules matched, scale {scale:g}, {lora.file}")
+            for note in lora.notes:
+                print(f"Note: {note}")
     cpu = torch.device("cpu")
     pipeline = loading.PIPELINES[task](
         tokenizer=tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -190,9 +191,20 @@ def test_files_of_sat_have_their_strength(trained, tmp_path):
     torch.save(
         {"module": module, "np_rng_state": random_state, "iteration": 1}, tmp_path / "mp_rank_00_model_states.pt"
     )
+    rename_in_zip(tmp_path / "mp_rank_00_model_states.pt", b"numpy._core.multiarray", b"numpy.core.multiarray")
     notes = load_lora(actual, tmp_path / "mp_rank_00_model_states.pt")
     torch.testing.assert_close(predict(actual, spec), predict(expected, spec), rtol=1e-4, atol=1e-4)
     assert "alpha = 1, is used: scale 1/8" in notes[0]
+
+
+def rename_in_zip(path: Path, old: bytes, new: bytes) -> None:
+    """Replaces text in the files of a zip archive, as if an old version had written it."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    assert any(old in content for content in contents.values())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content.replace(old, new))
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -29,8 +29,12 @@ METADATA_KEY = "lora_adapter_metadata"  # of diffusers: config of the adapters, 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Entries of a .bin or .pt file that hold its tensors.
 _NESTED = ("module", "state_dict", "model")
-# DeepSpeed's files, which SAT writes, hold numpy's random state.
-_RANDOM_STATE = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]  # type: ignore[attr-defined]
+# DeepSpeed's files, which SAT writes, hold numpy's random state. numpy 2 has renamed the module of its function.
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_RANDOM_STATE: list[Any] = [
+    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(np.ndarray, np.dtype, type(np.dtype("uint32"))),
+]
 _MAX_NAMES = 3
 
 
