@@ -59,6 +59,8 @@ def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, mo
     "options",
     [
         [],
+        ["--lora_format", "comfyui"],
+        ["--lora_format", "both"],
         ["--training_type", "sft"],
         ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "8bit"],
         ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "4bit"],

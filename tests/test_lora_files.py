@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
 from utils.commands import export
-from utils.common.errors import UserError
+from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
 from utils.model import loading
 from utils.model.conditioning import predict_velocity
 from utils.model.spec import read_spec
 from utils.run.checks import check_init_lora
-from utils.run.preflight import fill_in_defaults
+from utils.run.preflight import BaseModel, check_initial_lora, fill_in_defaults
 from utils.training.trainable import lora_config, make_trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -190,9 +191,20 @@ def test_files_of_sat_have_their_strength(trained, tmp_path):
     torch.save(
         {"module": module, "np_rng_state": random_state, "iteration": 1}, tmp_path / "mp_rank_00_model_states.pt"
     )
+    rename_in_zip(tmp_path / "mp_rank_00_model_states.pt", b"numpy._core.multiarray", b"numpy.core.multiarray")
     notes = load_lora(actual, tmp_path / "mp_rank_00_model_states.pt")
     torch.testing.assert_close(predict(actual, spec), predict(expected, spec), rtol=1e-4, atol=1e-4)
     assert "alpha = 1, is used: scale 1/8" in notes[0]
+
+
+def rename_in_zip(path: Path, old: bytes, new: bytes) -> None:
+    """Replaces text in the files of a zip archive, as if an old version had written it."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    assert any(old in content for content in contents.values())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content.replace(old, new))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -293,6 +305,39 @@ def test_lora_that_does_not_fit_the_run_is_refused(trained, tiny, data, tmp_path
     args = parse_args(arguments(model_dir, data, tmp_path, "--init_lora", folder, *options))
     with pytest.raises(UserError, match=message):
         check_init_lora(args, spec)
+
+
+def test_resumed_run_needs_no_lora(tiny, data, tmp_path):
+    args = parse_args(arguments(tiny("5b"), data, tmp_path, "--init_lora", "/nowhere"))
+    model, report = BaseModel(tiny("5b"), read_spec(tiny("5b")), {}), CheckReport()
+    check_initial_lora(report, args, model, tmp_path / "checkpoint-1")
+    assert not report.errors and report.notes[0].startswith("--init_lora /nowhere is not read; the run resumes from")
+    check_initial_lora(report, args, model, None)
+    assert report.errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "Give either --checkpoint"),
+        ("--checkpoint {lora} --merge_lora {lora}", "Give either --checkpoint"),
+        ("{merge}", "--merge_lora needs --model_path, the base, and --output_path"),
+        ("--checkpoint {lora} --lora_scale 2", "--lora_scale is for --merge_lora"),
+        ("--checkpoint {lora} --dtype bf16", "--dtype is for transformers"),
+        ("--checkpoint {lora}", "pytorch_lora_weights.safetensors already exists"),
+        ("--checkpoint {lora} --output_path {lora}/new", "new: the name of a .safetensors file is expected"),
+        ("--checkpoint /nowhere", "is not the folder checkpoint-N of a training run"),
+        ("{merge} --output_path {lora}/x.safetensors", "x.safetensors: a folder is expected"),
+        ("{merge} --output_path {lora}/x --format comfyui", "x: the name of a .safetensors file is expected"),
+        ("{merge} --output_path {lora}/x --lora_scale 1 2", "2 values for 1 files of --merge_lora"),
+        ("{merge} --output_path /proc/x/y", "--output_path /proc/x cannot be written to"),
+    ],
+)
+def test_wrong_exports_are_refused(trained, options, message):
+    model_dir, _, _, folder = trained("5b", 4)
+    options = options.format(lora=folder, merge=f"--merge_lora {folder} --model_path {model_dir}")
+    with pytest.raises(UserError, match=message):
+        convert(None, *options.split())
 
 
 def renamed(state: dict, count: int) -> dict:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,12 @@ METADATA_KEY = "lora_adapter_metadata"  # of diffusers: config of the adapters, 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Entries of a .bin or .pt file that hold its tensors.
 _NESTED = ("module", "state_dict", "model")
-# DeepSpeed's files, which SAT writes, hold numpy's random state.
-_RANDOM_STATE = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]  # type: ignore[attr-defined]
+# DeepSpeed's files, which SAT writes, hold numpy's random state. numpy 2 has renamed the module of its function.
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_RANDOM_STATE: list[Any] = [
+    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(np.ndarray, np.dtype, type(np.dtype("uint32"))),
+]
 _MAX_NAMES = 3
 
 
@@ -199,12 +202,14 @@ def _open(file: Path, flag: str) -> tuple[dict[str, StoredTensor], dict[str, str
     if reason := unreadable(file):
         raise UserError(f"{flag} {file}: {reason}.")
     try:
-        if zipfile.is_zipfile(file):
+        with file.open("rb") as content:
+            is_zip = content.read(4) == b"PK\x03\x04"  # as torch.save writes it
+        if is_zip:
             return _read_pickle(file), {}
         with safe_open(file, framework="pt") as weights:
             metadata = weights.metadata() or {}
         return read_safetensors([file]), metadata
-    except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
+    except Exception as error:  # whatever the readers of pickle and safetensors files raise
         kind = "safetensors" if isinstance(error, SafetensorError | OSError) else "weights"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{flag} {file} cannot be read as {kind} ({reason}); is it complete?") from error
@@ -251,6 +256,8 @@ def _by_layer(tensors: Mapping[str, StoredTensor], subject: str) -> dict[str, di
         a, b = parts["A"].shape, parts["B"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
             raise UserError(f"{subject}: A {list(a)} and B {list(b)} of {layer} have no common rank.")
+        if "alpha" in parts and math.prod(parts["alpha"].shape) != 1:
+            raise UserError(f"{subject}: the alpha of {layer} is not a single number.")
     return layers
 
 
