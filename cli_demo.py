@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
+from dataset.condition_frames import LAST
 from dataset.images import image_size, load_image
 from dataset.scan import REPORTED_CHANGE
 from dataset.stream_info import ClipError
@@ -35,6 +36,8 @@ from utils.config.options import (
     require_text,
 )
 from utils.model import loading
+from utils.model.conditioned_pipeline import Condition
+from utils.model.encoders import to_model_range
 from utils.model.positions import choose_positions, set_learned_positions
 from utils.model.spec import LEARNED, ModelSpec, read_spec
 from utils.model.weight_files import check_shapes, check_weights, read_config
@@ -50,6 +53,17 @@ class DemoArgs:
     negative_prompt: str = option("", help="text that the video should not match")
     generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
     image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
+    last_image: Path | None = option(
+        None, help="i2v: last frame, for a LoRA or transformer trained with --condition_frames first_last"
+    )
+    prefix_video: Path | None = option(
+        None,
+        help="i2v: clip to continue, in place of the first frame, for a LoRA or transformer trained with "
+        "--condition_frames prefix:N",
+    )
+    prefix_frames: int | None = option(
+        None, help="number of frames N, 4k+1, to take from the end of --prefix_video; default: as many as it has"
+    )
     resize_mode: Literal["stretch", "crop"] = option(
         "stretch",
         help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
@@ -90,6 +104,14 @@ class DemoArgs:
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
         yield from require_seed(self.seed)
+        if self.prefix_frames is not None and (self.prefix_frames < 5 or self.prefix_frames % 4 != 1):
+            yield f"--prefix_frames is {self.prefix_frames}; it must be 4k+1 and at least 5, such as 5 or 9."
+        if self.prefix_frames is not None and self.prefix_video is None:
+            yield "--prefix_frames needs --prefix_video."
+        if self.prefix_video is not None and self.last_image is not None:
+            yield "--prefix_video and --last_image cannot be combined; no training gives a model both."
+        if self.prefix_video is not None and self.image_or_video_path is not None:
+            yield "--prefix_video gives the first frames; leave --image_or_video_path out."
         yield from require_text(self, "prompt", "negative_prompt")
         yield from require_finite(self, "lora_scale", "guidance_scale")
         if self.strength > 1:
@@ -105,9 +127,12 @@ def main() -> None:
     task = args.generate_type or spec.task
     resolution = choose_resolution(args, spec, task)
     check(args, spec, task, resolution)
-    task_inputs = read_task_inputs(args, spec, task, resolution)
+    condition = read_condition(args, spec, resolution)
+    task_inputs = read_task_inputs(args, spec, task, resolution, condition)
 
     pipeline = load_pipeline(args, model_dir, spec, task)
+    if condition is not None:
+        pipeline.condition = condition
     print(f"Generating {task}, {resolution}, {args.num_inference_steps} steps, seed {args.seed}", flush=True)
     notes = loading.variant_notes(model_dir, args.variant)
     for note in notes + (spec.frames_notes(resolution.frames) if task != "v2v" else []):
@@ -179,8 +204,11 @@ def check(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) ->
         errors.append(f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49.")
     if task == "v2v" and int(args.num_inference_steps * args.strength) == 0:
         errors.append(f"--strength {args.strength} of --num_inference_steps {args.num_inference_steps} leaves no step.")
-    if task != "t2v" and args.image_or_video_path is None:
+    if task != "t2v" and args.image_or_video_path is None and args.prefix_video is None:
         errors.append(f"{task} needs --image_or_video_path.")
+    for flag in ("last_image", "prefix_video"):
+        if task != "i2v" and getattr(args, flag) is not None:
+            errors.append(f"--{flag} is for image to video (i2v); this is {task}.")
     if task == "t2v" and args.image_or_video_path is not None:
         errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
     if args.lora_path is not None and args.transformer_path is not None:
@@ -219,41 +247,78 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
     check_weights(folder, flag, model_class, config)
 
 
-def read_task_inputs(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) -> dict[str, Any]:
+def read_condition(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> Condition | None:
+    """Returns the last image or the end of the clip to continue; None if neither is given.
+
+    Raises:
+        UserError: a file cannot be read, or the clip does not have fewer frames than the video.
+    """
+    if args.last_image is not None:
+        flag = "--last_image"
+        height, width = as_user_error(image_size, args.last_image, flag=flag)
+        note_stretch(args, args.last_image, ClipInfo(1, 1.0, 0.0, height, width), resolution)
+        frames = as_user_error(load_image, args.last_image, resolution, args.resize_mode, flag=flag)[None]
+        return Condition(spec, LAST, to_model_range(frames)[None])
+    if args.prefix_video is None:
+        return None
+    path, flag, fps = args.prefix_video, "--prefix_video", args.fps or spec.fps
+    info = as_user_error(probe, path, flag=flag)
+    note_stretch(args, path, info, resolution)
+    available = frames_available(info, fps)
+    count = args.prefix_frames or (available - 1) // 4 * 4 + 1
+    if not 5 <= count <= available:
+        raise UserError(f"{flag} {path}: it has {available} frames at {fps:g} fps, but {max(count, 5)} are needed.")
+    if count >= resolution.frames:
+        raise UserError(
+            f"{flag} {path}: its {count} frames at {fps:g} fps leave nothing to generate of {resolution.frames}; "
+            "take fewer with --prefix_frames, such as 9."
+        )
+    print(f"{path}: the last {count} of {available} frames at {fps:g} fps are the first frames of the video")
+    size = replace(resolution, frames=count)
+    selection = FrameSelection(size, fps, args.resize_mode, available - count, count)
+    return Condition(spec, f"prefix:{count}", to_model_range(as_user_error(decode, path, selection, flag=flag))[None])
+
+
+def read_task_inputs(
+    args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution, condition: Condition | None
+) -> dict[str, Any]:
     """Returns the pipeline inputs that depend on the task: number of frames, condition image, source clip.
 
     Raises:
         UserError: the image or the clip cannot be read.
     """
     path = args.image_or_video_path
+    if args.prefix_video is not None and condition is not None:
+        first = ((condition.frames[0, 0] + 1) * 127.5).round().byte()  # the condition takes its place
+        return {"num_frames": resolution.frames, "image": Image.fromarray(first.numpy())}
     if path is None:
         return {"num_frames": resolution.frames}
     if task == "i2v":
         height, width = as_user_error(image_size, path)
-        note_stretch(args, ClipInfo(1, 1.0, 0.0, height, width), resolution)
+        note_stretch(args, path, ClipInfo(1, 1.0, 0.0, height, width), resolution)
         pixels = as_user_error(load_image, path, resolution, args.resize_mode)
         return {"num_frames": resolution.frames, "image": Image.fromarray(pixels.numpy())}
-    note_stretch(args, as_user_error(probe, path), resolution)
+    note_stretch(args, path, as_user_error(probe, path), resolution)
     selection = FrameSelection(resolution, args.fps or spec.fps, args.resize_mode, 0, resolution.frames)
     clip = as_user_error(decode, path, selection)
     return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
 
 
-def note_stretch(args: DemoArgs, info: ClipInfo, resolution: Resolution) -> None:
+def note_stretch(args: DemoArgs, path: Path, info: ClipInfo, resolution: Resolution) -> None:
     """Prints a note if the given image or clip has another shape than the video."""
     change = stretch(info, resolution)
     if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
-        print(f"Note: {args.image_or_video_path} is stretched by {change:.0%}; --resize_mode crop keeps its shape.")
+        print(f"Note: {path} is stretched by {change:.0%}; --resize_mode crop keeps its shape.")
 
 
-def as_user_error(function: Any, path: Path, *args: Any) -> Any:
-    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError."""
+def as_user_error(function: Any, path: Path, *args: Any, flag: str = "--image_or_video_path") -> Any:
+    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError that names the flag."""
     if reason := unreadable(path):
-        raise UserError(f"--image_or_video_path: {reason}.")
+        raise UserError(f"{flag}: {reason}.")
     try:
         return function(path, *args)
     except ClipError as error:
-        raise UserError(f"--image_or_video_path {path} {error}.") from error
+        raise UserError(f"{flag} {path} {error}.") from error
 
 
 def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -> Any:
