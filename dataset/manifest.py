@@ -100,10 +100,10 @@ def read_manifest(
     captions: str = "",
     videos: str | None = None,
     images: str | None = None,
-    last_images: str | None = None,
     id_token: str = "",
     flag: str = "--data_root",
     table: Table | None = None,
+    last_images: str | None = None,
 ) -> list[Sample]:
     """Reads the samples of a data folder.
 

@@ -83,7 +83,9 @@ def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) 
         samples = read(table=Table(table, ("prompt",), optional))
     else:
         videos = data.video_column if resolve(root, data.video_column).exists() or not root.is_dir() else None
-        samples = read(options.validation_prompts, videos, options.validation_images, options.validation_last_images)
+        samples = read(
+            options.validation_prompts, videos, options.validation_images, last_images=options.validation_last_images
+        )
     if task == "i2v" and not all(sample.video or sample.image for sample in samples):
         raise UserError(
             f"--validation_dir {root}: image-to-video needs an image for each prompt; give --validation_images, or a "
