@@ -30,12 +30,12 @@ from utils.common.filesystem import flags_in_errors
 from utils.generation.args import DemoArgs, parse_demo, settings_of, videos_of
 from utils.generation.checks import check, task_of, with_positions
 from utils.generation.comparison import save_picture, side_by_side
+from utils.generation.inputs import files_of, notes_of
 from utils.generation.pipeline import (
     device_here,
     encode_prompts,
     generate,
     load_pipeline,
-    notes_of,
     scale_lora,
     working_dtype,
 )
@@ -91,7 +91,7 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
         "dtype": str(working_dtype(video, model_dir)).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    files = filter(None, (*video.lora_path, video.transformer_path, video.image_or_video_path))
+    files = filter(None, (*video.lora_path, video.transformer_path, *files_of(video).values()))
     return make_record(settings_of(video), resolved, model_dir, video.variant, files)
 
 

@@ -168,7 +168,9 @@ def train(plan: RunPlan) -> None:
 
     # ---- objective and metrics
     alphas_cumprod = loading.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
-    objective = DenoisingObjective(plan.spec, alphas_cumprod, compute_dtype(args), args.data.image_dropout)
+    objective = DenoisingObjective(
+        plan.spec, alphas_cumprod, compute_dtype(args), args.data.image_dropout, args.data.condition_frames
+    )
     metrics = Metrics(accelerator, args.output.output_dir, args.as_dict(), progress.step, plan.total_steps)
     if plan.validation and progress.step == 0:
         validate(accelerator, transformer, objective, plan, 0, metrics)  # the base model, as a baseline

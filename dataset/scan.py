@@ -84,7 +84,8 @@ def scan_files(
     Returns:
         Path -> facts of each readable file, and path -> error of each other file.
     """
-    is_image = {sample.image: True for sample in samples if sample.image is not None}
+    images = (path for sample in samples for path in (sample.image, sample.last_image) if path is not None)
+    is_image = dict.fromkeys(images, True)
     is_image |= {sample.video: False for sample in samples if sample.video is not None}
     facts, errors, new = {}, {}, []
     for path in is_image:

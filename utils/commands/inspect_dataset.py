@@ -194,8 +194,9 @@ def maintain_cache(
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
     encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
-    all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
-    used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
+    all_keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
+    all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
+    used = {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:

@@ -43,6 +43,17 @@ class DemoArgs:
     negative_prompt: str = option("", help="text that the video should not match")
     generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
     image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
+    last_image: Path | None = option(
+        None, help="i2v: last frame, for a LoRA or transformer trained with --condition_frames first_last"
+    )
+    prefix_video: Path | None = option(
+        None,
+        help="i2v: clip to continue, in place of the first frame, for a LoRA or transformer trained with "
+        "--condition_frames prefix:N",
+    )
+    prefix_frames: int | None = option(
+        None, help="number of frames N, 4k+1, to take from the end of --prefix_video; default: as many as it has"
+    )
     resize_mode: Literal["stretch", "crop"] = option(
         "stretch",
         help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
@@ -111,6 +122,14 @@ class DemoArgs:
             self, "num_videos", "num_frames", "height", "width", "fps", "num_inference_steps", "strength"
         )
         yield from require_seed(self.seed)
+        if self.prefix_frames is not None and (self.prefix_frames < 5 or self.prefix_frames % 4 != 1):
+            yield f"--prefix_frames is {self.prefix_frames}; it must be 4k+1 and at least 5, such as 5 or 9."
+        if self.prefix_frames is not None and self.prefix_video is None:
+            yield "--prefix_frames needs --prefix_video."
+        if self.prefix_video is not None and self.last_image is not None:
+            yield "--prefix_video and --last_image cannot be combined; no training gives a model both."
+        if self.prefix_video is not None and self.image_or_video_path is not None:
+            yield "--prefix_video gives the first frames; leave --image_or_video_path out."
         yield from require_text(self, *(name for name in ("prompt", "negative_prompt") if getattr(self, name)))
         yield from require_finite(self, "lora_scale", "guidance_scale")
         if not self.model_path:
@@ -137,9 +156,11 @@ class DemoArgs:
 
 # The flags of one video, which a line of the prompt file may hold; all others are the same for every video.
 PER_VIDEO = (
-    *("prompt", "negative_prompt", "image_or_video_path", "resize_mode", "num_frames", "height", "width", "fps"),
-    *("num_inference_steps", "guidance_scale", "strength", "seed"),
+    *("prompt", "negative_prompt", "image_or_video_path", "last_image", "prefix_video", "prefix_frames"),
+    *("resize_mode", "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "strength"),
+    "seed",
 )
+PATHS = {"image_or_video_path", "last_image", "prefix_video"}
 ALIASES = {"image": "image_or_video_path", "video": "image_or_video_path"}
 ONE_VIDEO: dict[str, Any] = {"prompt_file": None, "num_videos": 1, "output_path": None}
 # The flags that say which videos to make and where, and not how a video looks.
@@ -242,8 +263,8 @@ def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
             continue
         try:
             values: dict[str, Any] = parse_object(line) if file.suffix == ".jsonl" else {"prompt": line.strip()}
-            if "image_or_video_path" in values:
-                values["image_or_video_path"] = file.parent / expand_user(str(values["image_or_video_path"]))
+            for name in PATHS & values.keys():
+                values[name] = file.parent / expand_user(str(values[name]))
             flags = [f"--{name}={value}" for name, value in values.items()]
             video = replace(collect(vars(parser.parse_args(flags)), DemoArgs), **ONE_VIDEO)
             errors += [f"--prompt_file {file}, line {number}: {error}" for error in video.errors()]

@@ -113,8 +113,11 @@ def check_video(video: DemoArgs, spec: ModelSpec, resolution: Resolution, report
         errors.append(
             f"--strength {video.strength} of --num_inference_steps {video.num_inference_steps} leaves no step."
         )
-    if task != "t2v" and video.image_or_video_path is None:
+    if task != "t2v" and video.image_or_video_path is None and video.prefix_video is None:
         errors.append(f"{task} needs --image_or_video_path.")
+    for flag in ("last_image", "prefix_video"):
+        if task != "i2v" and getattr(video, flag) is not None:
+            errors.append(f"--{flag} is for image to video (i2v); this is {task}.")
     if task == "t2v" and video.image_or_video_path is not None:
         errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
     if video.output_path is not None and video.output_path.is_dir():
@@ -153,11 +156,13 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
     check_weights(folder, flag, model_class, config)
 
 
-def as_user_error(function: Callable[..., Result], path: Path, *args: object) -> Result:
-    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError."""
+def as_user_error(
+    function: Callable[..., Result], path: Path, *args: object, flag: str = "--image_or_video_path"
+) -> Result:
+    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError that names the flag."""
     if reason := unreadable(path):
-        raise UserError(f"--image_or_video_path: {reason}.")
+        raise UserError(f"{flag}: {reason}.")
     try:
         return function(path, *args)
     except ClipError as error:
-        raise UserError(f"--image_or_video_path {path} {error}.") from error
+        raise UserError(f"{flag} {path} {error}.") from error

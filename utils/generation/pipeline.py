@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.images import image_size, load_image
-from dataset.scan import REPORTED_CHANGE
-from dataset.video import ClipInfo, FrameSelection, Resolution, decode, probe, stretch
+from dataset.video import Resolution
 from utils.checkpoint.adapters import add_loras, scales_for
 from utils.checkpoint.finetuned import find_transformer, load_merged
 from utils.generation.args import DemoArgs
-from utils.generation.checks import as_user_error, read_loras, task_of
+from utils.generation.checks import read_loras, task_of
+from utils.generation.inputs import read_condition, read_task_inputs
 from utils.memory.quantized_linear import quantize_blocks
 from utils.model import encoders, loading
 from utils.model.positions import set_learned_positions
@@ -113,6 +112,10 @@ def generate(
         UserError: the image or the clip cannot be read.
     """
     assert args.prompt is not None
+    condition = read_condition(args, spec, resolution)
+    task_inputs = read_task_inputs(args, spec, resolution, condition)
+    if task_of(args, spec) == "i2v":
+        pipeline.condition = condition
     prompt, negative_prompt = (
         embeddings[text].to(device_here(), pipeline.vae.dtype) for text in (args.prompt, args.negative_prompt)
     )
@@ -125,39 +128,5 @@ def generate(
         guidance_scale=args.guidance_scale,
         generator=torch.Generator().manual_seed(args.seed),
         max_sequence_length=spec.max_text_seq_length,
-        **read_task_inputs(args, spec, resolution),
+        **task_inputs,
     ).frames[0]
-
-
-def read_task_inputs(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> dict[str, Any]:
-    """Returns the pipeline inputs that depend on the task: number of frames, condition image, source clip.
-
-    Raises:
-        UserError: the image or the clip cannot be read.
-    """
-    path = args.image_or_video_path
-    if path is None:
-        return {"num_frames": resolution.frames}
-    if task_of(args, spec) == "i2v":
-        pixels = as_user_error(load_image, path, resolution, args.resize_mode)
-        return {"num_frames": resolution.frames, "image": Image.fromarray(pixels.numpy())}
-    selection = FrameSelection(resolution, args.fps or spec.fps, args.resize_mode, 0, resolution.frames)
-    clip = as_user_error(decode, path, selection)
-    return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
-
-
-def notes_of(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> list[str]:
-    """Returns notes on a length that the model was not trained for, and on a stretched image or clip.
-
-    Raises:
-        UserError: the image or the clip cannot be read.
-    """
-    task, path = task_of(args, spec), args.image_or_video_path
-    notes = [] if task == "v2v" else spec.frames_notes(resolution.frames)
-    if path is None:
-        return notes
-    info = ClipInfo(1, 1.0, 0.0, *as_user_error(image_size, path)) if task == "i2v" else as_user_error(probe, path)
-    change = stretch(info, resolution)
-    if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
-        notes.append(f"{path} is stretched by {change:.0%}; --resize_mode crop keeps its shape.")
-    return notes

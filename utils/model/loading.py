@@ -18,7 +18,6 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDPMScheduler,
-    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     CogVideoXVideoToVideoPipeline,
@@ -30,13 +29,14 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
 from utils.common.filesystem import disk_is_full, expand_user, unreadable_in
+from utils.model.conditioned_pipeline import ConditionedImageToVideoPipeline
 from utils.model.spec import COMPONENTS
 from utils.model.weight_files import has_variant, weight_files
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {
     "t2v": CogVideoXPipeline,
-    "i2v": CogVideoXImageToVideoPipeline,
+    "i2v": ConditionedImageToVideoPipeline,
     "v2v": CogVideoXVideoToVideoPipeline,
 }
 # Entries of a config that name the software which wrote it.
