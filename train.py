@@ -27,7 +27,7 @@ from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
 from utils.checkpoint.adapters import start_from
 from utils.checkpoint.lora_reader import read_lora
-from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, write_args
+from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, find_checkpoints, write_args
 from utils.checkpoint.resume import choose_checkpoint
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
@@ -36,12 +36,13 @@ from utils.common.heartbeat import HeartbeatBarrier
 from utils.common.processes import end_with_parent, exit_without_teardown
 from utils.common.seeds import DRAWS, seed_for
 from utils.common.subprocesses import run_in_subprocess
-from utils.config.args import parse_args
+from utils.config.args import Args, parse_args
 from utils.estimate.prediction import describe_prediction, predict
 from utils.model import loading
 from utils.model.positions import set_learned_positions
 from utils.run.describe import describe
 from utils.run.fill_cache import fill_cache
+from utils.run.hub import push
 from utils.run.plan import RunPlan
 from utils.run.preflight import preflight
 from utils.run.validation import validate
@@ -114,7 +115,16 @@ def finish(processes: PartialState, plan: RunPlan) -> None:
     assert plan.resume_from is not None
     if processes.is_main_process:
         export_last_checkpoint(plan.resume_from, plan.args)
+    if processes.is_main_process:
+        publish(plan.args)
     processes.print(f"{plan.resume_from} has all of the {plan.total_steps} steps; nothing is left to do.")
+
+
+def publish(args: Args) -> None:
+    """Publishes the last checkpoint if --push_to_hub asks for it."""
+    if args.output.push_to_hub is not None:
+        checkpoint = find_checkpoints(args.output.output_dir)[-1]
+        print(f"Published {push(checkpoint, args.output.push_to_hub, args.output.hub_private)}")
 
 
 def train(plan: RunPlan) -> None:
@@ -153,7 +163,7 @@ def train(plan: RunPlan) -> None:
         accelerator.print(
             "Note: the samples, the seed or the samples per update have changed, so the sample order is new."
         )
-    progress.data = plan.data_digest
+    progress.data, progress.num_samples = plan.data_digest, len(plan.samples)
     dataset = CachedDataset(LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed)
     stream = SampleStream(
         [clip_sample.resolution for clip_sample in plan.samples],
@@ -232,6 +242,8 @@ def train(plan: RunPlan) -> None:
     profiler.stop()
     metrics.close()
     accelerator.print(f"Done: step {progress.step}, {timer.summary()}, {peak_memory()}.")
+    if accelerator.is_main_process:
+        publish(args)
 
 
 if __name__ == "__main__":

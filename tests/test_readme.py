@@ -28,6 +28,7 @@ OWN_OPTIONS = {
     "cli_demo.py": "utils/generation/args.py",
     "utils.commands.average": "utils/commands/average.py",
     "utils.commands.export": "utils/commands/export.py",
+    "utils.commands.push_to_hub": "utils/commands/push_to_hub.py",
 }
 # Programs of other projects, and their flags that the pages name.
 FOREIGN_PROGRAMS, FOREIGN_FLAGS = {"venv", "zero_to_fp32.py"}, {"help", "safe_serialization"}

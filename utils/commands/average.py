@@ -6,7 +6,6 @@ python -m utils.commands.average outputs/t2v-lora        # the table of all chec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from utils.common.errors import UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, flags_in_errors
 from utils.config.options import make_parser, option, parse_group
 from utils.model.loading import DTYPES
-from utils.training.metrics import METRICS_FILE
+from utils.training.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -69,26 +68,18 @@ def print_losses(checkpoints: list[Path]) -> None:
     rows = []
     for checkpoint in checkpoints:
         step = read_record(checkpoint).step
-        rows.append((checkpoint, step, held_out_losses(checkpoint.parent).get(step)))
+        losses = [
+            line["held_out_loss"]
+            for line in read_metrics(checkpoint.parent)
+            if line["step"] == step and "held_out_loss" in line
+        ]
+        rows.append((checkpoint, step, losses[-1] if losses else None))
     best = min((loss for *_, loss in rows if loss is not None), default=None)
     width = max(len(str(checkpoint)) for checkpoint in checkpoints)
     print(f"{'checkpoint':{width}}    step  held-out loss")
     for checkpoint, step, loss in rows:
         text = "no validation" if loss is None else f"{loss:13.5f}" + ("  best" if loss == best else "")
         print(f"{checkpoint!s:{width}}  {step:6}  {text}")
-
-
-def held_out_losses(run: Path) -> dict[int, float]:
-    """Returns step -> held-out loss of the metrics file in the output folder of a run."""
-    file, losses = run / METRICS_FILE, {}
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:  # cut off by a kill
-            continue
-        if "held_out_loss" in values:
-            losses[values["step"]] = values["held_out_loss"]
-    return losses
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ class OutputArgs:
     )
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", help="metric trackers to use")
     dry_run: bool = option(False, help="run all checks, print the plan of the run and stop")
+    push_to_hub: str | None = option(
+        None,
+        help="publish the last checkpoint on the model hub under this name, by default that of --output_dir, with a "
+        "model card; needs a token",
+        alone="",
+    )
+    hub_private: bool = option(True, help="whether a new repository of --push_to_hub is private")
     profile: int = option(0, help="number of updates to trace with the torch profiler, after three updates of warm-up")
 
     def errors(self) -> Iterator[str]:

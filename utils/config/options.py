@@ -31,7 +31,12 @@ RENAMED_FLAGS = {
 
 
 def option(
-    default: Any = MISSING, *, help: str, aliases: dict[str, str] | None = None, positional: bool = False
+    default: Any = MISSING,
+    *,
+    help: str,
+    aliases: dict[str, str] | None = None,
+    positional: bool = False,
+    alone: str | None = None,
 ) -> Any:
     """Declares a dataclass field that is a command-line flag.
 
@@ -39,8 +44,10 @@ def option(
         default: default value; the flag is required without one.
         aliases: for a `Literal`, alternative spelling -> value. With an alias `true`, the flag alone means it too.
         positional: whether the value is given without a flag; it is required then.
+        alone: value that the flag has without one; None if it needs one.
     """
-    return field(default=default, metadata={"help": help, "aliases": aliases, "positional": positional})
+    metadata = {"help": help, "aliases": aliases, "positional": positional, "alone": alone}
+    return field(default=default, metadata=metadata)
 
 
 def require_positive(group: Any, *names: str) -> Iterator[str]:
@@ -155,6 +162,8 @@ def add_options(parser: argparse._ActionsContainer, group_type: type) -> None:
         default: dict[str, Any] = {"default": option_field.default}
         if option_field.default is MISSING:
             default = {} if is_positional else {"required": True}
+        if option_field.metadata["alone"] is not None:
+            default |= {"nargs": "?", "const": option_field.metadata["alone"]}
         parser.add_argument(
             option_field.name if is_positional else f"--{option_field.name}",
             help=option_field.metadata["help"],

@@ -35,6 +35,7 @@ from utils.run.checks import (
     tracker_errors,
 )
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
+from utils.run.hub import check_hub
 from utils.run.plan import RunPlan, make_plan
 from utils.training.trainable import compile_error, needs_autocast
 
@@ -59,15 +60,14 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     """
     report = CheckReport(list(args.errors()))
     values_are_valid = not report.errors
+    args = check_output(report, args)
     model = report.run(read_model, args)
     if model is None:
-        check_output(report, args)
         choose_resume(report, args)
         read_samples(report, args)
         raise UserError(report.errors)
 
     args, context = resolve_strategy(report, args, model, num_processes)
-    check_output(report, args)
     resume_from, progress = choose_resume(report, args), None
     check_initial_lora(report, args, model, resume_from)
     if context is not None:
@@ -161,10 +161,14 @@ def choose_compilation(report: CheckReport, args: Args, uses_deepspeed: bool) ->
     return replace(args, memory=replace(args.memory, compile_blocks=compiles))
 
 
-def check_output(report: CheckReport, args: Args) -> None:
-    """Checks the trackers and the output folder."""
+def check_output(report: CheckReport, args: Args) -> Args:
+    """Checks the trackers, the output folder and the hub. Returns the arguments with the whole name on the hub."""
     report.errors += tracker_errors(args.output.report_to)
     report.run(check_writable, args.output.output_dir, "--output_dir")
+    if args.output.push_to_hub is None or args.data.precompute_only:
+        return args
+    name = args.output.push_to_hub or args.output.output_dir.resolve().name
+    return replace(args, output=replace(args.output, push_to_hub=report.run(check_hub, name) or name))
 
 
 def choose_resume(report: CheckReport, args: Args) -> Path | None:

@@ -7,6 +7,7 @@ with fewer lines adds padding items and discards their results.
 
 from __future__ import annotations
 
+import json
 import math
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from utils.common.seeds import HELD_OUT, seed_for
 from utils.model import loading
 from utils.model.conditioned_pipeline import Condition
 from utils.model.encoders import to_model_range
+from utils.run.model_card import PROMPTS_FILE
 from utils.run.plan import RunPlan
 from utils.training.metrics import QUARTERS, Metrics, quarter_means
 from utils.training.step import DenoisingObjective
@@ -69,6 +71,11 @@ def validate(
                             videos += generate(pipeline, plan, item, step)
     accelerator.wait_for_everyone()
     failures, losses, videos = gather_object(failures), gather_object(losses), gather_object(videos)
+    with collect_failures(failures):
+        if videos and accelerator.is_main_process:
+            prompts = {path.name: prompt for path, prompt in sorted(videos)}
+            prompts_file = video_folder(plan, step) / PROMPTS_FILE
+            prompts_file.write_text(json.dumps(prompts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for failure in failures:
         accelerator.print(f"Validation failed at step {step}; training continues.\n{failure}")
     if losses:

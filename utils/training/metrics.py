@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def _remove_lines_after(path: Path, step: int) -> None:
         tmp_path = path.with_suffix(".tmp")
         tmp_path.write_text("".join(f"{line}\n" for line in lines))
         tmp_path.replace(path)
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    """Returns the lines of the metrics file of a run; empty if it has none. Skips a line that a kill cut off."""
+    path, lines = output_dir / METRICS_FILE, []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def _step_of(line: str) -> float:
