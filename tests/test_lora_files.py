@@ -264,8 +264,12 @@ def test_merged_transformer_gives_the_output_of_the_adapters(trained, tmp_path, 
     merged = loading.load_transformer(find_transformer(tmp_path / "merged"))
     torch.testing.assert_close(predict(merged, spec), predict(expected, spec), rtol=1e-4, atol=1e-4)
 
-    file = tmp_path / "x.safetensors"
-    convert(None, *merge, "--format", "comfyui", "--output_path", file)
+    convert(None, *merge, "--format", "comfyui", "--output_path", tmp_path / "x.safetensors")
+    convert(tmp_path / "merged", "--format", "comfyui", "--dtype", "fp32")
+    with pytest.raises(UserError, match="already exists"):
+        convert(tmp_path / "merged", "--format", "comfyui", "--dtype", "fp32")
+    [file] = (tmp_path / "merged").glob("*-merged-comfyui.safetensors")
+    assert file.read_bytes() == (tmp_path / "x.safetensors").read_bytes()
     assert ("patch_embed.pos_embedding" in load_file(file)) == (variant == "2b")
     in_comfyui = comfyui_reader.load_transformer(file, dict(merged.config))
     if variant == "5b-i2v":

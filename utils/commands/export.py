@@ -32,7 +32,9 @@ from utils.model.weight_files import check_weights, read_config, weight_files
 @dataclass(frozen=True)
 class ExportArgs:
     checkpoint: Path | None = option(
-        None, help="folder checkpoint-N of a run, LoRA or full fine-tuning, under DDP or ZeRO; or any LoRA file"
+        None,
+        help="folder checkpoint-N of a run, LoRA or full fine-tuning, under DDP or ZeRO; any folder with transformer/; "
+        "or any LoRA file",
     )
     format: Literal["diffusers", "comfyui"] = option("diffusers", help="format of the written weights")
     merge_lora: tuple[Path, ...] = option((), help="in place of --checkpoint: LoRAs to merge into --model_path")
@@ -79,7 +81,8 @@ def is_lora(checkpoint: Path) -> bool:
     try:
         return json.loads((checkpoint / ARGS_FILE).read_text())["model"]["training_type"] == "lora"
     except (OSError, ValueError, LookupError, TypeError):
-        return checkpoint.is_file() or lora_in(checkpoint) is not None
+        has_lora = not (checkpoint / "transformer").is_dir() and lora_in(checkpoint) is not None
+        return checkpoint.is_file() or has_lora
 
 
 def write_lora(args: ExportArgs, path: Path) -> None:
