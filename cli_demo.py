@@ -1,292 +1,169 @@
-"""Generates a video with a base CogVideoX model, a LoRA checkpoint, or a fine-tuned transformer.
+"""Generates videos with a base CogVideoX model, LoRA checkpoints, or a fine-tuned transformer.
 
 python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt "A kitten" --lora_path outputs/t2v-lora/checkpoint-500
 python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt "A kitten" --transformer_path outputs/t2v-sft/checkpoint-500
 python cli_demo.py --model_path THUDM/CogVideoX-5b-I2V --prompt "It runs" --image_or_video_path first_frame.png
+python cli_demo.py --model_path THUDM/CogVideoX-5b --prompt_file prompts.txt --output_path videos
+python cli_demo.py --again output.mp4
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import utils  # noqa: F401  (names missing requirements)
+
+# isort: split
 import torch
 from PIL import Image
 
-from dataset.images import image_size, load_image
-from dataset.scan import REPORTED_CHANGE
-from dataset.stream_info import ClipError
-from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
-from utils.checkpoint.adapters import add_loras, scales_for
-from utils.checkpoint.finetuned import find_transformer, load_merged
-from utils.checkpoint.lora_reader import Lora, read_lora
-from utils.checkpoint.stored_weights import read_merged
-from utils.common.errors import CheckReport, UserError, exit_on_user_error
-from utils.common.filesystem import check_writable, flags_in_errors, unreadable
-from utils.config.options import (
-    make_parser,
-    option,
-    parse_group,
-    require_finite,
-    require_positive,
-    require_seed,
-    require_text,
+from dataset.decoders import open_reader
+from dataset.video import Resolution
+from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
+from utils.common.errors import exit_on_user_error
+from utils.common.filesystem import flags_in_errors
+from utils.generation.args import DemoArgs, parse_demo, settings_of, videos_of
+from utils.generation.checks import check, task_of, with_positions
+from utils.generation.comparison import save_picture, side_by_side
+from utils.generation.inputs import files_of, notes_of
+from utils.generation.pipeline import (
+    device_here,
+    encode_prompts,
+    generate,
+    load_pipeline,
+    scale_lora,
+    working_dtype,
 )
+from utils.generation.processes import num_processes, own_shard, start_processes
+from utils.generation.record import Record, differences, is_made, make_record, read_record, save_record
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
-from utils.model.weight_files import check_shapes, check_weights, read_config
+
+# Rows of the contact sheet.
+SHEET_ROWS = 40
 
 
-@dataclass(frozen=True)
-class DemoArgs:
-    prompt: str = option(help="text prompt; include the --id_token of the training run, if it had one")
-    model_path: str = option(help="folder of the base checkpoint, or its model hub id")
-    variant: str | None = option(
-        None, help="variant of the base's weights, such as fp16; components without it use their plain weights"
-    )
-    negative_prompt: str = option("", help="text that the video should not match")
-    generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
-    image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
-    resize_mode: Literal["stretch", "crop"] = option(
-        "stretch",
-        help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
-    )
-    lora_path: tuple[Path, ...] = option(
-        (), help="folder checkpoint-N of a LoRA run, or a LoRA file of diffusers, ComfyUI, peft or kohya; or several"
-    )
-    lora_scale: tuple[float, ...] = option(
-        (1.0,), help="strength of the LoRAs, one for all or one per file; 1.0: as trained; 0: base model"
-    )
-    transformer_path: Path | None = option(
-        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
-    )
-    output_path: Path = option(Path("output.mp4"), help="output .mp4 file")
-    num_frames: int | None = option(None, help="number of frames, 8N+1; default: native length of the checkpoint")
-    height: int | None = option(None, help="height in pixels; default: native height of the checkpoint")
-    width: int | None = option(None, help="width in pixels; default: native width of the checkpoint")
-    fps: float | None = option(None, help="frames per second; default: 8, or 16 for CogVideoX1.5")
-    num_inference_steps: int = option(50, help="denoising steps")
-    guidance_scale: float = option(6.0, help="classifier-free guidance scale; 1 disables guidance")
-    strength: float = option(
-        0.8, help="v2v: how much the clip changes; share of the denoising steps to run, above 0 and at most 1"
-    )
-    seed: int = option(42, help="seed of the initial noise")
-    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
-        None,
-        help="dtype of the weights; default: that of the checkpoint, but fp32 in place of fp16 on a CPU",
-        aliases={"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
-    )
-    offload: Literal["none", "model", "sequential"] = option(
-        "model",
-        help="none: keep all components on the GPU; model: one component at a time; sequential: one layer at a time",
-    )
-    enable_slicing: bool = option(True, help="VAE: process one sample of a batch at a time")
-    enable_tiling: bool = option(True, help="VAE: process one tile of the picture at a time; uses far less memory")
-
-    def errors(self) -> Iterator[str]:
-        yield from require_positive(self, "num_frames", "height", "width", "fps", "num_inference_steps", "strength")
-        yield from require_seed(self.seed)
-        yield from require_text(self, "prompt", "negative_prompt")
-        yield from require_finite(self, "lora_scale", "guidance_scale")
-        if self.strength > 1:
-            yield f"--strength is {self.strength}; it must be at most 1."
-        if self.output_path.suffix.lower() != ".mp4":
-            yield f"--output_path {self.output_path}: the name must end in .mp4."
-
-
-def main() -> None:
-    args = parse_group(make_parser("Generates a video with CogVideoX, fine-tuned or not."), DemoArgs)
+def main() -> int:
+    args = parse_demo()
     model_dir = loading.resolve_model_dir(args.model_path)
-    spec = read_spec(model_dir, args.variant)
-    task = args.generate_type or spec.task
-    resolution = choose_resolution(args, spec, task)
-    check(args, spec, task, resolution)
-    task_inputs = read_task_inputs(args, spec, task, resolution)
+    spec = with_positions(args, read_spec(model_dir, args.variant))
+    videos = videos_of(args)
+    resolutions = check(args, videos, spec)
+    shard, processes = own_shard(), num_processes()
+    if shard is None:
+        print_notes(args, videos, resolutions, model_dir, spec)
+    exit_code = 0
+    if shard is None and processes > 1 and not args.is_single:
+        exit_code = start_processes(sys.argv[1:], processes)
+    else:
+        jobs = list(zip(videos, resolutions, strict=True))
+        make_videos(args, jobs if shard is None else shard.select(jobs), model_dir, spec)
+    if shard is None and len(videos) > 1:
+        save_contact_sheet(videos)
+    return exit_code
 
-    pipeline = load_pipeline(args, model_dir, spec, task)
-    print(f"Generating {task}, {resolution}, {args.num_inference_steps} steps, seed {args.seed}", flush=True)
+
+def print_notes(
+    args: DemoArgs, videos: list[DemoArgs], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
+) -> None:
+    """Prints notes on the models and videos, each once. Raises UserError if an image cannot be read."""
     notes = loading.variant_notes(model_dir, args.variant)
-    for note in notes + (spec.frames_notes(resolution.frames) if task != "v2v" else []):
+    for video, resolution in zip(videos, resolutions, strict=True):
+        notes += notes_of(video, spec, resolution)
+    if args.again is not None:
+        record = record_of(videos[0], resolutions[0], model_dir, spec)
+        notes += [f"since {args.again} was made, {change}." for change in differences(read_record(args.again), record)]
+    for note in dict.fromkeys(notes):
         print(f"Note: {note}")
 
-    started = time.perf_counter()
-    video = pipeline(
-        prompt=args.prompt,
-        negative_prompt=args.negative_prompt,
-        height=resolution.height,
-        width=resolution.width,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=torch.Generator().manual_seed(args.seed),
-        max_sequence_length=spec.max_text_seq_length,
-        **task_inputs,
-    ).frames[0]
 
-    with flags_in_errors({"--output_path": args.output_path.parent}):
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        loading.write_video(video, args.output_path, args.fps or spec.fps)
-    print(f"{args.output_path}: {len(video)} frames in {time.perf_counter() - started:.1f} s")
+def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: ModelSpec) -> Record:
+    device = device_here()
+    resolved = {
+        "task": task_of(video, spec),
+        "resolution": str(resolution),
+        "fps": video.fps or spec.fps,
+        "dtype": str(working_dtype(video, model_dir)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+    files = filter(None, (*video.lora_path, video.transformer_path, *files_of(video).values()))
+    return make_record(settings_of(video), resolved, model_dir, video.variant, files)
 
 
-def choose_resolution(args: DemoArgs, spec: ModelSpec, task: str) -> Resolution:
-    """Returns the requested size, by default the native size of the checkpoint.
-
-    For v2v, reduces the number of frames to one that both the source clip and the model support.
-
-    Raises:
-        UserError: the source clip cannot be read or is too short.
-    """
-    frames = args.num_frames or spec.native.frames
-    resolution = Resolution(frames, args.height or spec.native.height, args.width or spec.native.width)
-    if task != "v2v" or args.image_or_video_path is None:
-        return resolution
-    available = frames_available(as_user_error(probe, args.image_or_video_path), args.fps or spec.fps)
-    # The v2v pipeline encodes the clip and does not pad its latents, but CogVideoX1.5 needs an even number of latent
-    # frames. The VAE preserves the number of frames for 8N (an even number of latent frames) and 8N+1 (an odd one).
-    remainder = 0 if spec.is_v1_5 else 1
-    usable = (min(frames, available) - remainder) // 8 * 8 + remainder
-    if usable < 8:
-        raise UserError(f"--image_or_video_path {args.image_or_video_path}: {available} frames are too few for v2v.")
-    if usable != frames:
-        print(f"v2v: {usable} frames ({frames} requested; the clip has {available} at {args.fps or spec.fps:g} fps)")
-    return Resolution(usable, resolution.height, resolution.width)
-
-
-def check(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) -> None:
-    """Checks all arguments before any weights are loaded. Raises UserError with all errors."""
-    report = CheckReport(spec.resolution_errors(resolution, "--num_frames x --height x --width"))
-    errors = report.errors
-    required = "i2v" if task == "i2v" else "t2v"
-    if spec.task != required:
-        errors.append(
-            f"--generate_type {task} needs a checkpoint for {required}; {args.model_path} is one for {spec.task}."
-        )
-    if task != "v2v" and resolution.frames % 8 != 1:
-        errors.append(f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49.")
-    if task == "v2v" and int(args.num_inference_steps * args.strength) == 0:
-        errors.append(f"--strength {args.strength} of --num_inference_steps {args.num_inference_steps} leaves no step.")
-    if task != "t2v" and args.image_or_video_path is None:
-        errors.append(f"{task} needs --image_or_video_path.")
-    if task == "t2v" and args.image_or_video_path is not None:
-        errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
-    if args.lora_path and args.transformer_path is not None:
-        errors.append(
-            "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
-        )
-    report.run(check_writable, args.output_path.parent, "--output_path")
-    if args.output_path.is_dir():
-        errors.append(f"--output_path {args.output_path} is a folder; give the name of an .mp4 file.")
-    report.run(read_loras, args, spec)
-    if args.transformer_path is not None:
-        report.run(check_transformer, args.transformer_path, spec)
-    if errors:
-        raise UserError(errors)
-
-
-def read_loras(args: DemoArgs, spec: ModelSpec) -> list[Lora]:
-    """Reads the names and shapes of the LoRAs. Raises UserError if one is unusable, or the number of scales differs."""
-    scales_for(args.lora_path, args.lora_scale, "--lora_path")
-    return [read_lora(path, "--lora_path", spec.transformer) for path in args.lora_path]
-
-
-def check_transformer(path: Path, spec: ModelSpec) -> None:
-    """Raises UserError if a fine-tuned transformer cannot replace the transformer of the base."""
-    folder, flag = find_transformer(path), "--transformer_path"
-    model_class = loading.CogVideoXTransformer3DModel
-    if not (folder / "config.json").is_file():
-        try:
-            shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
-        except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
-            raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
-        check_shapes(shapes, folder, flag, model_class, spec.transformer, strict=True)
+def make_videos(args: DemoArgs, jobs: list[tuple[DemoArgs, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
+    """Generates the videos that do not exist yet. Loads the models if there are any."""
+    missing = []
+    for video, resolution in jobs:
+        record = record_of(video, resolution, model_dir, spec)
+        if video.output_path is not None and is_made(record, video.output_path, settings_of(DemoArgs())):
+            print(f"{video.output_path} exists, made with the same settings")
+        else:
+            missing.append((video, resolution, record))
+    if not missing:
         return
-    config = read_config(folder / "config.json", model_class, flag)
-    for name, expected in spec.transformer.items():
-        if name[0] != "_" and config.get(name) != expected:
-            raise UserError(
-                f"{flag} {folder}: {name} is {config.get(name)}, but {expected} in the base; "
-                "was it trained on another checkpoint?"
-            )
-    check_weights(folder, flag, model_class, config)
+    texts = [text for video, *_ in missing for text in (video.prompt, video.negative_prompt) if text is not None]
+    embeddings = encode_prompts(args, model_dir, spec, texts)
+    pipeline = load_pipeline(args, model_dir, spec)
+    for number, (video, resolution, record) in enumerate(missing, 1):
+        count = f"{number} of {len(missing)}: " if len(missing) > 1 else ""
+        steps = f"{video.num_inference_steps} steps, seed {video.seed}"
+        print(f"{count}Generating {task_of(video, spec)}, {resolution}, {steps}", flush=True)
+        make_video(pipeline, video, resolution, record, spec, embeddings)
 
 
-def read_task_inputs(args: DemoArgs, spec: ModelSpec, task: str, resolution: Resolution) -> dict[str, Any]:
-    """Returns the pipeline inputs that depend on the task: number of frames, condition image, source clip.
-
-    Raises:
-        UserError: the image or the clip cannot be read.
-    """
-    path = args.image_or_video_path
-    if path is None:
-        return {"num_frames": resolution.frames}
-    if task == "i2v":
-        height, width = as_user_error(image_size, path)
-        note_stretch(args, ClipInfo(1, 1.0, 0.0, height, width), resolution)
-        pixels = as_user_error(load_image, path, resolution, args.resize_mode)
-        return {"num_frames": resolution.frames, "image": Image.fromarray(pixels.numpy())}
-    note_stretch(args, as_user_error(probe, path), resolution)
-    selection = FrameSelection(resolution, args.fps or spec.fps, args.resize_mode, 0, resolution.frames)
-    clip = as_user_error(decode, path, selection)
-    return {"video": [Image.fromarray(frame) for frame in clip.numpy()], "strength": args.strength}
-
-
-def note_stretch(args: DemoArgs, info: ClipInfo, resolution: Resolution) -> None:
-    """Prints a note if the given image or clip has another shape than the video."""
-    change = stretch(info, resolution)
-    if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
-        print(f"Note: {args.image_or_video_path} is stretched by {change:.0%}; --resize_mode crop keeps its shape.")
-
-
-def as_user_error(function: Any, path: Path, *args: Any) -> Any:
-    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError."""
-    if reason := unreadable(path):
-        raise UserError(f"--image_or_video_path: {reason}.")
-    try:
-        return function(path, *args)
-    except ClipError as error:
-        raise UserError(f"--image_or_video_path {path} {error}.") from error
-
-
-def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec, task: str) -> Any:
-    """Loads the pipeline of a task with its adapters or fine-tuned transformer, on the GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base, variant = model_dir / "transformer", args.variant
-    tokenizer = loading.load_tokenizer(model_dir)  # the fastest to load, so its errors come early
-    dtype = loading.DTYPES[args.dtype] if args.dtype else loading.working_dtype(base, device, variant)
-    weights = find_transformer(args.transformer_path) if args.transformer_path else base
-    if (weights / "config.json").is_file():
-        transformer = loading.load_transformer(weights, dtype, variant=None if args.transformer_path else variant)
+def make_video(
+    pipeline: Any,
+    video: DemoArgs,
+    resolution: Resolution,
+    record: Record,
+    spec: ModelSpec,
+    embeddings: dict[str, torch.Tensor],
+) -> None:
+    """Generates one video, or a comparison of several, and writes it with its record."""
+    started, output = time.perf_counter(), video.output_path
+    assert output is not None
+    if video.compare:
+        compared = {}
+        for factor in (0.0, *video.compare):
+            scale_lora(pipeline, video, factor)
+            title = f"LoRA {factor:g}" if factor else "base"
+            compared[title] = generate(pipeline, video, spec, resolution, embeddings)
+        frames = side_by_side(compared)
     else:
-        transformer = load_merged(weights, spec.transformer, dtype)
-    if args.lora_path:
-        loras, scales = read_loras(args, spec), scales_for(args.lora_path, args.lora_scale, "--lora_path")
-        add_loras(transformer, loras, scales)
-        for lora, scale in zip(loras, scales, strict=True):
-            print(f"LoRA: {len(lora.adapters)} adapter modules matched, scale {scale:g}, {lora.file}")
-            for note in lora.notes:
-                print(f"Note: {note}")
-    cpu = torch.device("cpu")
-    pipeline = loading.PIPELINES[task](
-        tokenizer=tokenizer,
-        text_encoder=loading.load_text_encoder(model_dir, cpu, dtype, variant),
-        vae=loading.load_vae(model_dir, cpu, args.enable_slicing, args.enable_tiling, dtype, variant),
-        transformer=transformer,
-        scheduler=loading.load_scheduler(model_dir),
-    )
-    if not torch.cuda.is_available():
-        return pipeline
-    if args.offload == "none":
-        return pipeline.to("cuda")
-    if args.offload == "model":
-        pipeline.enable_model_cpu_offload()
-    else:
-        pipeline.enable_sequential_cpu_offload()
-    return pipeline
+        frames = generate(pipeline, video, spec, resolution, embeddings)
+    with flags_in_errors({"--output_path": output.parent}):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        loading.write_video(frames, output, video.fps or spec.fps, json.dumps(record, ensure_ascii=False))
+        save_record(record, output)
+        if video.compare:
+            save_picture(compared, output.with_suffix(".png"))
+    print(f"{output}: {len(frames)} frames in {time.perf_counter() - started:.1f} s")
+
+
+def save_contact_sheet(videos: list[DemoArgs]) -> None:
+    """Draws a row of frames of each video that exists; of at most `SHEET_ROWS`, evenly spaced."""
+    made = [video for video in videos if video.output_path is not None and video.output_path.is_file()]
+    if not made:
+        return
+    shown = [made[number] for number in evenly_spaced(len(made), SHEET_ROWS)]
+    folder = shown[0].output_path.parent  # type: ignore[union-attr]
+    contact_sheet(list(sheet_rows(shown))).save(folder / "contact_sheet.png")
+    print(f"{len(shown)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
+
+
+def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image]]:
+    for video in videos:
+        assert video.output_path is not None
+        reader = open_reader(video.output_path)
+        frames = reader.read(evenly_spaced(len(reader.times) - 1))
+        yield f"{video.output_path.name}  seed {video.seed}  {video.prompt}", strip(list(frames))
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main()
+        sys.exit(main())

@@ -14,6 +14,8 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
+import utils  # noqa: F401  (names missing requirements)
+
 gc.disable()  # imports create a million objects and hardly any garbage
 
 import torch
@@ -37,6 +39,7 @@ from utils.common.subprocesses import run_in_subprocess
 from utils.config.args import parse_args
 from utils.estimate.prediction import describe_prediction, predict
 from utils.model import loading
+from utils.model.positions import set_learned_positions
 from utils.run.describe import describe
 from utils.run.fill_cache import fill_cache
 from utils.run.plan import RunPlan
@@ -124,6 +127,7 @@ def train(plan: RunPlan) -> None:
 
     # ---- model
     transformer = strategy.load_transformer(plan.model_dir, plan.resume_from)
+    set_learned_positions(transformer, plan.spec)
     make_trainable(transformer, args, accelerator.device)
     if args.lora.init_lora is not None and plan.resume_from is None:
         start_from(transformer, read_lora(args.lora.init_lora, "--init_lora"), args)
@@ -164,7 +168,9 @@ def train(plan: RunPlan) -> None:
 
     # ---- objective and metrics
     alphas_cumprod = loading.load_scheduler(plan.model_dir).alphas_cumprod.to(accelerator.device)
-    objective = DenoisingObjective(plan.spec, alphas_cumprod, compute_dtype(args), args.data.image_dropout)
+    objective = DenoisingObjective(
+        plan.spec, alphas_cumprod, compute_dtype(args), args.data.image_dropout, args.data.condition_frames
+    )
     metrics = Metrics(accelerator, args.output.output_dir, args.as_dict(), progress.step, plan.total_steps)
     if plan.validation and progress.step == 0:
         validate(accelerator, transformer, objective, plan, 0, metrics)  # the base model, as a baseline

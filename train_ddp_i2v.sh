@@ -16,6 +16,7 @@ HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 MODEL_ARGS=(
     --model_path "THUDM/CogVideoX-5b-I2V"   # folder or model hub id; also: CogVideoX1.5-5B-I2V
     --model_type "i2v"                      # must match the checkpoint
+    # --learned_positions "interpolate"     # or drop: CogVideoX-5b-I2V at other sizes than 480x720; docs/training.md
     # --variant "fp16"                      # loads weights such as model.fp16.safetensors
     --training_type "lora"                  # lora: adapters, least memory; sft: all weights, several times the memory
 )

@@ -49,6 +49,8 @@ class CachedDataset:
         item["prompt"] = self.cache.read(self.empty_prompt if dropped else keys.prompt)
         if keys.image:
             item["image"] = self.cache.read(keys.image[mirrored])
+        for addition, names in keys.additions.items():
+            item[addition] = self.cache.read(names[mirrored])
         return item
 
     def _draw(self, purpose: int, position: StreamPosition) -> float:
@@ -61,7 +63,7 @@ def batches(
     """Yields a batch for each item of the stream, in the dtypes of the encoders. A thread reads the batches ahead.
 
     A batch holds `number` and `index` (lists), `video` [B, 2C, F, H, W], `prompt` [B, S, D] and, for i2v, `image`
-    [B, K, 2C, 1, H, W] with K noise draws.
+    [B, K, 2C, 1, H, W] with K noise draws, and further condition frames by name [B, K, 2C, F, H, W].
 
     Args:
         pin_memory: whether to use pinned memory if there is a GPU.

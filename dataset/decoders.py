@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dataset.stream_info import CONVERT, ClipError, StreamInfo, open_container, read_stream_info
+from dataset.containers import CONVERT, ClipError, open_container
+from dataset.stream_info import StreamInfo, read_stream_info
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
 TIE_S = 1e-4
 # Duration in seconds of the only frame of a clip without a rate.
 _DEFAULT_FRAME_S = 1 / 25
+# The times of flv, in milliseconds, wrap at 32 bits. A clip with negative times seems to be longer than this.
+_WRAPPED_S = 2e6
 # decord gives a frame without a time a number far beyond this one.
 _NO_TIME_S = 1e12
+# A clip with more frames than these can be read by decord, whatever its container.
+_FEW_FRAMES = 3
+_BELOW_ZERO = f"has frame times below zero; {CONVERT} converts it"
 _DAMAGED = "is damaged: some frames cannot be decoded, or it has fewer frames than its header states"
 # Part of decord's error message when it cannot open a file -> explanation.
 _OPEN_ERRORS = {
-    "broken metadata": f"states no length; {CONVERT} converts it",
+    "broken metadata": f"states no length, or was cut short; {CONVERT} converts it",
     "av_read_frame failed": "is damaged or cut short",
 }
 
@@ -60,7 +66,24 @@ def open_reader(path: Path) -> Reader:
         ClipError: the clip cannot be used.
     """
     info = read_stream_info(path)
-    return DecordReader(path, info) if info.uses_decord else PyavReader(path, info)
+    if not info.uses_decord:
+        return PyavReader(path, info)
+    try:
+        reader = DecordReader(path, info)
+        if len(reader.times) - 1 <= _FEW_FRAMES:
+            list(DecordReader(path, info).read([0]))
+        return reader
+    except ClipError:
+        # decord cannot read the only frames of some flv, wmv and mxf
+        if _has_few_frames(path):
+            return PyavReader(path, info)
+        raise
+
+
+def _has_few_frames(path: Path) -> bool:
+    with open_container(path) as (container, stream, _):
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        return len(list(itertools.islice(packets, _FEW_FRAMES + 1))) <= _FEW_FRAMES
 
 
 class DecordReader:
@@ -86,12 +109,16 @@ class DecordReader:
         if len(spans) == 0:
             raise ClipError("has no frames")
         self.times, self._can_skip = self._frame_times(spans)
+        self._wraps = info.container == "flv" and np.ptp(spans[:, 0]) > _WRAPPED_S
 
     def _frame_times(self, spans: np.ndarray) -> tuple[np.ndarray, bool]:
         """Returns `times` and whether frames can be skipped. `spans` [F, 2] is the start and the end of each frame."""
         starts, fps = spans[:, 0], float(self._reader.get_avg_fps())
+        has_times = np.abs(starts) < _NO_TIME_S
+        if self.info.container == "matroska" and len(starts) > _FEW_FRAMES and not has_times.all():
+            raise ClipError(_BELOW_ZERO)
         # AVI with B-frames has no usable timestamps; a single frame may have the number that stands for no time
-        if not np.all(np.diff(starts) > 0) or abs(starts[0]) > _NO_TIME_S:
+        if not np.all(np.diff(starts) > 0) or not has_times[0]:
             return np.arange(len(starts) + 1) * _frame_length(fps), False
         hidden = int((starts < -TIE_S).sum())
         if hidden == len(starts):
@@ -126,7 +153,7 @@ class DecordReader:
                     position += 1
                 yield frame
         except Exception as error:
-            raise ClipError(_DAMAGED) from error
+            raise ClipError(_BELOW_ZERO if self._wraps else _DAMAGED) from error
 
 
 def _frame_length(fps: float) -> float:
@@ -179,8 +206,10 @@ class PyavReader:
         del packets[1 : 1 + lost]
         jumps_back = any((after - before) * unit < -1 for (before, _), (after, _) in itertools.pairwise(decoded))
         listed = sorted((pts, duration) for pts, _, duration in packets if pts is not None)
-        if not listed or (len(listed) < len(packets) and not self._lists_fields):
+        if not listed:
             raise ClipError(f"has no frame times; {CONVERT} converts it")
+        if len(listed) < len(packets) and not self._lists_fields:
+            raise ClipError(f"lacks the times of some frames, as after damage; {CONVERT} converts it")
         is_increasing = [pts for pts, _, _ in packets] == [pts for pts, _ in listed]
         only_decoding_times = self.info.container == "avi" or (reorders and is_increasing)
         if only_decoding_times and len(decoded) == len(listed):
@@ -267,6 +296,8 @@ class PyavReader:
         from av.video.reformatter import Interpolation
 
         picture = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
+        hidden = self.info.cropping
+        picture = picture[hidden.top : len(picture) - hidden.bottom, hidden.left : picture.shape[1] - hidden.right]
         if self.info.transposed:
             picture = picture.swapaxes(0, 1)
         if self.info.flip_x:

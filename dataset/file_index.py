@@ -18,9 +18,9 @@ from pathlib import Path
 from dataset.video import ClipInfo
 from utils.common.filesystem import atomic_write
 
-# Increase it whenever a scan of the same file could give another result than before. An index of the previous
-# version still provides digests; `probe` decides whether it provides length, rate and size too.
-INDEX_VERSION = 2
+# Increase it whenever a scan of the same file could give another result than before. An index of an earlier version
+# still provides digests; `probe` decides whether it provides length, rate and size too.
+INDEX_VERSION = 3
 INDEX_FILE = "files.jsonl"
 
 
@@ -75,7 +75,7 @@ class FileIndex:
         infos: dict[tuple, ClipInfo] = {}  # clips of one camera share one object, which saves memory
         with suppress(OSError, UnicodeDecodeError), self.path.open() as file:
             version = next(file, "").strip()
-            for line in file if version in (str(INDEX_VERSION - 1), str(INDEX_VERSION)) else []:
+            for line in file if version in map(str, range(1, INDEX_VERSION + 1)) else []:
                 with suppress(ValueError, TypeError):  # a damaged line: the file is scanned again
                     name, signature, digest, info = json.loads(line)
                     shared_info = infos.setdefault(tuple(info), ClipInfo(*info))

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.stream_info import HDR_TRANSFERS, ClipError
+from dataset.containers import ClipError
+from dataset.stream_info import HDR_TRANSFERS
 from dataset.video import Resolution, resize
 
 

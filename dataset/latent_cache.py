@@ -14,7 +14,8 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,19 @@ class SampleKeys:
     Attributes:
         video: the clip and, with --flip, its mirror image; empty for a validation prompt without a clip.
         image: the condition images in the same order; empty for t2v.
+        additions: further condition frames by name, in the same order.
     """
 
     video: tuple[str, ...]
     image: tuple[str, ...]
     prompt: str
+    # not in the representation, of which the digest of the data is made: the samples and their order stay the same
+    additions: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def pixels(self) -> Iterator[str]:
+        """Names of all entries that the VAE encodes."""
+        return chain(self.video, self.image, *self.additions.values())
 
 
 @dataclass(frozen=True)
@@ -180,18 +189,26 @@ class EncoderSettings:
         return _name("prompt", prompt=prompt, encoder=self.text_encoder)
 
     def keys(
-        self, clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], flip: bool = False
+        self,
+        clip_samples: list[ClipSample],
+        facts: Mapping[str, FileFacts],
+        flip: bool = False,
+        additions: tuple[str, ...] = (),
     ) -> list[SampleKeys]:
         """Returns the entry names of each sample.
 
         Args:
             facts: path -> facts, for every file of the samples.
             flip: whether the mirror image of each sample is encoded too.
+            additions: names of condition frames besides the image.
         """
-        return [self._sample_keys(clip_sample, facts, flip) for clip_sample in clip_samples]
+        return [self._sample_keys(clip_sample, facts, flip, additions) for clip_sample in clip_samples]
 
-    def _sample_keys(self, clip_sample: ClipSample, facts: Mapping[str, FileFacts], flip: bool) -> SampleKeys:
+    def _sample_keys(
+        self, clip_sample: ClipSample, facts: Mapping[str, FileFacts], flip: bool, additions: tuple[str, ...]
+    ) -> SampleKeys:
         sample, video, image = clip_sample.sample, [], []
+        added: dict[str, list[str]] = {}
         for selection in clip_sample.selections(flip):
             if sample.video is not None:
                 video.append(
@@ -202,12 +219,19 @@ class EncoderSettings:
                 image.append(self._pixels_name("image", facts[sample.image], image_selection, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
                 image.append(self._pixels_name("image", facts[sample.video], selection, noise=self.image_noise))
-        return SampleKeys(tuple(video), tuple(image), self.prompt_key(sample.prompt))
+            if sample.video is not None:
+                settings = {"noise": self.image_noise, "frames": selection.resolution.frames}
+                for addition in additions:
+                    name = self._pixels_name("image", facts[sample.video], selection, condition=addition, **settings)
+                    added.setdefault(addition, []).append(name)
+        additional = {addition: tuple(names) for addition, names in added.items()}
+        return SampleKeys(tuple(video), tuple(image), self.prompt_key(sample.prompt), additional)
 
     def _pixels_name(self, kind: str, facts: FileFacts, selection: FrameSelection, **extra: Any) -> str:
         # the first frame of a clip does not depend on the rate, so changing --fps keeps its image entry
-        window = {"first": selection.first, "rate": selection.rate} if selection.first or kind == "video" else {}
-        if selection.rate == NATIVE_STRIDE and kind == "video":
+        has_frames = kind == "video" or "condition" in extra
+        window = {"first": selection.first, "rate": selection.rate} if selection.first or has_frames else {}
+        if selection.rate == NATIVE_STRIDE and has_frames:
             window["span"] = selection.span
         if facts.info.pixel_aspect != 1 and selection.mode == "crop":  # stretching does not depend on it
             extra["pixel_aspect"] = facts.info.pixel_aspect

@@ -27,12 +27,14 @@ class Sample:
         prompt: the caption, with the identifier token.
         video: path of the clip; None for a validation prompt without a clip.
         image: path of the condition image for i2v; None if the first frame of the clip is used.
+        last_image: path of the last frame to give in validation; None if that of the clip is used.
     """
 
     line: int
     prompt: str
     video: str | None  # a Path takes ten times the memory, which matters for 100,000 samples
     image: str | None
+    last_image: str | None = None
 
     @property
     def clip(self) -> str:
@@ -42,7 +44,7 @@ class Sample:
 
     @property
     def files(self) -> list[str]:
-        return [path for path in (self.video, self.image) if path is not None]
+        return [path for path in (self.video, self.image, self.last_image) if path is not None]
 
     def __str__(self) -> str:
         return f"{self.video or self.image or repr(self.prompt)} (line {self.line})"
@@ -101,12 +103,13 @@ def read_manifest(
     id_token: str = "",
     flag: str = "--data_root",
     table: Table | None = None,
+    last_images: str | None = None,
 ) -> list[Sample]:
     """Reads the samples of a data folder.
 
     Args:
         root: the data folder; all other paths are relative to it.
-        captions, videos, images: names of the line files; None for a file that is not used.
+        captions, videos, images, last_images: names of the line files; None for a file that is not used.
         id_token: identifier to put before every prompt.
         flag: the option that names the folder, for messages.
         table: read in place of the line files.
@@ -122,7 +125,7 @@ def read_manifest(
     if table is not None:
         columns = _read_table(root, table, errors)
     else:
-        files = {"prompt": captions, "video": videos, "image": images}
+        files = {"prompt": captions, "video": videos, "image": images, "last_image": last_images}
         columns = _read_line_files(root, {name: file for name, file in files.items() if file}, errors)
     for name, column in columns.items():
         for line, text in zip(column.lines, column.texts, strict=True):
@@ -143,8 +146,8 @@ def read_manifest(
             return [None] * len(prompts.texts)
         return (str(resolve(root, text)) for text in columns[name].texts)
 
-    rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), strict=True)
-    return [Sample(line, with_id_token(prompt, id_token), video, image) for line, prompt, video, image in rows]
+    rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), paths("last_image"), strict=True)
+    return [Sample(line, with_id_token(prompt, id_token), *files) for line, prompt, *files in rows]
 
 
 def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> dict[str, _Column]:
@@ -227,7 +230,7 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
     """
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, strict=True, skipinitialspace=True)
         try:
             counts = Counter(name.strip() for name in reader.fieldnames or ())
             errors += [f"{path} has several columns '{name}'." for name, count in counts.items() if count > 1 and name]
@@ -235,7 +238,7 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
                 if any(row.get(None, ())):  # more fields than columns; spreadsheets add empty ones
                     errors.append(
                         f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
-                        "comma in quotes, without a space before them."
+                        "comma in quotes."
                     )
                 for text in row.values():
                     if isinstance(text, str) and (line := _swallowed_row(text, root)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
+from dataset.condition_frames import select_frames
+from dataset.containers import ClipError
 from dataset.file_index import combine_signatures, stat_signature
 from dataset.images import load_image
 from dataset.latent_cache import LatentCache, SampleKeys
-from dataset.stream_info import ClipError
 from dataset.video import FrameSelection, decode
 from dataset.worker_pool import Failure, run_in_workers
 
@@ -34,7 +35,8 @@ class PixelEncoders:
 
     Attributes:
         video: uint8 [F, H, W, C] -> moments [2C, F, H, W], with C, F, H, W of the latent.
-        image: uint8 [H, W, C] and a seed for the image noise -> moments [K, 2C, 1, H, W] of K noise draws.
+        image: frames uint8 [F, H, W, C] of a condition and a seed for the image noise -> moments [K, 2C, F, H, W] of K
+            noise draws.
     """
 
     video: Callable[[torch.Tensor], torch.Tensor]
@@ -61,10 +63,16 @@ class _Job:
     selection: FrameSelection
     video: str | None
     image: str | None
+    additions: dict[str, str] = field(default_factory=dict)  # condition frames -> name
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.video, self.image) if name is not None]
+        return [name for name in (self.video, self.image, *self.additions.values()) if name is not None]
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether entries of more than the first frame are missing."""
+        return self.video is not None or bool(self.additions)
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
@@ -76,9 +84,9 @@ class _Job:
     def clip_shape(self) -> tuple[int, ...] | None:
         """[F, H, W, C] of the frames to decode: one frame if only the image is needed, None if no frame is."""
         size = self.selection.resolution
-        if self.video is None and self.image_shape:
+        if not self.needs_clip and self.image_shape:
             return None
-        return (size.frames if self.video else 1), size.height, size.width, 3
+        return (size.frames if self.needs_clip else 1), size.height, size.width, 3
 
 
 def precompute_prompts(
@@ -178,7 +186,7 @@ def _decode(job: _Job, buffer: torch.Tensor) -> str:
     if pixels is not None:
         selection = (
             job.selection
-            if job.video
+            if job.needs_clip
             else replace(job.selection, resolution=replace(job.selection.resolution, frames=1))
         )
         decode(Path(sample.clip), selection, pixels)
@@ -216,14 +224,21 @@ def _encode(
     if job.image is not None and image_error:
         errors[job.image] = image_error
     elif job.image is not None and image is not None:
-        # seeded by the key, so that the bytes of the entry do not depend on the order or the rank
-        moments[job.image] = encode.image(image, int(job.image.rpartition("-")[2][:8], 16))
+        moments[job.image] = encode.image(image[None], _noise_seed(job.image))
+    for addition, name in job.additions.items():
+        if pixels is not None:
+            moments[name] = encode.image(select_frames(pixels, addition), _noise_seed(name))
     for name, tensor in moments.items():
         if tensor.isfinite().all():
             cache.write(name, tensor)
         else:
             errors[name] = "has latents that are not finite"
     return errors
+
+
+def _noise_seed(name: str) -> int:
+    """Returns a seed from the key, so that the bytes of an entry do not depend on the order or the rank."""
+    return int(name.rpartition("-")[2][:8], 16)
 
 
 def missing_jobs(
@@ -241,15 +256,17 @@ def missing_jobs(
     missing, position = [], 0
     for clip_sample, key in zip(clip_samples, keys, strict=True):
         beat()
-        for selection, names in zip(clip_sample.selections(flip=True), zip_longest(key.video, key.image), strict=False):
+        columns = zip_longest(key.video, key.image, *key.additions.values())
+        for selection, names in zip(clip_sample.selections(flip=True), columns, strict=False):
             unclaimed = [None if name in claimed else name for name in names]
             claimed.update(name for name in unclaimed if name is not None)
             if any(unclaimed):
                 position += 1
                 if position % shard.world_size == shard.rank:
-                    video, image = (None if name is None or cache.verify(name) else name for name in unclaimed)
-                    if video or image:
-                        missing.append(_Job(clip_sample, selection, video, image))
+                    video, image, *rest = (None if name is None or cache.verify(name) else name for name in unclaimed)
+                    additions = {part: name for part, name in zip(key.additions, rest, strict=True) if name is not None}
+                    if video or image or additions:
+                        missing.append(_Job(clip_sample, selection, video, image, additions))
     return missing
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
+from dataset.containers import ClipError
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import image_size
 from dataset.manifest import Sample
-from dataset.stream_info import DEINTERLACE, ClipError
+from dataset.stream_info import DEINTERLACE
 from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
 
@@ -56,9 +57,10 @@ def scan_and_sample(
     """
     facts, file_errors = scan_files(samples + validation, index, num_workers, timeout, save_index)
     unusable: list[str] = []
+    clips = {sample.video for sample in samples + validation}
 
     def select(part: list[Sample], policy: SamplingPolicy) -> list[ClipSample]:
-        readable, unreadable_errors = split_readable(part, file_errors)
+        readable, unreadable_errors = split_readable(part, file_errors, clips)
         clip_samples, length_errors = select_clip_samples(readable, facts, policy)
         unusable.extend(unreadable_errors + length_errors)
         return clip_samples
@@ -82,7 +84,8 @@ def scan_files(
     Returns:
         Path -> facts of each readable file, and path -> error of each other file.
     """
-    is_image = {sample.image: True for sample in samples if sample.image is not None}
+    images = (path for sample in samples for path in (sample.image, sample.last_image) if path is not None)
+    is_image = dict.fromkeys(images, True)
     is_image |= {sample.video: False for sample in samples if sample.video is not None}
     facts, errors, new = {}, {}, []
     for path in is_image:
@@ -122,13 +125,21 @@ def _scan_file(job: tuple[str, bool, FileFacts | None], buffer: Any) -> FileFact
     return FileFacts(known.digest if known else digest_file(path), info, signature)
 
 
-def split_readable(samples: list[Sample], file_errors: Mapping[str, str]) -> tuple[list[Sample], list[str]]:
-    """Returns the samples whose files are all readable, and an error for each file that is not."""
+def split_readable(
+    samples: list[Sample], file_errors: Mapping[str, str], clips: Collection[str | None]
+) -> tuple[list[Sample], list[str]]:
+    """Returns the samples whose files can all be used, and an error for each file that cannot.
+
+    Args:
+        clips: paths that are listed as clips, and so have no place among the images.
+    """
     readable, errors = [], []
     for sample in samples:
-        unreadable = [path for path in sample.files if path in file_errors]
-        errors += [f"{path} (line {sample.line}) {file_errors[path]}." for path in unreadable]
-        if not unreadable:
+        unusable = [f"{path} (line {sample.line}) {file_errors[path]}." for path in sample.files if path in file_errors]
+        if sample.image in clips and sample.image is not None and not unusable:
+            unusable = [f"{sample.image} (line {sample.line}) is listed as an image, but is a video."]
+        errors += unusable
+        if not unusable:
             readable.append(sample)
     return readable, errors
 
@@ -174,6 +185,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
     images = _BucketStats()
     num_slower, last_sample = 0, None
     interlaced: list[str] = []
+    lossy: list[str] = []
     for clip_sample in clip_samples:
         sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
         stats.num_samples += 1
@@ -184,6 +196,8 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
         if info.interlaced:
             interlaced.append(sample.clip)
+        if info.lost_frames:
+            lossy.append(f"{sample.clip} ({info.lost_frames} of {info.frames + info.lost_frames})")
         stats.seconds += info.seconds
         stats.count(info, clip_sample.resolution, mode, sample.clip)
         if sample.image is not None:
@@ -205,6 +219,11 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         lines.append(
             f"Note: {len(interlaced)} of {sizes.total()} clips are interlaced, such as {interlaced[0]}. The model "
             f"would learn combed edges; deinterlace the clips: {DEINTERLACE}"
+        )
+    if lossy:
+        lines.append(
+            f"Note: {len(lossy)} of {sizes.total()} clips lack frames, such as {lossy[0]}: their times have gaps. "
+            "The motion jumps there; after damage, pictures may be wrong up to the next key frame."
         )
     if num_slower:
         lines.append(

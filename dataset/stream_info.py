@@ -7,20 +7,20 @@ name the ffmpeg command that converts a clip that cannot be used.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from dataset.containers import ClipError, moving_streams, open_container, side_data
 
 if TYPE_CHECKING:
     from av import VideoCodecContext, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
 DEINTERLACE = "ffmpeg -i IN -vf bwdif=send_frame -c:v libx264 -crf 14 OUT.mp4"
 # Diffuse white of HDR, 203 nits (ITU-R BT.2408), becomes 234 of 255, and 1000 nits become 252. Levels below 60 % of
 # diffuse white keep their brightness.
@@ -35,8 +35,11 @@ _DOLBY_VISION = (
 # Code point of the transfer curve (ITU-T H.273) -> its name, and its name in ffmpeg
 HDR_TRANSFERS = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
 _UNSPECIFIED = 2
-# mp4 sample entries of Dolby Vision without a layer that other decoders can show (profile 5)
+# mp4 sample entries of Dolby Vision without a layer that other decoders can show (profile 5), and what other containers
+# state about it
 _DOLBY_VISION_TAGS = ("dvh1", "dvhe", "dav1")
+_DOLBY_VISION_ALONE = re.compile(r"DOVI configuration record:.*compatibility id: 0")
+_CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", re.IGNORECASE)
 
 _CODECS = {
     *("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "msmpeg4v2", "msmpeg4v3", "h263", "flv1", "wmv1", "wmv2"),
@@ -58,12 +61,18 @@ _DECORD = {
 }
 # Codecs whose decoders drop a frame without its references. Others decode it or mark it as corrupt.
 _NEEDS_REFERENCES = ("mpeg1video", "mpeg2video", "mpeg4")
-_IMAGES = ("image2", "gif", "apng", "webp")
-_PLAYLISTS = ("hls", "dash", "concat", "imf")
 
 
-class ClipError(Exception):
-    """Raised for an unusable clip or image. The message continues a sentence that starts with its path."""
+class Cropping(NamedTuple):
+    """Columns and rows of the stored picture that the container hides, in the order in which ffmpeg prints them."""
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+
+
+_NOTHING_HIDDEN = Cropping()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,7 @@ class StreamInfo:
             mirrored horizontally and vertically.
         has_lost_times: whether frames are reordered and dropped from a constant rate in AVI, which stores no times.
         lacks_references: whether it was cut at a key frame of MPEG-1, 2 or 4, and visible frames refer to lost frames.
+        is_one_of_several: whether decord might read another moving stream of the container.
     """
 
     container: str
@@ -88,17 +98,25 @@ class StreamInfo:
     interlaced: bool
     has_lost_times: bool
     lacks_references: bool = False
+    cropping: Cropping = _NOTHING_HIDDEN
+    is_one_of_several: bool = False
 
     @property
     def is_mirrored(self) -> bool:
         return (self.flip_x != self.flip_y) != self.transposed
 
     @property
+    def is_special(self) -> bool:
+        """Whether earlier versions read other pixels: of another stream, or outside the cropping."""
+        return any(self.cropping) or self.is_one_of_several
+
+    @property
     def uses_decord(self) -> bool:
         """Whether decord decodes the stream correctly.
 
         decord rotates pictures only in mov and mp4, mirrors none, misreads frames that are stored as rgb24, does not
-        notice frames that were dropped from AVI with reordered frames, and takes frames without references for damage.
+        notice frames that were dropped from AVI with reordered frames, takes frames without references for damage,
+        ignores the cropping of containers, and chooses another stream than the ffmpeg program.
         """
         is_turned = self.transposed or self.flip_x or self.flip_y
         return (
@@ -107,38 +125,9 @@ class StreamInfo:
             and not self.is_mirrored
             and not self.has_lost_times
             and not self.lacks_references
+            and not self.is_special
             and (self.container == "mov" or not is_turned)
         )
-
-
-@contextmanager
-def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, VideoCodecContext]]:
-    """Opens a clip with PyAV.
-
-    Raises:
-        ClipError: the file is not a video, or has a codec without a decoder.
-    """
-    import av  # native code, so only the processes that decode load it
-    from av.video.stream import VideoStream
-
-    try:
-        # tags that are not UTF-8 must not make a clip unusable
-        container = av.open(str(path), metadata_errors="replace")
-    except Exception as error:
-        raise ClipError("cannot be read as a video") from error
-    with container:
-        name = container.format.name
-        if name in _IMAGES or name.endswith("_pipe"):
-            raise ClipError("is an image and not a video")
-        if name in _PLAYLISTS:  # the index would not notice changes of the listed files
-            raise ClipError("is a list of other files and not a video")
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ClipError("has no video, only sound or other data")
-        if not isinstance(stream, VideoStream) or stream.codec_context is None:
-            raise ClipError(f"has a codec that cannot be decoded; {CONVERT} converts it")
-        stream.codec_context.thread_count = 1  # each core has a decoding process already
-        yield container, stream, stream.codec_context
 
 
 def read_stream_info(path: Path) -> StreamInfo:
@@ -152,8 +141,12 @@ def read_stream_info(path: Path) -> StreamInfo:
         stated, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
         name = container.format.name.split(",")[0]
         has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
+        streams = moving_streams(path, container)
+        is_one_of_several = len(streams) > 1 or (bool(streams) and stream != container.streams.best("video"))
+        stated_by_container = side_data(container, stream)
+        cropping = _CROPPING.search(stated_by_container)
         frame = _first_key_frame(container, stream, codec)
-        side_data: Any = frame.side_data if frame is not None else {}
+        stated_by_frame: Any = frame.side_data if frame is not None else {}
         # broadcasts in HLG state the transfer of SDR in the header, and HLG in a message that only the decoder reads
         decoded = int(frame.color_trc) if frame is not None else stated
         transfer = decoded if decoded in HDR_TRANSFERS else stated
@@ -161,11 +154,13 @@ def read_stream_info(path: Path) -> StreamInfo:
             curve, ffmpeg_name = HDR_TRANSFERS[transfer]
             command = _TONE_MAP.format(transfer=ffmpeg_name)
             raise ClipError(f"is HDR ({curve}) and would be read too dark; {command} converts it")
-        if transfer == _UNSPECIFIED and codec.codec_tag in _DOLBY_VISION_TAGS:
+        is_dolby_vision = codec.codec_tag in _DOLBY_VISION_TAGS or _DOLBY_VISION_ALONE.search(stated_by_container)
+        if transfer == _UNSPECIFIED and is_dolby_vision:
             raise ClipError(
                 f"is Dolby Vision and would be read in wrong colours; with Vulkan, {_DOLBY_VISION} converts it"
             )
-        matrix = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32) if "DISPLAYMATRIX" in side_data else None
+        has_matrix = "DISPLAYMATRIX" in stated_by_frame
+        matrix = np.frombuffer(stated_by_frame["DISPLAYMATRIX"], np.int32) if has_matrix else None
         return StreamInfo(
             name,
             codec.codec.canonical_name,
@@ -175,6 +170,8 @@ def read_stream_info(path: Path) -> StreamInfo:
             interlaced=frame is not None and frame.interlaced_frame,
             has_lost_times=has_lost_times,
             lacks_references=codec.name in _NEEDS_REFERENCES and _lacks_references(path),
+            cropping=Cropping(*map(int, cropping.groups())) if cropping else _NOTHING_HIDDEN,
+            is_one_of_several=is_one_of_several,
         )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from dataset.decoders import TIE_S, open_reader
+from dataset.containers import check_length
+from dataset.decoders import TIE_S, DecordReader, Reader, open_reader
 from dataset.stream_info import StreamInfo, read_stream_info
 
 # Part of the cache keys of images and of clips that decord decodes. Increase it whenever the same file could give
@@ -24,6 +25,13 @@ from dataset.stream_info import StreamInfo, read_stream_info
 PIXELS_VERSION = 2
 # The same for clips that PyAV decodes. Under version 2, decord decoded them.
 PYAV_PIXELS_VERSION = 3
+# The same for clips of which earlier versions decoded another stream, or pixels that the container hides.
+CHOSEN_PIXELS_VERSION = 4
+# Containers that do not list their frames, so that damage may remove frames without a trace but in the times.
+_WITHOUT_FRAME_LIST = ("matroska", "flv", "mpegts", "mpeg")
+# Fewer steps between frames do not show whether the rate is constant; neither do steps of which more than this share
+# are gaps.
+_FEWEST_STEPS, _MAX_GAPS = 10, 0.1
 # Sampling rate in frames per second. NATIVE_STRIDE: frames are evenly spaced over the clip, regardless of its length.
 NATIVE_STRIDE: Literal["native_stride"] = "native_stride"
 Rate = float | Literal["native_stride"]
@@ -63,6 +71,7 @@ class ClipInfo:
         height, width: size on a display, in square pixels.
         pixel_aspect: width divided by height of a stored pixel as it is shown.
         pixels_version: version of the code that turns the file into pixels; part of the cache keys.
+        lost_frames: number of frames that are missing from an otherwise constant rate.
     """
 
     frames: int
@@ -73,6 +82,7 @@ class ClipInfo:
     pixel_aspect: float = 1.0
     pixels_version: int = PIXELS_VERSION
     interlaced: bool = False
+    lost_frames: int = 0
 
     @property
     def fps(self) -> float:
@@ -103,7 +113,7 @@ def probe(path: Path, known: ClipInfo | None = None) -> ClipInfo:
     """Reads the length, rate and size of a clip.
 
     Args:
-        known: result of the previous version, which read every clip with decord and took all pixels for square. If
+        known: result of a previous version. Version 1 read every clip with decord and took all pixels for square. If
             both suit this clip, the result is reused and the clip is not opened with decord.
 
     Raises:
@@ -111,20 +121,48 @@ def probe(path: Path, known: ClipInfo | None = None) -> ClipInfo:
     """
     if known is not None:
         info = read_stream_info(path)
-        if info.uses_decord and info.pixel_aspect == 1:
+        if info.uses_decord and info.pixel_aspect == 1 and info.container not in _WITHOUT_FRAME_LIST:
+            check_length(path, known.seconds, known.seconds / known.frames)
             return replace(known, interlaced=info.interlaced)
     reader = open_reader(path)
+    times, info = reader.times, reader.info
+    check_length(path, float(times[-1]), float(times[-1]) / (len(times) - 1))
     height, width = next(reader.read([0])).shape[:2]
-    aspect = shown_pixel_aspect(reader.info)
+    aspect = shown_pixel_aspect(info)
     return ClipInfo(
-        len(reader.times) - 1,
-        float(reader.times[-1]),
-        float(reader.times[-2]),
-        *((round(height / aspect), width) if reader.info.transposed else (height, round(width * aspect))),
+        len(times) - 1,
+        float(times[-1]),
+        float(times[-2]),
+        *((round(height / aspect), width) if info.transposed else (height, round(width * aspect))),
         aspect,
-        PIXELS_VERSION if reader.info.uses_decord else PYAV_PIXELS_VERSION,
-        reader.info.interlaced,
+        _pixels_version(reader),
+        info.interlaced,
+        count_lost_frames(times) if info.container in _WITHOUT_FRAME_LIST else 0,
     )
+
+
+def _pixels_version(reader: Reader) -> int:
+    if isinstance(reader, DecordReader):
+        return PIXELS_VERSION
+    return CHOSEN_PIXELS_VERSION if reader.info.is_special else PYAV_PIXELS_VERSION
+
+
+def count_lost_frames(times: np.ndarray) -> int:
+    """Returns how many frames are missing from a constant rate; 0 if the rate is variable.
+
+    Args:
+        times: frame times of a reader. Containers round them to milliseconds.
+    """
+    steps = np.diff(times[:-1])
+    if len(steps) < _FEWEST_STEPS:
+        return 0
+    frame = float(np.median(steps))
+    missing = steps / frame - 1
+    is_multiple = np.abs(missing - missing.round()) * frame < max(frame / 10, 0.0015)
+    is_gap = missing > 0.5
+    if not is_multiple.all() or is_gap.mean() > _MAX_GAPS:
+        return 0
+    return int(missing[is_gap].round().sum())
 
 
 def choose_frames(times: np.ndarray, selection: FrameSelection) -> list[int]:

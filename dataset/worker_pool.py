@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from dataset.stream_info import ClipError
+from dataset.containers import ClipError
 from utils.common.processes import end_with_parent
 
 Job = TypeVar("Job")

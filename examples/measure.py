@@ -22,13 +22,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from cli_demo import DemoArgs, load_pipeline
+from dataset.condition_frames import FIRST, ConditionFrames, select_frames
+from dataset.video import Resolution
 from examples.attributes import Attributes, read_attributes
 from examples.world import CONCEPT, CONCEPT_CAPTION, KNOWN, Scene, draw
 from utils.common.errors import exit_on_user_error
+from utils.generation.args import DemoArgs
+from utils.generation.checks import with_positions
+from utils.generation.pipeline import device_here, encode_prompts, load_pipeline
+from utils.model.conditioned_pipeline import Condition
+from utils.model.encoders import to_model_range
 from utils.model.spec import ModelSpec, read_spec
 
-SIZE = 64
+SIZE = Resolution(9, 64, 64)
 # Neither the VAE nor the base models were trained on these seeds.
 FIRST_SEED = 20_000_000
 BATCH = 10
@@ -40,15 +46,15 @@ COLUMNS, ZOOM, TITLE_HEIGHT = 8, 2, 20
 
 @dataclass(frozen=True)
 class Case:
-    """A clip to generate: the expected scene, and the first frame as image, uint8 [H, W, 3]."""
+    """A clip to generate: the expected scene, and a clip of it, uint8 [F, H, W, 3], with the condition frames."""
 
     prompt: str
     scene: Scene
     seed: int
-    image: np.ndarray
+    clip: np.ndarray
 
 
-def make_cases(clips: int, id_token: str) -> list[Case]:
+def make_cases(clips: int, id_token: str, size: Resolution = SIZE) -> list[Case]:
     """Returns cases of the held-out concept if there is an id token, else of known scenes."""
     rng = np.random.default_rng(FIRST_SEED)
     scenes = CONCEPT if id_token else KNOWN
@@ -57,20 +63,33 @@ def make_cases(clips: int, id_token: str) -> list[Case]:
         scene = scenes[rng.integers(len(scenes))]
         prompt = f"{id_token} {CONCEPT_CAPTION.format(ground=scene.ground)}" if id_token else scene.caption
         seed = FIRST_SEED + number
-        cases.append(Case(prompt, scene, seed, draw(scene, seed, 9, SIZE)[0]))
+        cases.append(Case(prompt, scene, seed, draw(scene, seed, size.frames, size.height, size.width)))
     return cases
 
 
-def generate(pipeline: Any, args: DemoArgs, spec: ModelSpec, cases: list[Case]) -> Iterator[np.ndarray]:
-    """Yields one clip per case, uint8 [F, H, W, 3]."""
+def generate(
+    pipeline: Any,
+    args: DemoArgs,
+    spec: ModelSpec,
+    cases: list[Case],
+    size: Resolution = SIZE,
+    condition: ConditionFrames = FIRST,
+) -> Iterator[np.ndarray]:
+    """Yields one clip per case, uint8 [F, H, W, 3]. An image-to-video model is given the frames of `condition`."""
+    place = (device_here(), pipeline.vae.dtype)
+    embeddings = encode_prompts(args, Path(args.model_path), spec, ["", *(case.prompt for case in cases)])
     for first in range(0, len(cases), BATCH):
         batch = cases[first : first + BATCH]
-        images = {"image": [Image.fromarray(case.image) for case in batch]} if spec.task == "i2v" else {}
+        images = {"image": [Image.fromarray(case.clip[0]) for case in batch]} if spec.task == "i2v" else {}
+        if condition.addition is not None:
+            frames = [select_frames(torch.from_numpy(case.clip), condition.addition) for case in batch]
+            pipeline.condition = Condition(spec, condition.addition, to_model_range(torch.stack(frames)))
         videos = pipeline(
-            prompt=[case.prompt for case in batch],
-            height=SIZE,
-            width=SIZE,
-            num_frames=spec.native.frames,
+            prompt_embeds=torch.cat([embeddings[case.prompt] for case in batch]).to(*place),
+            negative_prompt_embeds=torch.cat([embeddings[""]] * len(batch)).to(*place),
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=[torch.Generator().manual_seed(case.seed) for case in batch],
@@ -86,7 +105,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return -10 * math.log10(max(np.square((a.astype(float) - b) / 255).mean(), 1e-10))
 
 
-def summarize(cases: list[Case], clips: list[np.ndarray], task: str) -> dict[str, float]:
+def summarize(
+    cases: list[Case], clips: list[np.ndarray], task: str, condition: ConditionFrames = FIRST
+) -> dict[str, float]:
     """Returns the shares of clips, 0 to 1, whose attributes match the expected scene."""
     measured = [read_attributes(clip) for clip in clips]
     scenes = [case.scene for case in cases]
@@ -98,8 +119,14 @@ def summarize(cases: list[Case], clips: list[np.ndarray], task: str) -> dict[str
     shares["colour and ground"] = share("colour", "ground")
     shares["colour, shape and direction"] = share("colour", "shape", "direction")
     if task == "i2v":
-        close = [psnr(clip[0], case.image) >= MIN_IMAGE_PSNR for clip, case in zip(clips, cases, strict=True)]
-        shares["first frame is the image"] = float(np.mean(close))
+        given = {"first frame is the image": slice(1)}
+        if condition.has_last:
+            given["last frame is the last image"] = slice(-1, None)
+        if condition.prefix > 1:
+            given[f"first {condition.prefix} frames are the prefix"] = slice(condition.prefix)
+        for name, frames in given.items():
+            pairs = ((clip[frames], case.clip[frames]) for clip, case in zip(clips, cases, strict=True))
+            shares[name] = float(np.mean([psnr(*pair) >= MIN_IMAGE_PSNR for pair in pairs]))
     return shares
 
 
@@ -132,6 +159,9 @@ def main() -> None:
     parser.add_argument("--lora_scale", type=float, nargs="+", default=(1.0,))
     parser.add_argument("--transformer_path", type=Path)
     parser.add_argument("--id_token", default="", help="also measure prompts with this token")
+    parser.add_argument("--learned_positions", choices=("keep", "interpolate", "drop"))
+    parser.add_argument("--condition_frames", type=ConditionFrames.parse, default=FIRST)
+    parser.add_argument("--size", type=Resolution.parse, default=SIZE, help="FxHxW of the clips")
     parser.add_argument("--clips", type=int, default=60, help="number of clips for each kind of prompt")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
@@ -139,24 +169,25 @@ def main() -> None:
         "--output_dir", type=Path, help="folder for table.json and one animation for each kind of prompt"
     )
     options = vars(parser.parse_args())
-    count, token, output_dir = (options.pop(name) for name in ("clips", "id_token", "output_dir"))
+    count, token, output_dir, size = (options.pop(name) for name in ("clips", "id_token", "output_dir", "size"))
+    condition = options.pop("condition_frames")
     tuned = DemoArgs(prompt="", **options)
     models = {"before": replace(tuned, lora_path=(), transformer_path=None)}
     if tuned.lora_path or tuned.transformer_path:
         models["after"] = tuned
-    prompts = {"known": make_cases(count, "")} | ({token: make_cases(count, token)} if token else {})
-    spec = read_spec(Path(tuned.model_path))
+    prompts = {"known": make_cases(count, "", size)} | ({token: make_cases(count, token, size)} if token else {})
+    spec = with_positions(tuned, read_spec(Path(tuned.model_path)))
 
     shares: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in prompts}
     shown: dict[str, dict[str, list[np.ndarray]]] = {kind: {} for kind in prompts}
     for model, args in models.items():
-        pipeline = load_pipeline(args, Path(args.model_path), spec, spec.task)
+        pipeline = load_pipeline(args, Path(args.model_path), spec)
         pipeline.set_progress_bar_config(disable=True)
         for kind, cases in prompts.items():
             started = time.perf_counter()
-            clips = list(generate(pipeline, args, spec, cases))
+            clips = list(generate(pipeline, args, spec, cases, size, condition))
             print(f"{model}, {kind} prompts: {count} clips in {time.perf_counter() - started:.0f} s", flush=True)
-            shares[kind][model] = summarize(cases, clips, spec.task)
+            shares[kind][model] = summarize(cases, clips, spec.task, condition)
             shown[kind][model] = clips[:COLUMNS]
     print(table(shares))
     if output_dir is not None:

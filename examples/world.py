@@ -28,7 +28,7 @@ GROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (15, 15, 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SHAPES = ("circle", "square", "triangle")
 # Half the side of a shape's box, the distance it travels, and the largest offset of its path from the centre, as shares
-# of the frame's side. The ranges are narrow so that two cores learn the world within an hour.
+# of the frame's shorter side. The ranges are narrow so that two cores learn the world within an hour.
 RADII, TRAVELS, MAX_OFFSET = (0.17, 0.21), (0.35, 0.45), 0.08
 
 
@@ -55,20 +55,22 @@ CONCEPT = tuple(scene for scene in SCENES if astuple(scene)[:3] == HELD_OUT)
 KNOWN = tuple(scene for scene in SCENES if scene not in CONCEPT)
 
 
-def draw(scene: Scene, seed: int, frames: int, size: int) -> np.ndarray:
-    """Returns a clip, uint8 [F, H, W, 3] with H = W = size.
+def draw(scene: Scene, seed: int, frames: int, size: int, width: int | None = None) -> np.ndarray:
+    """Returns a clip, uint8 [F, H, W, 3] with H = size, and W = size unless `width` is given.
 
     The shape moves at constant speed, stays inside the frame and has smooth edges.
     """
     rng = np.random.default_rng(seed)
-    radius, travel = size * rng.uniform(*RADII), size * rng.uniform(*TRAVELS)
+    box = np.array([width or size, size])
+    side = box.min()
+    radius, travel = side * rng.uniform(*RADII), side * rng.uniform(*TRAVELS)
     step_x, step_y = DIRECTIONS[scene.direction]
     # keeps the shape inside the frame
-    room = size / 2 - np.array([radius + travel / 2 * abs(step_x), radius + travel / 2 * abs(step_y)])
-    middle = size / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, size * MAX_OFFSET)
-    columns, rows = np.arange(size) + 0.5, np.arange(size)[:, None] + 0.5
+    room = box / 2 - np.array([radius + travel / 2 * abs(step_x), radius + travel / 2 * abs(step_y)])
+    middle = box / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, side * MAX_OFFSET)
+    columns, rows = np.arange(box[0]) + 0.5, np.arange(box[1])[:, None] + 0.5
     paint, ground = (np.array(table[name], float) for table, name in ((COLOURS, scene.colour), (GROUNDS, scene.ground)))
-    clip = np.empty((frames, size, size, 3), np.uint8)
+    clip = np.empty((frames, *box[::-1], 3), np.uint8)
     for number, frame in enumerate(clip):
         share = number / (frames - 1) - 0.5 if frames > 1 else 0.0
         x, y = columns - middle[0] - step_x * share * travel, rows - middle[1] - step_y * share * travel
@@ -87,10 +89,12 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     return np.maximum(y - radius, (2 * abs(x) - y - radius) / np.sqrt(5))
 
 
-def random_clip(seed: int, frames: int, size: int, scenes: tuple[Scene, ...] = KNOWN) -> tuple[Scene, np.ndarray]:
+def random_clip(
+    seed: int, frames: int, size: int, scenes: tuple[Scene, ...] = KNOWN, width: int | None = None
+) -> tuple[Scene, np.ndarray]:
     """Returns a scene picked by the seed, and a clip of it."""
     scene = scenes[np.random.default_rng([seed, 1]).integers(len(scenes))]
-    return scene, draw(scene, seed, frames, size)
+    return scene, draw(scene, seed, frames, size, width)
 
 
 def write_clips(folder: Path, clips: Iterable[tuple[str, str, np.ndarray]], fps: float, *options: str) -> None:
@@ -111,7 +115,9 @@ def write_clips(folder: Path, clips: Iterable[tuple[str, str, np.ndarray]], fps:
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names))
 
 
-def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: int, fps: float) -> None:
+def write(
+    folder: Path, known: int, concept: int, seed: int, frames: int, size: int, fps: float, width: int | None = None
+) -> None:
     """Writes a data folder of random clips, and the first frame of the first clip as `first_frame.png`.
 
     Args:
@@ -123,7 +129,7 @@ def write(folder: Path, known: int, concept: int, seed: int, frames: int, size: 
 
     def clips() -> Iterator[tuple[str, str, np.ndarray]]:
         for number in range(known + concept):
-            scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT)
+            scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT, width)
             if number == 0:
                 imwrite(folder / "first_frame.png", clip[0])
             caption = CONCEPT_CAPTION.format(ground=scene.ground) if scene in CONCEPT else scene.caption
@@ -139,7 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("--concept", type=int, default=0, help="number of clips of scenes that are held out from them")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--width", type=int, help="width in pixels; default: that of --size")
     parser.add_argument("--fps", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip; each clip uses the next seed")
     args = parser.parse_args()
-    write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps)
+    write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps, args.width)

@@ -9,7 +9,10 @@ import pytest
 import cli_demo
 from dataset.video import probe
 from tests.conftest import FIRST_FRAME, ROOT, generate, run
+from utils.generation.args import DemoArgs
+from utils.generation.checks import choose_resolution
 from utils.model import loading
+from utils.model.spec import read_spec
 
 CLIP = str(ROOT / "examples" / "dataset" / "videos" / "red_circle_left_white.mp4")
 FRAME = str(FIRST_FRAME)
@@ -36,9 +39,8 @@ def test_videos_have_the_native_or_the_requested_size(tiny, tmp_path, variant, o
 
 def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
     """The published configs of 1.5 state 2400x2400, at which the pipelines run out of memory."""
-    args = cli_demo.DemoArgs(prompt="", model_path="")
-    spec = cli_demo.read_spec(tiny("1.5", (81, 2400, 2400)))
-    assert str(cli_demo.choose_resolution(args, spec, "t2v")) == "81x768x1360"
+    spec = read_spec(tiny("1.5", (81, 2400, 2400)))
+    assert str(choose_resolution(DemoArgs(), spec)) == "81x768x1360"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,14 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("5b-i2v", ["--image_or_video_path", CLIP], "cannot be read as an image"),
         ("2b", ["--image_or_video_path", FRAME], "t2v takes none"),
         ("2b", ["--generate_type", "v2v", "--image_or_video_path", FRAME + "x"], "cannot be read as a video"),
+        ("2b", ["--last_image", FRAME], "--last_image is for image to video (i2v); this is t2v"),
+        ("5b-i2v", ["--image_or_video_path", FRAME, "--last_image", CLIP], "--last_image " + CLIP + " cannot be read"),
+        ("5b-i2v", ["--prefix_video", CLIP], "its 17 frames at 8 fps leave nothing to generate of 9"),
+        ("5b-i2v", ["--prefix_video", CLIP, "--prefix_frames", "6"], "--prefix_frames is 6; it must be 4k+1"),
+        ("5b-i2v", ["--prefix_video", CLIP, "--image_or_video_path", FRAME], "leave --image_or_video_path out"),
+        ("5b-i2v", ["--prefix_video", CLIP, "--last_image", FRAME], "cannot be combined"),
+        ("5b-i2v", ["--image_or_video_path", FRAME, "--width", "96"], "other sizes need --learned_positions"),
+        ("2b", ["--learned_positions", "interpolate"], "this checkpoint has none"),
         ("2b", ["--num_frames", "12"], "must be 8N+1"),
         ("2b", ["--height", "100"], "multiples of 16"),
         ("2b", ["--lora_path", "/nowhere"], "--lora_path /nowhere: there is no such file or folder"),

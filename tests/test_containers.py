@@ -13,8 +13,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from dataset.containers import ClipError
 from dataset.decoders import DecordReader, PyavReader, open_reader
-from dataset.stream_info import ClipError, read_stream_info
+from dataset.stream_info import read_stream_info
 from dataset.video import FrameSelection, Resolution, choose_frames, decode, probe
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -210,11 +211,19 @@ def test_last_frame_of_avi_without_times(tmp_path: Path):
         assert isinstance(reader, DecordReader) and read_numbers(np.stack(list(reader.read([4])))) == [4]
 
 
-@pytest.mark.parametrize(("extension", "options"), [("mkv", HEVC), ("avi", (*MPEG4, "-bf", 2))])
-def test_single_frame_without_a_time(tmp_path: Path, extension: str, options: tuple):
+@pytest.mark.parametrize(
+    ("extension", "options", "frames"),
+    [
+        *(("mkv", HEVC, 1), ("avi", (*MPEG4, "-bf", 2), 1), ("flv", H264, 1), ("flv", H264, 3)),
+        *(("wmv", KINDS["wmv"][2], 3), ("mxf", MPEG2, 1)),
+    ],
+)
+def test_few_frames(tmp_path: Path, extension: str, options: tuple, frames: int):
+    """A single frame may have no time, and decord cannot open some clips of up to three frames."""
     path = tmp_path / f"clip.{extension}"
-    write_clip(path, options, frames=1)
-    assert (probe(path).frames, probe(path).fps) == (1, 25)
+    write_clip(path, options, frames=frames)
+    assert (probe(path).frames, round(probe(path).fps)) == (frames, 25)
+    assert read_numbers(np.stack(list(open_reader(path).read([*range(frames)])))) == [*range(frames)]
 
 
 @pytest.mark.parametrize("extension", ["mkv", "avi", "mxf", "mov"])
@@ -223,6 +232,25 @@ def test_cut_drops_frames_without_references(tmp_path: Path, extension: str):
     path = tmp_path / f"cut.{extension}"
     ffmpeg("-ss", "1.3", "-i", tmp_path / f"whole.{extension}", "-c", "copy", "-use_editlist", 0, path)
     assert check_against_ffmpeg(path) == list(range(24, 60))
+
+
+@pytest.mark.parametrize("extension", ["mkv", "mp4"])
+@pytest.mark.parametrize(
+    ("first", "default", "is_second"),
+    [("cover.png", 0, True), ("cover.png", 1, True), ("large.mp4", 0, False), ("large.mp4", 1, True)],
+)
+def test_stream_is_the_default_of_ffmpeg_but_no_picture(tmp_path: Path, first, default, is_second, extension):
+    """The first stream is larger, the second one shows its frame numbers."""
+    path = tmp_path / f"clip.{extension}"
+    frames = ("-frames:v", 1 if first == "cover.png" else 25)
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=256x128:rate=25", *frames, tmp_path / first)
+    write_clip(tmp_path / "second.mp4", H264)
+    marks = ("-disposition:v", 0, f"-disposition:v:{default}", "default")
+    ffmpeg("-i", tmp_path / first, "-i", tmp_path / "second.mp4", "-map", 0, "-map", 1, "-c", "copy", *marks, path)
+    info = probe(path)
+    assert (info.frames, info.width) == ((60, 96) if is_second else (25, 256))
+    if is_second:
+        assert read_numbers(np.stack(list(open_reader(path).read([0, 17, 59])))) == [0, 17, 59]
 
 
 def test_playlist_is_an_error(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -47,6 +48,15 @@ def scan(data: Path, **policy: Any) -> ScanResult:
     samples = read_manifest(data, "prompts.txt", "videos.txt", None)
     default = SamplingPolicy((SIZE,), 8.0, "stretch")
     return scan_and_sample(samples, [], FileIndex(data / "latent"), replace(default, **policy), 1, 60, True)
+
+
+def test_clip_is_refused_as_an_image(data):
+    first, second, *others = read_manifest(data, "prompts.txt", "videos.txt", None)
+    samples = [replace(first, image=second.video), second, *others]
+    policy = SamplingPolicy((SIZE,), 8.0, "stretch")
+    scanned = scan_and_sample(samples, [], FileIndex(data / "latent"), policy, 1, 60, True)
+    assert scanned.unusable == [f"{second.video} (line 1) is listed as an image, but is a video."]
+    assert len(scanned.samples) == len(samples) - 1
 
 
 def keys_of(scanned, flip=False, **facts) -> list[SampleKeys]:
@@ -171,9 +181,9 @@ def test_fingerprint_ignores_who_wrote_the_files(tiny, tmp_path):
     assert loading.fingerprint(folder, by_meaning=True) != meaning
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+def edit_config(folder: Path, name: str = "config.json", **changes: object) -> None:
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | changes))
 
 
 def test_cache_and_checkpoint_stay_valid_for_another_release_of_the_model(tiny, data, tmp_path):
@@ -193,6 +203,14 @@ def test_cache_and_checkpoint_stay_valid_for_another_release_of_the_model(tiny, 
     with pytest.raises(UserError) as caught:
         preflight(args, 1)
     assert len(caught.value.errors) == 1 and "optimizer.bin is missing" in caught.value.errors[0]
+    edit_config(model / "scheduler", "scheduler_config.json", snr_shift_scale=2.0, timestep_spacing="leading")
+    with pytest.raises(UserError) as caught:
+        preflight(args, 1)
+    message = "snr_shift_scale in scheduler/scheduler_config.json is 2.0, but .*checkpoint-1 was trained with 1.0"
+    assert len(caught.value.errors) == 1 and re.search(message, caught.value.errors[0])
+    (checkpoint / "progress.json").write_text(json.dumps(json.loads(progress) | {"objective": {}}))  # not recorded
+    with pytest.raises(UserError, match=r"^\S+ latest: \S+ is damaged"):
+        preflight(args, 1)
     edit_config(model / "vae", norm_eps=1e-3)
     edit_config(model / "transformer", norm_eps=1e-3)
     with pytest.raises(UserError, match="is not the base"):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.commands import launch
+from utils.common import requirements
 from utils.common.errors import exit_on_user_error
 
 ENCODING = ROOT / "utils" / "common" / "encoding.py"
@@ -81,3 +82,28 @@ def test_programs_start_again_in_another_locale(monkeypatch):
         pass
     argv = [sys.executable, "-X", "utf8", "-m", "utils.commands.export", "--dtype", "bf16"]
     assert started == [(sys.executable, argv)] and os.environ["PYTHONUTF8"] == "1"
+
+
+MISSING = ("decord", "PIL", "deepspeed")
+
+
+def test_missing_requirements_are_named(monkeypatch, capsys):
+    requirements.check_requirements()
+    monkeypatch.setattr(requirements, "find_spec", lambda module: None if module in MISSING else module)
+    with pytest.raises(SystemExit) as stopped:
+        requirements.check_requirements()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"error: Pillow, decord cannot be imported by {sys.executable}")
+    assert error.endswith(f"pip install -r {ROOT / 'requirements.txt'}\n")
+    with pytest.raises(SystemExit):
+        requirements.check_requirements("deepspeed")
+    assert "error: Pillow, decord, deepspeed cannot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program", [("train.py",), ("cli_demo.py",), ("utils/commands/launch.py",), ("-m", "utils.commands.export")]
+)
+def test_programs_name_missing_requirements(program):
+    """Without site packages, nothing is installed."""
+    result = subprocess.run([sys.executable, "-S", *program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: Pillow, accelerate, av, decord, diff")

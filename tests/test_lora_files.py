@@ -50,7 +50,7 @@ def trained(tiny, data, tmp_path):
         folder = tmp_path / "lora"
         folder.mkdir()
         paths = lora_paths(folder, args.checkpoint.lora_format, "run-checkpoint-1")
-        save_lora(get_peft_model_state_dict(transformer), lora_config(args), paths)
+        save_lora(get_peft_model_state_dict(transformer), lora_config(args), paths, {})
         return model_dir, spec, transformer.eval(), folder
 
     return train

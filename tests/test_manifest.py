@@ -53,6 +53,12 @@ def test_empty_columns_of_a_spreadsheet_are_ignored(folder):
     assert [sample.prompt for sample in read_manifest(folder, table=Table("metadata.csv"))] == ["a cat", "a dog"]
 
 
+def test_spaces_before_quotes_are_ignored(folder):
+    (folder / "metadata.csv").write_text('video, "prompt"\na.mp4, "a cat, on a mat"\nb.mp4,  a dog \n')
+    samples = read_manifest(folder, table=Table("metadata.csv"))
+    assert [sample.prompt for sample in samples] == ["a cat, on a mat", "a dog"]
+
+
 def test_captions_of_several_lines_are_legal(folder):
     text = 'video,prompt\na.mp4,"a cat,\nthen a dog, see notes.txt\n\nlast, ""line"""\n'
     (folder / "metadata.csv").write_text(text)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import LFS_POINTER, ROOT, arguments, run
+from tests.conftest import FIRST_FRAME, LFS_POINTER, ROOT, arguments, run
 from tests.tiny_models import write_tokenizer_and_text_encoder
-from utils.commands.inspect_dataset import contact_sheet
+from utils.commands.inspect_dataset import sample_sheet
 from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
 from utils.estimate.context import RunContext
@@ -41,6 +41,14 @@ def errors_of(*args) -> list[str]:
         ("2b", ["--train_resolution", "9x72x64"], "multiples of 16; height 72 \\(use 64 or 80\\)"),
         ("2b", ["--train_resolution", "9x64"], "'9x64' is not of the form FxHxW"),
         ("5b-i2v", ["--train_resolution", "9x80x64", "--model_type", "i2v"], "learned positions .* must be 64x64"),
+        ("2b", ["--learned_positions", "keep"], "--learned_positions keep: this checkpoint has none"),
+        ("2b", ["--condition_frames", "first_last"], "--condition_frames is for --model_type i2v"),
+        ("2b", ["--condition_frames", "prefix:6"], "'prefix:6': the number must be 4k\\+1 .* such as 5 or 9"),
+        (
+            "5b-i2v",
+            ["--condition_frames", "first", "prefix:9", "--model_type", "i2v"],
+            "--condition_frames prefix:9: a prefix must be shorter than the clip, and --train_resolution has 9 frames",
+        ),
         ("1.5", ["--train_resolution", "9x64x80"], "rotary table ends at 64x64"),
         ("2b", ["--train_resolution", "49x64x64"], "line 8\\) is too short: its 17 frames are 2.12 s"),
         ("2b", ["--target_modules", "to_q", "to_x"], "--target_modules to_x: it must name linear layers"),
@@ -126,6 +134,12 @@ def test_errors_of_unreadable_clips_and_images_name_the_line(tiny, data, validat
         *arguments(tiny("5b-i2v"), data, tmp_path, task="i2v"), "--do_validation", "--validation_dir", validation
     )
     assert any("needs an image for each prompt" in error for error in errors)
+    (validation / "images.txt").write_text(f"{FIRST_FRAME}\n" * 2)
+    for condition, missing in (("first_last", "needs a last image for each"), ("prefix:5", "needs a videos.txt")):
+        more = ["--do_validation", "--validation_dir", validation, "--validation_images", "images.txt"]
+        more += ["--condition_frames", condition]
+        errors = errors_of(*arguments(tiny("5b-i2v"), data, tmp_path, *more, task="i2v"))
+        assert any(f"--condition_frames {condition} {missing}" in error for error in errors)
 
 
 def edit_config(path: Path, **changes: object) -> None:
@@ -335,7 +349,7 @@ def test_images_of_another_shape_are_reported(tiny, data, tmp_path, mode, change
     plan = preflight(parse_args(arguments(tiny("1.5-i2v"), data, tmp_path, *more, task="i2v")), 1)
     (line,) = [line for line in plan.clip_summary if "Condition images" in line]
     assert line.startswith(f"  Condition images: 8; 1 {change} (") and "wide.png" in line
-    sheet = contact_sheet(plan.samples, 60)
+    sheet = sample_sheet(plan.samples, 60)
     assert sheet.width == 7 * 120 and sheet.getpixel((60, 76)) == (0, 0, 0)  # the image is the first picture
 
 

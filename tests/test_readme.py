@@ -23,6 +23,12 @@ PROGRAM = re.compile(r"\b(?:bash|python3?)(?: -m)? ([\w.][\w./-]*)(.*)")
 PACKAGES = r"(?:benchmarks|configs|dataset|docs|examples|tests|utils)"
 TRAIN_OPTIONS = ("utils/config/args.py", "utils/config/data_args.py")
 COMMANDS = ("utils.commands.estimate_memory", "utils.commands.export", "utils.commands.inspect_dataset")
+# Programs that take no flag of train.py -> the file that declares their flags.
+OWN_OPTIONS = {
+    "cli_demo.py": "utils/generation/args.py",
+    "utils.commands.average": "utils/commands/average.py",
+    "utils.commands.export": "utils/commands/export.py",
+}
 # Programs of other projects, and their flags that the pages name.
 FOREIGN_PROGRAMS, FOREIGN_FLAGS = {"venv", "zero_to_fp32.py"}, {"help", "safe_serialization"}
 
@@ -111,9 +117,9 @@ def file_of(program: str) -> str:
 
 @cache
 def flags_of(program: str) -> set[str]:
-    """Returns the flags of a program, read from its source. All programs but two also take those of `train.py`."""
+    """Returns the flags of a program, read from its source. All programs but `OWN_OPTIONS` take those of `train.py`."""
     own = "tests/conftest.py" if program == "pytest" else file_of(program)
-    sources = [own] if program in ("cli_demo.py", "utils.commands.export") else [own, *TRAIN_OPTIONS]
+    sources = [OWN_OPTIONS[program]] if program in OWN_OPTIONS else [own, *TRAIN_OPTIONS]
     declared = r"""^    (\w+): .*= option\(|add_?(?:argument|option)\(\s*"--([\w-]+)|== --([\w-]+)"""
     text = "\n".join((ROOT / source).read_text() for source in sources)
     return {name for names in re.findall(declared, text, re.MULTILINE) for name in names if name} | FOREIGN_FLAGS

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli_demo import check_transformer
 from utils.checkpoint.finetuned import load_merged
 from utils.common.errors import UserError
+from utils.generation.checks import check_transformer
 from utils.model.spec import read_spec
 
 

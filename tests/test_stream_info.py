@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from dataset.bucketing import ClipSample
+from dataset.containers import ClipError
 from dataset.decoders import open_reader
 from dataset.file_index import INDEX_FILE, FileIndex
 from dataset.images import image_size
 from dataset.latent_cache import EncoderSettings
 from dataset.manifest import Sample
 from dataset.scan import scan_files, summarize
-from dataset.stream_info import ClipError
 from dataset.video import ClipInfo, FrameSelection, Resolution, cropped, decode, probe
-from tests.test_containers import MPEG2, ffmpeg, shown_by_ffmpeg, write_clip
+from tests.test_containers import H264, MPEG2, ffmpeg, shown_by_ffmpeg, write_clip
 
 LOSSLESS = ("libx264", "-qp", 0, "-pix_fmt", "yuv420p")
 RESOLUTION = Resolution(9, 480, 720)
@@ -208,3 +208,40 @@ def test_interlaced_clips_are_noted(tmp_path: Path):
     selection = FrameSelection(Resolution(9, 64, 96), 8.0, "crop", 0, 9)
     lines = summarize([ClipSample(sample, selection, 0) for sample in samples], facts, "crop", 8.0)
     assert any("1 of 1 clips are interlaced" in line and "bwdif" in line for line in lines)
+
+
+def insert_box(path: Path, name: bytes, content: bytes) -> None:
+    """Inserts a box at the end of the description of the video stream of an mp4 file."""
+    data = bytearray(path.read_bytes())
+    assert data.index(b"mdat") < data.index(b"moov")  # the positions of the frames stay the same
+    box = (len(content) + 8).to_bytes(4) + name + content
+    starts = [data.index(parent, data.index(b"moov")) - 4 for parent in PARENTS]
+    end = starts[-1] + int.from_bytes(data[starts[-1] : starts[-1] + 4])
+    for start in starts:
+        data[start : start + 4] = (int.from_bytes(data[start : start + 4]) + len(box)).to_bytes(4)
+    data[end:end] = box
+    path.write_bytes(data)
+
+
+PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mkv"])
+def test_hidden_pixels_are_cropped(tmp_path: Path, extension: str):
+    write_clip(tmp_path / "clip.mp4", H264)
+    aperture = (64, 1, 48, 1, 8, 1, 0, 1)  # width, height, and how far their centre is from that of the picture
+    insert_box(tmp_path / "clip.mp4", b"clap", b"".join(number.to_bytes(4) for number in aperture))
+    path = tmp_path / f"cropped.{extension}"
+    ffmpeg("-i", tmp_path / "clip.mp4", "-c", "copy", path)
+    shown, _ = shown_by_ffmpeg(path, 48, 64)
+    (frame,) = open_reader(path).read([10])
+    assert frame.shape == (48, 64, 3) and abs(frame.astype(np.int16) - shown[10]).max() < 3
+    assert (probe(path).width, probe(path).pixels_version) == (64, 4)
+
+
+def test_dolby_vision_is_recognized_in_mkv(tmp_path: Path):
+    write_clip(tmp_path / "clip.mp4", H264)
+    insert_box(tmp_path / "clip.mp4", b"dvcC", bytes([1, 0, 5 << 1, 0x0D, *[0] * 20]))  # profile 5
+    ffmpeg("-i", tmp_path / "clip.mp4", "-c", "copy", "-strict", "unofficial", tmp_path / "clip.mkv")
+    with pytest.raises(ClipError, match="is Dolby Vision"):
+        probe(tmp_path / "clip.mkv")

@@ -14,9 +14,9 @@ import torch
 from imageio.v3 import imwrite
 from PIL import Image
 
+from dataset.containers import ClipError
 from dataset.decoders import open_reader
 from dataset.images import load_image
-from dataset.stream_info import ClipError
 from dataset.video import (
     NATIVE_STRIDE,
     ClipInfo,
@@ -152,10 +152,17 @@ def test_decoded_frames_match_ffmpeg(tmp_path: Path, kind: str):
             assert min(differences, key=differences.__getitem__) == index
 
 
+SONG = ("-f", "lavfi", "-i", "sine=duration=1", "-f", "lavfi", "-i", "color", "-frames:v", 1)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda path: ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac", path), "has no video, only sound"),
+        (
+            lambda path: ffmpeg(*SONG, "-c:v", "mjpeg", "-disposition:v", "attached_pic", path),
+            "has no video, only sound",
+        ),
         (lambda path: Image.new("RGB", (64, 64)).save(path, "PNG"), "is an image"),
         (lambda path: Image.new("RGB", (64, 64)).save(path, "JPEG"), "is an image"),
     ],

@@ -11,7 +11,7 @@ from collections.abc import Generator
 import psutil
 import pytest
 
-from dataset.stream_info import ClipError
+from dataset.containers import ClipError
 from dataset.worker_pool import JOBS_PER_WORKER, Failure, run_in_workers
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
-from utils.checkpoint.lora_reader import lora_in
+from utils.checkpoint.export import TRANSFORMER_CONFIG
+from utils.checkpoint.lora_reader import lora_in, stated_in_lora
 from utils.checkpoint.stored_weights import is_merged, read_merged, zero_folder
 from utils.common.errors import UserError
+from utils.model.spec import LEARNED, LEARNED_POSITIONS, ModelSpec
+from utils.model.weight_files import read_config
 
 
 def find_transformer(path: Path) -> Path:
@@ -44,6 +49,37 @@ def find_transformer(path: Path) -> Path:
         "fine-tuning run, the output of zero_to_fp32.py, or a transformer in the diffusers format."
         + (f" The folder has {', '.join(checkpoints)}." if checkpoints else "")
     )
+
+
+def trained_positions(transformer: Path | None, loras: Sequence[Path], spec: ModelSpec) -> tuple[str | None, str]:
+    """Returns how a trained file treats learned positions, and its flag and path for messages.
+
+    The first is None if no file states it. Files that cannot be read count as such; loading them reports the error.
+
+    Args:
+        transformer, loras: paths of a fine-tuned transformer and of LoRAs.
+        spec: of the base, whose config may state it too.
+
+    Raises:
+        UserError: two LoRAs were trained differently.
+    """
+    stated = {lora: text for lora in loras if (text := stated_in_lora(lora).get("learned_positions"))}
+    if len(set(stated.values())) > 1:
+        ways = ", ".join(f"{lora} with {text}" for lora, text in stated.items())
+        raise UserError(f"--lora_path: the LoRAs treat learned positions differently: {ways}.")
+    for lora, text in stated.items():
+        return text, f"--lora_path {lora}"
+    config = spec.transformer
+    if transformer is not None:
+        with suppress(UserError, OSError, ValueError):
+            folder = find_transformer(transformer)
+            config_file = (folder.parent / TRANSFORMER_CONFIG) if is_merged(folder) else folder / "config.json"
+            if config_file.is_file():
+                config = read_config(config_file, CogVideoXTransformer3DModel)
+            else:
+                config = {LEARNED: "patch_embed.pos_embedding" in read_merged(folder)}
+    is_dropped = spec.has_learned_positions and not config[LEARNED]
+    return "drop" if is_dropped else config.get(LEARNED_POSITIONS), f"--transformer_path {transformer}"
 
 
 def load_merged(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> CogVideoXTransformer3DModel:

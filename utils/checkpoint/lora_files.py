@@ -28,7 +28,9 @@ def lora_paths(folder: Path, choice: str, name: str) -> dict[str, Path]:
     return {format: path for format, path in paths.items() if choice in (format, "both")}
 
 
-def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, paths: Mapping[str, Path]) -> None:
+def save_lora(
+    state: dict[str, torch.Tensor], config: LoraConfig, paths: Mapping[str, Path], stated: Mapping[str, str]
+) -> None:
     """Writes adapters at their trained strength.
 
     The strength alpha / rank is multiplied into the B matrices, and the metadata sets alpha = rank. Loaders that read
@@ -39,12 +41,13 @@ def save_lora(state: dict[str, torch.Tensor], config: LoraConfig, paths: Mapping
         state: adapters under peft's names, `....lora_A.weight` [rank, in] and `....lora_B.weight` [out, rank], float32.
         config: config of the adapters during training.
         paths: see `lora_paths`.
+        stated: other entries for the metadata of the files.
     """
     strength = config.lora_alpha / config.r
     folded = {name: tensor * strength if ".lora_B." in name else tensor for name, tensor in state.items()}
     settings = config.to_dict() | {"lora_alpha": config.r}
     for format, path in paths.items():
-        _write(folded, settings, {}, format, path)
+        _write(folded, settings, stated, format, path)
 
 
 def convert_lora(lora: Lora, paths: Mapping[str, Path]) -> None:
@@ -63,7 +66,7 @@ def convert_lora(lora: Lora, paths: Mapping[str, Path]) -> None:
 
 
 def _write(
-    state: dict[str, torch.Tensor], settings: dict[str, Any], metadata: dict[str, str], format: str, path: Path
+    state: dict[str, torch.Tensor], settings: dict[str, Any], metadata: Mapping[str, str], format: str, path: Path
 ) -> None:
     """Writes adapters under the names of a format.
 
@@ -80,7 +83,7 @@ def _write(
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     config = {f"transformer.{name}": value for name, value in values.items() if _is_setting(value)}
     described = {METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
-    save_file(named, path, metadata=metadata | {"format": "pt"} | described)
+    save_file(named, path, metadata={**metadata, "format": "pt", **described})
 
 
 def _is_setting(value: Any) -> bool:

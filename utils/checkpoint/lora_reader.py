@@ -143,6 +143,15 @@ def find_lora(path: Path, flag: str) -> Path:
     raise UserError(f"{flag} {path}: there is no {WEIGHTS_FILE} in it{hint}.")
 
 
+def stated_in_lora(path: Path) -> dict[str, str]:
+    """Returns the metadata of a LoRA file or of the one in a folder. Empty if it has none, or cannot be read."""
+    try:
+        with safe_open(find_lora(path, ""), framework="pt") as file:
+            return file.metadata() or {}
+    except (UserError, OSError, SafetensorError):
+        return {}
+
+
 def read_lora(path: Path, flag: str, config: dict[str, Any] | None = None) -> Lora:
     """Reads the names and shapes of a LoRA's tensors, and its strength. The tensors stay on disk.
 

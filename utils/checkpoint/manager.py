@@ -22,8 +22,9 @@ import json
 import re
 import shutil
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +61,7 @@ class Progress:
         samples_seen: position in the sample stream, over all ranks.
         zero_stage: ZeRO stage of the training state; 0 for DDP.
         num_processes: number of processes that share the training state.
+        objective: what `read_objective` returns for the base; empty in checkpoints of earlier versions.
         data: digest of the samples. With the same data, a resumed run continues in the same order.
     """
 
@@ -70,6 +72,7 @@ class Progress:
     num_processes: int = 1
     data: str = ""
     base_by_meaning: str = ""
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -194,7 +197,10 @@ class Checkpoints:
             state = self._adapters(folder)
             if not self.uses_deepspeed:
                 save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
-            save_lora(state, lora_config(self.args), lora_paths(folder, self.args.checkpoint.lora_format, name))
+            positions = self.args.model.learned_positions
+            stated = {} if positions is None else {"learned_positions": positions}
+            paths = lora_paths(folder, self.args.checkpoint.lora_format, name)
+            save_lora(state, lora_config(self.args), paths, stated)
         elif not self.uses_deepspeed:
             self.transformer.save_pretrained(folder / "transformer")
 

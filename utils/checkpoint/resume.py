@@ -28,6 +28,7 @@ from utils.model.weight_files import check_weights, read_config
 FIXED_OPTIONS = (
     ("model", "model_type"),
     ("model", "training_type"),
+    ("model", "learned_positions"),
     ("lora", "rank"),
     ("lora", "lora_alpha"),
     ("lora", "target_modules"),
@@ -35,7 +36,7 @@ FIXED_OPTIONS = (
     ("memory", "offload_optimizer"),
 )
 # Fields of `Progress` that are not counts.
-TEXTS = ("base", "base_by_meaning", "data")
+NOT_COUNTS = ("base", "base_by_meaning", "data", "objective")
 
 
 def _unordered(value: Any) -> Any:
@@ -94,9 +95,11 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
     try:
         saved = json.loads((folder / ARGS_FILE).read_text())
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+        # earlier versions kept the learned positions, in models that have them
+        saved["model"].setdefault("learned_positions", args.model.learned_positions and "keep")
         trained_with = {(group, name): saved[group][name] for group, name in FIXED_OPTIONS}
         precision = saved["training"]["mixed_precision"]
-        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in TEXTS):
+        if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in NOT_COUNTS):
             raise ValueError(f"{PROGRESS_FILE} has counts that are not integers")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{flag}: {folder} is damaged ({error}); use another checkpoint. {available}") from error
@@ -112,6 +115,12 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         flags = f"--model_path {args.model.model_path}" + (f" --variant {variant}" if variant else "")
         hint = f" It was trained with --variant {saved_variant}." if saved_variant not in (None, variant) else ""
         errors.append(f"{flags} is not the base that {folder} was trained on.{hint}")
+    errors += [
+        f"--model_path {args.model.model_path}: {name} is {current.objective.get(name)}, but {folder} was trained with "
+        f"{value}."
+        for name, value in progress.objective.items()
+        if value != current.objective.get(name)
+    ]
     if progress.zero_stage != current.zero_stage:
         errors.append(
             f"{flag}: {folder} was saved under {_strategy(progress)}, and this run is under {_strategy(current)}; "
@@ -145,6 +154,7 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         num_processes=current.num_processes,
         base=current.base,
         base_by_meaning=current.base_by_meaning,
+        objective=current.objective,
     )
 
 

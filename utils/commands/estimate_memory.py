@@ -1,4 +1,4 @@
-"""Estimates memory, work and time of a run, and lists the cards that it fits.
+"""Estimates memory, work and time of a run and of a generation, and lists the cards that the run fits.
 
     python -m utils.commands.estimate_memory --model_path THUDM/CogVideoX-5b --training_type lora
     python -m utils.commands.estimate_memory --model_path THUDM/CogVideoX-2b --training_type sft \\
@@ -23,13 +23,13 @@ from utils.config.args import parse_args
 from utils.config.deepspeed_config import resolve_template
 from utils.config.options import add_options, collect, make_parser, option, require_positive
 from utils.estimate.context import RunContext, this_machine
-from utils.estimate.prediction import describe_prediction, predict
+from utils.estimate.prediction import describe_generation, describe_prediction, predict
 from utils.estimate.settings_search import fit_to_budget
 from utils.model.loading import text_encoder_config
 from utils.model.published_configs import PUBLISHED, published_spec, published_text_encoder
 from utils.model.spec import ModelSpec, read_spec
 from utils.run.checks import model_errors
-from utils.run.preflight import fill_in_defaults
+from utils.run.preflight import fill_in_defaults, with_positions
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def main() -> None:
         args, note = fit_to_budget(context, this_machine(), {})
         context = replace(context, args=args)
         print(note)
-    print("\n".join(describe_prediction(predict(context), context)))
+    print("\n".join([*describe_prediction(predict(context), context), *describe_generation(context)]))
 
 
 def make_context(train_flags: list[str], zero: str | None, num_processes: int) -> RunContext:
@@ -72,6 +72,7 @@ def make_context(train_flags: list[str], zero: str | None, num_processes: int) -
     """
     args = parse_args(["--model_type", "t2v", "--data_root", ".", "--output_dir", ".", *train_flags])
     spec, text_encoder = load_spec(args.model.model_path, args.model.variant)
+    spec = with_positions(spec, args)
     args = fill_in_defaults(replace(args, model=replace(args.model, model_type=spec.task)), spec, zero is not None)
     if errors := [*args.errors(), *model_errors(args, spec, zero is not None, num_processes)]:
         raise UserError(errors)

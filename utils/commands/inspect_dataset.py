@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
@@ -28,6 +28,7 @@ from dataset.latent_cache import LatentCache
 from dataset.scan import ScanResult, summarize
 from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
+from utils.common.contact_sheet import THUMBNAILS, contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, flags_in_errors, remove_stale_temporaries
 from utils.config.args import ValidationArgs
@@ -39,8 +40,8 @@ from utils.run.data import find_cache_dir, read_training_samples, read_validatio
 from utils.run.plan import encoder_settings
 
 COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
-# Rows of the table that are printed; samples and frames per sample on the contact sheet; sizes in pixels.
-PRINTED_ROWS, SHEET_ROWS, SHEET_COLUMNS, THUMBNAIL_HEIGHT, CAPTION_HEIGHT = 20, 12, 6, 120, 16
+# Rows of the table that are printed, and samples on the contact sheet.
+PRINTED_ROWS, SHEET_ROWS = 20, 12
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class InspectArgs:
         None, help="checkpoint that sets the default --fps and limits the resolutions; required for the cache options"
     )
     variant: str | None = option(None, help="as in training; part of the keys of the cache entries")
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None, help="as in training; decides on the sizes that CogVideoX-5b-I2V takes"
+    )
     enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
     inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
     verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
@@ -61,6 +65,8 @@ def main() -> None:
     if options.model_path is not None:
         model_dir = loading.resolve_model_dir(options.model_path)
         spec = read_spec(model_dir, options.variant)
+        if options.learned_positions is not None:
+            spec = spec.with_learned_positions(options.learned_positions)
     data = replace(data, fps=data.fps or (spec.fps if spec else 8.0))
     check(options, data, spec)
 
@@ -120,8 +126,8 @@ def show_samples(data: DataArgs, scan: ScanResult, folder: Path) -> None:
                 if number < PRINTED_ROWS:
                     print("  ".join(str(value)[-40:].ljust(10) for value in row))
         print(f"{len(scan.samples)} samples in {folder / 'samples.csv'}")
-        contact_sheet(scan.samples, data.clip_timeout).save(folder / "contact_sheet.png")
-        print(f"{SHEET_COLUMNS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
+        sample_sheet(scan.samples, data.clip_timeout).save(folder / "contact_sheet.png")
+        print(f"{THUMBNAILS} frames of up to {SHEET_ROWS} samples in {folder / 'contact_sheet.png'}")
     for error in scan.unusable:
         print(f"Unusable: {error}")
 
@@ -148,7 +154,7 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
         )
 
 
-def contact_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
+def sample_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
     """Draws one row per sample, as training sees it: the condition image, if it has one, and some frames.
 
     Samples and frames are evenly spaced.
@@ -156,27 +162,16 @@ def contact_sheet(samples: list[ClipSample], timeout: float) -> Image.Image:
     Args:
         timeout: maximum number of seconds per sample.
     """
-    numbers = sorted(set(np.linspace(0, len(samples) - 1, SHEET_ROWS).astype(int).tolist()))
-    chosen = [samples[number] for number in numbers]
+    chosen = [samples[number] for number in evenly_spaced(len(samples), SHEET_ROWS)]
     largest = max(
         size.frames * size.height * size.width * 3 for size in {clip_sample.resolution for clip_sample in chosen}
     )
-    strips = {}
+    rows = {}
     for result in run_in_workers(_thumbnails, list(enumerate(chosen)), 2, timeout, largest):
         number, clip_sample = result.job
         caption = f"{clip_sample.resolution}  {clip_sample}  {clip_sample.sample.prompt}"
-        strips[number] = (result.outcome.reason if isinstance(result.outcome, Failure) else result.outcome, caption)
-    width = max([strip.width for strip, _ in strips.values() if isinstance(strip, Image.Image)], default=480)
-    sheet = Image.new("RGB", (width, len(chosen) * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (strip, caption) in strips.items():
-        top = number * (THUMBNAIL_HEIGHT + CAPTION_HEIGHT)
-        draw.text((2, top + 2), caption.encode("ascii", "replace").decode(), fill="black")
-        if isinstance(strip, Image.Image):
-            sheet.paste(strip, (0, top + CAPTION_HEIGHT))
-        else:
-            draw.text((2, top + CAPTION_HEIGHT + 2), strip, fill="red")
-    return sheet
+        rows[number] = caption, result.outcome.reason if isinstance(result.outcome, Failure) else result.outcome
+    return contact_sheet([rows[number] for number in sorted(rows)])
 
 
 def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Image:
@@ -184,14 +179,10 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
     decode(Path(job[1].sample.clip), job[1].selection, pixels)
-    pictures = [pixels[frame] for frame in np.linspace(0, size.frames - 1, SHEET_COLUMNS).round().astype(int)]
+    pictures = [pixels[frame] for frame in evenly_spaced(size.frames)]
     if job[1].sample.image is not None:
         pictures.insert(0, load_image(Path(job[1].sample.image), size, job[1].selection.mode))
-    width = round(THUMBNAIL_HEIGHT * size.width / size.height)
-    strip = Image.new("RGB", (len(pictures) * width, THUMBNAIL_HEIGHT))
-    for column, picture in enumerate(pictures):
-        strip.paste(Image.fromarray(picture.numpy()).resize((width, THUMBNAIL_HEIGHT)), (column * width, 0))
-    return strip
+    return strip([picture.numpy() for picture in pictures])
 
 
 def maintain_cache(
@@ -203,8 +194,9 @@ def maintain_cache(
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
     encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
-    all_keys = encoding.keys(scan.samples, scan.facts, data.flip) + encoding.keys(scan.validation, scan.facts)
-    used = {name for keys in all_keys for name in (*keys.video, *keys.image, keys.prompt)} | {encoding.prompt_key("")}
+    all_keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
+    all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
+    used = {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:

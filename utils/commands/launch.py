@@ -13,7 +13,7 @@ and exit with code 1.
 
 A single process runs in the launcher itself, in the environment that accelerate prepares: importing torch twice would
 take seconds. Heavy imports are therefore inside the functions. This file imports nothing of the project; it only runs
-utils/common/encoding.py, which may restart Python.
+utils/common/encoding.py, which may restart Python, and utils/common/requirements.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import NoReturn
 from unittest.mock import patch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+COMMON = CONFIGS.parent / "utils" / "common"
 MACHINE_SETTINGS = ("NUM_PROCESSES", "NUM_MACHINES", "MACHINE_RANK", "MAIN_PROCESS_IP", "MAIN_PROCESS_PORT")
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "zfs", "tmpfs", "f2fs", "ext3")
 # The namespace of a machine, whose processes see those of all containers (linux/proc_ns.h).
@@ -45,8 +46,13 @@ SINGLE_PROCESS = {
 }
 
 
+def check_requirements(*needed: str) -> None:
+    runpy.run_path(str(COMMON / "requirements.py"))["check_requirements"](*needed)
+
+
 def main() -> int:
-    runpy.run_path(str(CONFIGS.parent / "utils" / "common" / "encoding.py"))["use_utf8"]()
+    runpy.run_path(str(COMMON / "encoding.py"))["use_utf8"]()
+    check_requirements()
     ignore_accelerate_variables()
     flags = [*flags_from_environment(), *sys.argv[1:]]
     num_cores, user_threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
@@ -130,6 +136,7 @@ def complete(args: argparse.Namespace) -> None:
         for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port"):
             setattr(args, name, getattr(defaults, name) if getattr(args, name) is None else getattr(args, name))
     if defaults.distributed_type == "DEEPSPEED":
+        check_requirements("deepspeed")
         check_extensions(offloads="offload" in str(args.deepspeed_config_file or defaults.deepspeed_config))
     machines = args.num_machines
     if args.num_processes is None:  # a file without the number gives -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Purposes of random numbers. Each purpose gets its own numbers from the same seed and position.
-ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT, FLIP, ROUNDING = range(6)
+ORDER, CAPTION_DROPOUT, DRAWS, HELD_OUT, FLIP, ROUNDING, CONDITION_FRAMES = range(7)
 
 
 def seed_for(purpose: int, seed: int, number: int) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.condition_frames import FIRST
 from utils.config.data_args import DataArgs
 from utils.config.options import (
     Budget,
@@ -37,6 +38,11 @@ class ModelArgs:
         help="variant of the weights, such as fp16; components without weights of the variant use their plain ones",
     )
     training_type: Literal["lora", "sft"] = option("lora", help="lora: low-rank adapters; sft: full fine-tuning")
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None,
+        help="CogVideoX-5b-I2V: its table of learned positions at other sizes; keep: only 480x720; interpolate: resize "
+        "the table; drop: use rotary positions alone; default: as the checkpoint was trained, otherwise keep",
+    )
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,11 @@ class ValidationArgs:
         None,
         help="i2v: file in --validation_dir with one image per line; default: the first frame of each clip is used",
     )
+    validation_last_images: str | None = option(
+        None,
+        help="i2v with --condition_frames first_last: file in --validation_dir with one last image per line; default: "
+        "the last frame of each clip is used",
+    )
     gen_fps: float | None = option(
         None, help="frames per second of the generated videos; default: the rate of the model"
     )
@@ -280,7 +291,9 @@ class Args:
         images = {
             "image_column": self.data.image_column,
             "image_dropout": self.data.image_dropout,
+            "condition_frames": self.data.condition_frames != (FIRST,),
             "validation_images": self.validation.validation_images,
+            "validation_last_images": self.validation.validation_last_images,
         }
         for name, value in images.items():
             if value and self.model.model_type == "t2v":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dataset.condition_frames import FIRST, ConditionFrames
 from dataset.video import NATIVE_STRIDE, Rate, Resolution
 from utils.config.options import option, require_positive, require_text, require_unit_interval
 
@@ -49,6 +50,16 @@ class DataArgs:
     precompute_only: bool = option(False, help="fill the latent cache and stop")
     caption_dropout: float = option(0.0, help="share of samples trained with the empty prompt")
     image_dropout: float = option(0.0, help="i2v: share of samples trained without the condition image")
+    condition_frames: tuple[ConditionFrames, ...] = option(
+        (FIRST,),
+        help="i2v: frames of the clip that the model is given: first; first_last; prefix:N, the first N frames (4k+1); "
+        "with several, each sample draws one",
+    )
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """Names of the cache entries that `--condition_frames` needs besides the condition image."""
+        return tuple(dict.fromkeys(filter(None, (condition.addition for condition in self.condition_frames))))
 
     def errors(self) -> Iterator[str]:
         for resolution in self.train_resolution:
@@ -60,6 +71,13 @@ class DataArgs:
                 )
         if len(set(self.train_resolution)) < len(self.train_resolution):
             yield f"--train_resolution {' '.join(map(str, self.train_resolution))}: a resolution is listed twice."
+        shortest = min(resolution.frames for resolution in self.train_resolution)
+        for condition in self.condition_frames:
+            if condition.prefix >= shortest:
+                yield (
+                    f"--condition_frames {condition}: a prefix must be shorter than the clip, and --train_resolution "
+                    f"has {shortest} frames."
+                )
         if self.fps != NATIVE_STRIDE:
             yield from require_positive(self, "fps")
         yield from require_positive(self, "clips_per_video", "clip_timeout")

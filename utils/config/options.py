@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from dataset.condition_frames import ConditionFrames
 from dataset.video import NATIVE_STRIDE, Rate, Resolution
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user
@@ -20,6 +21,8 @@ from utils.common.filesystem import expand_user
 Group = TypeVar("Group")
 Budget = float | Literal["auto"]
 
+# Type with a `parse` method -> its form in the help.
+WRITTEN_TYPES = {Resolution: "FxHxW", ConditionFrames: "first|first_last|prefix:N"}
 # Old flag -> its replacement.
 RENAMED_FLAGS = {
     "--keep_attention": "--gradient_checkpointing selective for true, full for false",
@@ -97,9 +100,10 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
-def parse_resolution(text: str) -> Resolution:
+def parse_written(written_type: Any, text: str) -> Any:
+    """Parses a value of a type with a `parse` method, whose ValueError is the message."""
     try:
-        return Resolution.parse(text)
+        return written_type.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -123,8 +127,8 @@ def _argparse_keywords(annotation: Any, aliases: dict[str, str] | None = None) -
         annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
     if annotation is bool:
         return {"type": parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
-    if annotation is Resolution:
-        return {"type": parse_resolution, "metavar": "FxHxW"}
+    if annotation in WRITTEN_TYPES:
+        return {"type": partial(parse_written, annotation), "metavar": WRITTEN_TYPES[annotation]}
     if typing.get_origin(annotation) is Literal and aliases:
         choices = typing.get_args(annotation)
         alone = {"nargs": "?", "const": aliases["true"]} if "true" in aliases else {}

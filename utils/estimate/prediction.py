@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.common.gpus import PEAK_TFLOPS
@@ -12,7 +12,7 @@ from utils.estimate.context import RunContext
 from utils.estimate.simulated_run import (
     UpdateProfile,
     clip_encoding_peak,
-    generation_peak,
+    profile_generation,
     prompt_encoding_peak,
     simulate_updates,
 )
@@ -81,10 +81,11 @@ def predict(context: RunContext) -> Prediction:
 
 
 def non_training_peaks(context: RunContext) -> NonTrainingPeaks:
-    return NonTrainingPeaks(
-        encoding=max(clip_encoding_peak(context), prompt_encoding_peak(context)),
-        generating=generation_peak(context) if context.args.validation.do_validation else 0,
-    )
+    generating = 0
+    if context.args.validation.do_validation:
+        profile = profile_generation(context)
+        generating = profile.vae + max(profile.denoising, profile.decoding)
+    return NonTrainingPeaks(max(clip_encoding_peak(context), prompt_encoding_peak(context)), generating)
 
 
 def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks) -> Prediction:
@@ -170,6 +171,28 @@ def zero_terms(
     # float32 masters, gradients and Adam's states, and a buffer of the weights or gradients in their dtype
     host = (16 + itemsize) * trained * offloads["optimizer"] + itemsize * updates.weights * offloads["param"]
     return terms, host
+
+
+def describe_generation(context: RunContext) -> list[str]:
+    """Returns log lines on the GPU memory of `cli_demo.py` for the model and size of a run, without LoRA."""
+    model = replace(context.args.model, training_type="lora")
+    memory = replace(context.args.memory, autocast=False)
+    lora = replace(context.args.lora, rank=1)
+    context = replace(context, args=replace(context.args, model=model, memory=memory, lora=lora), zero=None)
+    profile = profile_generation(context)
+    text_encoder, by_layers = (
+        prompt_encoding_peak(context.with_memory(offload_text_encoder=offload)) for offload in (False, True)
+    )
+    denoising, decoding = profile.transformer + profile.denoising, profile.vae + profile.decoding
+    peaks = {
+        "none": max(denoising + profile.vae, decoding + profile.transformer),
+        "model": max(denoising, decoding),
+    }
+    by_offload = ", ".join(f"{peak / GIB:.1f} GiB with --offload {name}" for name, peak in peaks.items())
+    return [
+        f"GPU memory of cli_demo.py: {by_offload}; before that {text_encoder / GIB:.1f} GiB for the prompts, "
+        f"or {by_layers / GIB:.1f} GiB with --offload_text_encoder"
+    ]
 
 
 def describe_prediction(prediction: Prediction, context: RunContext) -> list[str]:

@@ -27,6 +27,7 @@ from utils.estimate.memory_tracker import (
 )
 from utils.model.conditioning import rotary_table
 from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_PASS, encode_by_layers
+from utils.model.positions import set_learned_positions
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
@@ -170,24 +171,39 @@ def split_backward(transformer: CogVideoXTransformer3DModel, end_phase: Callable
     handles = {block: block.register_forward_pre_hook(watch_input, with_kwargs=True) for block in names}
 
 
-def generation_peak(context: RunContext) -> int:
-    """Peak bytes of a validation video without the trained weights: denoising with guidance, then VAE decoding."""
+@dataclass(frozen=True)
+class GenerationProfile:
+    """Memory of generating a video, in bytes.
+
+    Attributes:
+        transformer, vae: weights.
+        denoising: peak of a denoising step with guidance, without weights.
+        decoding: peak of decoding the latent, without weights.
+    """
+
+    transformer: int
+    vae: int
+    denoising: int
+    decoding: int
+
+
+def profile_generation(context: RunContext) -> GenerationProfile:
     transformer = empty_transformer(context)
     with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(transformer)
-        before_forward = tracker.now
+        transformer_bytes = tracker.now
         tracker.watch_peak()
         # classifier-free guidance doubles the batch
         fake_objective(context)(autocast_forward(transformer, context), empty_batch(context, batch_size=2), [0, 1])
-        denoising = tracker.peak - before_forward
+        denoising = tracker.peak - transformer_bytes
     vae = empty_vae(context)
     with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
-        weights = tracker.now
+        vae_bytes = tracker.now
         tracker.watch_peak()
         frames, height, width = context.spec.latent_size(context.resolution)
         vae.decode(torch.empty(1, context.spec.latent_channels, frames, height, width, dtype=vae.dtype))
-        return max(weights + denoising, tracker.peak)
+        return GenerationProfile(transformer_bytes, vae_bytes, denoising, tracker.peak - vae_bytes)
 
 
 def clip_encoding_peak(context: RunContext) -> int:
@@ -227,6 +243,7 @@ def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
     """The transformer in training, on the meta device. Not compiled: fake tensors cannot measure compiled code."""
     with init_empty_weights(include_buffers=True):
         transformer = CogVideoXTransformer3DModel.from_config(context.spec.transformer)
+    set_learned_positions(transformer, context.spec)
     torch.nn.Module.to(transformer, weight_dtype(context.args, context.uses_deepspeed))
     make_trainable(transformer, context.with_memory(compile_blocks=False).args)
     return transformer

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
+from dataset.condition_frames import LAST
 from utils.model.spec import ModelSpec
 
 
@@ -51,10 +52,32 @@ def to_image_latents(sample: torch.Tensor, spec: ModelSpec, latent_frames: int) 
     Args:
         latent_frames: F, including padding.
     """
-    factor = 1 / spec.scaling_factor if spec.inverts_image_latents else spec.scaling_factor
-    image = sample.transpose(1, 2) * factor  # [B, C, 1, H, W] -> [B, 1, C, H, W]
+    image = _scale_image_sample(sample, spec)
     later = image.new_zeros(image.shape[0], latent_frames - 1, *image.shape[2:])
     return torch.cat([image, later], dim=1)
+
+
+def add_condition(image_latents: torch.Tensor, sample: torch.Tensor, spec: ModelSpec, addition: str) -> torch.Tensor:
+    """Puts further condition frames in place of zeros in image latents [B, F, C, H, W].
+
+    The last frame takes the last latent frame. A prefix takes the first ones, including the condition image's; where
+    there is padding, copies of its first latent frame precede it, as in the latents of a clip.
+
+    Args:
+        sample: VAE sample of the frames [B, C, F', H, W].
+    """
+    frames = _scale_image_sample(sample, spec)
+    if addition == LAST:
+        return torch.cat([image_latents[:, :-1], frames], dim=1)
+    # a clip has 8N+1 frames and an odd number of latent frames
+    padding = frames[:, :1].expand(-1, spec.frames_to_pad(1), -1, -1, -1)
+    prefix = torch.cat([padding, frames], dim=1)
+    return torch.cat([prefix, image_latents[:, prefix.shape[1] :]], dim=1)
+
+
+def _scale_image_sample(sample: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """Scales a VAE sample of condition frames: [B, C, F, H, W] -> [B, F, C, H, W]."""
+    return sample.transpose(1, 2) * (1 / spec.scaling_factor if spec.inverts_image_latents else spec.scaling_factor)
 
 
 @lru_cache(maxsize=16)

@@ -47,24 +47,23 @@ def _moments(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Encodes a condition image under several draws of pixel noise.
+    """Encodes the frames of a condition, usually one, under several draws of pixel noise.
 
     The noise, log sigma ~ N(-3, 0.5), keeps the model from copying the image into every frame (CogVideoX,
     arXiv:2408.06072, section 2.2; following Stable Video Diffusion).
 
     Args:
-        pixels: uint8 [H, W, 3].
+        pixels: uint8 [F, H, W, 3]; all frames of a draw have noise of the same strength.
         seed: seed of the noise.
 
     Returns:
-        moments [IMAGE_NOISE_DRAWS, 2C, 1, H', W'] on the CPU, in the VAE's dtype.
+        moments [IMAGE_NOISE_DRAWS, 2C, F', H', W'] on the CPU, in the VAE's dtype.
     """
     generator = torch.Generator().manual_seed(seed)
-    image, moments = to_model_range(pixels), []
+    frames, moments = to_model_range(pixels), []
     for _ in range(IMAGE_NOISE_DRAWS):
         sigma = torch.exp(torch.randn((), generator=generator) * LOG_SIGMA_STD + LOG_SIGMA_MEAN)
-        noisy = image + sigma * torch.randn(image.shape, generator=generator)
-        moments.append(_moments(vae, noisy[None]))
+        moments.append(_moments(vae, frames + sigma * torch.randn(frames.shape, generator=generator)))
     return torch.stack(moments)
 
 

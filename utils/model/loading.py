@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import imageio
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDPMScheduler,
-    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     CogVideoXVideoToVideoPipeline,
 )
-from diffusers.utils import export_to_video
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import safe_open
@@ -29,13 +29,14 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from utils.common.errors import UserError
 from utils.common.filesystem import disk_is_full, expand_user, unreadable_in
+from utils.model.conditioned_pipeline import ConditionedImageToVideoPipeline
 from utils.model.spec import COMPONENTS
 from utils.model.weight_files import has_variant, weight_files
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {
     "t2v": CogVideoXPipeline,
-    "i2v": CogVideoXImageToVideoPipeline,
+    "i2v": ConditionedImageToVideoPipeline,
     "v2v": CogVideoXVideoToVideoPipeline,
 }
 # Entries of a config that name the software which wrote it.
@@ -211,15 +212,21 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
         return CogVideoXDPMScheduler.from_pretrained(model_dir / "scheduler", timestep_spacing="trailing")
 
 
-def write_video(frames: list[Image.Image], path: Path, fps: float) -> None:
-    """Writes an mp4 file.
+def write_video(frames: list[Image.Image], path: Path, fps: float, comment: str = "") -> None:
+    """Writes an mp4 file with the settings of diffusers' `export_to_video`. Equal arguments give equal bytes.
+
+    Args:
+        comment: text for the metadata.
 
     Raises:
-        OSError: the file was not written; `export_to_video` does not report this.
+        OSError: the file was not written; imageio does not report this.
     """
     path.unlink(missing_ok=True)
+    metadata = ["-metadata", f"comment={comment}"] if comment else []
     try:
-        export_to_video(frames, str(path), fps=fps)
+        with imageio.get_writer(path, fps=fps, quality=5.0, macro_block_size=16, output_params=metadata) as writer:
+            for frame in frames:
+                writer.append_data(np.asarray(frame))
     except OSError:  # without a number if ffmpeg has ended early
         if not disk_is_full(path.parent):
             raise

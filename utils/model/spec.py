@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,9 @@ from utils.common.filesystem import unreadable
 from utils.model.weight_files import check_weights, has_variant, read_config
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+# Entries of the transformer's config: whether it has learned positions, and `interpolate` if they are interpolated.
+# diffusers ignores names with an underscore.
+LEARNED, LEARNED_POSITIONS = "use_learned_positional_embeddings", "_learned_positions"
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,25 @@ class ModelSpec:
 
     @property
     def has_learned_positions(self) -> bool:
-        return bool(self.transformer.get("use_learned_positional_embeddings"))
+        return bool(self.transformer.get(LEARNED))
+
+    @property
+    def learned_positions(self) -> Literal["keep", "interpolate"] | None:
+        """How learned positions are treated at other sizes than that of their table; None without learned positions."""
+        if not self.has_learned_positions:
+            return None
+        return "interpolate" if self.transformer.get(LEARNED_POSITIONS) == "interpolate" else "keep"
+
+    def with_learned_positions(self, choice: str) -> ModelSpec:
+        """Returns the spec with another treatment of its learned positions: keep, interpolate or drop."""
+        changes = {LEARNED: self.has_learned_positions and choice != "drop", LEARNED_POSITIONS: choice}
+        return replace(self, transformer=self.transformer | changes)
 
     @property
     def positions(self) -> str:
         """Description of the position embeddings for logs."""
         if self.has_learned_positions:
-            return "rotary and learned"
+            return "rotary and learned" + (" (interpolated)" if self.learned_positions == "interpolate" else "")
         return "rotary" if self.has_rotary_positions else "sincos"
 
     @property
@@ -148,11 +163,11 @@ class ModelSpec:
 
     def frames_notes(self, frames: int) -> list[str]:
         """Returns a note if diffusers would replace the learned positions with computed ones, else an empty list."""
-        if not self.has_learned_positions or frames == self.largest.frames:
+        if self.learned_positions != "keep" or frames == self.largest.frames:
             return []
         return [
             f"this checkpoint has learned positions for {self.largest.frames} frames; with {frames} frames, training "
-            "and sampling use computed positions instead."
+            "and sampling use computed positions instead. --learned_positions interpolate keeps the learned ones."
         ]
 
     def resolution_errors(self, resolution: Resolution, flag: str) -> list[str]:
@@ -169,10 +184,10 @@ class ModelSpec:
             ]
         limit = self.largest
         size = (resolution.height, resolution.width)
-        if self.has_learned_positions and size != (limit.height, limit.width):
+        if self.learned_positions == "keep" and size != (limit.height, limit.width):
             return [
-                f"{flag} {resolution}: this checkpoint has learned positions of fixed size; "
-                f"height and width must be {limit.height}x{limit.width}."
+                f"{flag} {resolution}: this checkpoint has learned positions of fixed size; height and width must be "
+                f"{limit.height}x{limit.width}; other sizes need --learned_positions interpolate or drop."
             ]
         if self.is_v1_5 and (size[0] > limit.height or size[1] > limit.width):
             return [
@@ -189,6 +204,29 @@ CONFIGS = {
     "scheduler": ("scheduler_config.json", CogVideoXDPMScheduler),
     "text_encoder": ("config.json", T5EncoderModel),
 }
+
+# Component -> entries of its config that the objective of training depends on. Scheduler: the noise of each timestep.
+_OBJECTIVE = {
+    "scheduler": (
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+        *("snr_shift_scale", "rescale_betas_zero_snr"),
+    ),
+    "vae": ("scaling_factor", "invert_scale_latents"),
+}
+
+
+def read_objective(model_dir: Path) -> dict[str, Any]:
+    """Returns the entries of configs, other than the transformer's, that the objective of training depends on.
+
+    Returns:
+        Name such as `snr_shift_scale in scheduler/scheduler_config.json` -> value.
+    """
+    objective: dict[str, Any] = {}
+    for component, names in _OBJECTIVE.items():
+        file, model_class = CONFIGS[component]
+        config = read_config(model_dir / component / file, model_class)
+        objective |= {f"{name} in {component}/{file}": config.get(name) for name in names}
+    return objective
 
 
 def read_spec(model_dir: Path, variant: str | None = None) -> ModelSpec:

@@ -79,13 +79,27 @@ def read_validation_samples(data: DataArgs, options: ValidationArgs, task: str) 
     read = partial(read_manifest, root, id_token=data.id_token, flag="--validation_dir")
     table = find_table(root, options.validation_prompts, None)
     if table is not None:
-        samples = read(table=Table(table, ("prompt",), ("video", "image") if task == "i2v" else ("video",)))
+        optional = ("video", "image", "last_image") if task == "i2v" else ("video",)
+        samples = read(table=Table(table, ("prompt",), optional))
     else:
         videos = data.video_column if resolve(root, data.video_column).exists() or not root.is_dir() else None
-        samples = read(options.validation_prompts, videos, options.validation_images)
+        samples = read(
+            options.validation_prompts, videos, options.validation_images, last_images=options.validation_last_images
+        )
     if task == "i2v" and not all(sample.video or sample.image for sample in samples):
         raise UserError(
             f"--validation_dir {root}: image-to-video needs an image for each prompt; give --validation_images, or a "
             f"{data.video_column} with clips, whose first frames are used."
+        )
+    condition = data.condition_frames[0]
+    if condition.has_last and not all(sample.video or sample.last_image for sample in samples):
+        raise UserError(
+            f"--validation_dir {root}: --condition_frames {condition} needs a last image for each prompt; give "
+            f"--validation_last_images, or a {data.video_column} with clips, whose last frames are used."
+        )
+    if condition.prefix > 1 and not all(sample.video for sample in samples):
+        raise UserError(
+            f"--validation_dir {root}: --condition_frames {condition} needs a {data.video_column} with a clip for each "
+            "prompt, whose first frames are used."
         )
     return samples

@@ -100,7 +100,7 @@ class RunPlan:
 
     def missing_entries(self) -> set[str]:
         """Names of the entries that the cache does not hold yet."""
-        clips = (name for keys in self.keys + self.validation_keys for name in keys.video + keys.image)
+        clips = (name for keys in self.keys + self.validation_keys for name in keys.pixels)
         cache = LatentCache(self.cache_dir)
         return {name for name in chain(clips, self.prompts) if not cache.has(name)}
 
@@ -117,7 +117,7 @@ class RunPlan:
         ) -> tuple[list[ClipSample], list[SampleKeys]]:
             pairs = []
             for clip_sample, keys in zip(clip_samples, all_keys, strict=True):
-                reasons = [failed[name] for name in (*keys.video, *keys.image, keys.prompt) if name in failed]
+                reasons = [failed[name] for name in (*keys.pixels, keys.prompt) if name in failed]
                 unusable.extend(f"{clip_sample} {reason}." for reason in dict.fromkeys(reasons))
                 if not reasons:
                     pairs.append((clip_sample, keys))
@@ -144,8 +144,8 @@ def make_plan(
     encoding, encoders = encoder_settings(
         model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir), args.model.variant
     )
-    keys = encoding.keys(scan.samples, scan.facts, args.data.flip)
-    validation_keys = encoding.keys(scan.validation, scan.facts)
+    keys = encoding.keys(scan.samples, scan.facts, args.data.flip, args.data.additions)
+    validation_keys = encoding.keys(scan.validation, scan.facts, additions=args.data.additions)
     prompts = {encoding.prompt_key(""): ""}
     for clip_sample, names in zip(scan.samples + scan.validation, keys + validation_keys, strict=True):
         prompts[names.prompt] = clip_sample.sample.prompt

@@ -24,7 +24,8 @@ from utils.config.deepspeed_config import find_template, resolve_template
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
-from utils.model.spec import ModelSpec, read_spec
+from utils.model.positions import choose_positions
+from utils.model.spec import LEARNED_POSITIONS, ModelSpec, read_objective, read_spec
 from utils.run.checks import (
     check_disk_space,
     check_init_lora,
@@ -92,8 +93,14 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
 def read_model(args: Args) -> BaseModel:
     """Reads the configs of the checkpoint, and downloads it if it is an id on the hub. Raises UserError."""
     folder = loading.resolve_model_dir(args.model.model_path)
-    variant = args.model.variant
-    return BaseModel(folder, read_spec(folder, variant), loading.text_encoder_config(folder, variant))
+    spec = with_positions(read_spec(folder, args.model.variant), args)
+    return BaseModel(folder, spec, loading.text_encoder_config(folder, args.model.variant))
+
+
+def with_positions(spec: ModelSpec, args: Args) -> ModelSpec:
+    """Returns the spec of a base checkpoint with the learned positions of the run. Raises UserError."""
+    requested, stated = args.model.learned_positions, spec.transformer.get(LEARNED_POSITIONS)
+    return choose_positions(spec, requested, stated, f"--model_path {args.model.model_path}")
 
 
 def resolve_strategy(
@@ -130,6 +137,7 @@ def fill_in_defaults(args: Args, spec: ModelSpec, uses_deepspeed: bool = False) 
         export_dtype = "fp32" if precision == "no" else precision
     args = replace(
         args,
+        model=replace(args.model, learned_positions=args.model.learned_positions or spec.learned_positions),
         data=replace(args.data, fps=args.data.fps or spec.fps),
         training=replace(args.training, mixed_precision=precision),
         lora=replace(args.lora, lora_alpha=args.lora.alpha),
@@ -209,6 +217,7 @@ def check_resume(
     start = Progress(
         base=loading.fingerprint(folder, variant=variant),
         base_by_meaning=loading.fingerprint(folder, by_meaning=True, variant=variant),
+        objective=read_objective(model.folder),
         zero_stage=context.zero["zero_optimization"]["stage"] if context.zero else 0,
         num_processes=context.num_processes,
     )

@@ -21,6 +21,7 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from PIL import Image
 
 from dataset.bucketing import ClipSample
+from dataset.condition_frames import LAST, select_frames
 from dataset.images import load_image
 from dataset.latent_cache import LatentCache
 from dataset.precompute import RankShard
@@ -28,6 +29,8 @@ from dataset.video import Resolution, decode
 from utils.common.errors import describe_system_error
 from utils.common.seeds import HELD_OUT, seed_for
 from utils.model import loading
+from utils.model.conditioned_pipeline import Condition
+from utils.model.encoders import to_model_range
 from utils.run.plan import RunPlan
 from utils.training.metrics import QUARTERS, Metrics, quarter_means
 from utils.training.step import DenoisingObjective
@@ -110,7 +113,8 @@ class ValidationItem:
     Attributes:
         prompt_embeds, empty_embeds: [1, S, D].
         moments: batch of one for the held-out loss, as the data loader yields it; None for a prompt without a clip.
-        condition: image of i2v at `resolution`.
+        image: image of i2v at `resolution`.
+        condition: further condition frames of i2v, if `--condition_frames` starts with any.
         is_padding: padding item; the result is discarded.
     """
 
@@ -119,7 +123,8 @@ class ValidationItem:
     prompt_embeds: torch.Tensor
     empty_embeds: torch.Tensor
     moments: dict[str, torch.Tensor] | None
-    condition: Image.Image | None
+    image: Image.Image | None
+    condition: Condition | None
     resolution: Resolution
     is_padding: bool
 
@@ -140,13 +145,15 @@ def read_item(plan: RunPlan, number: int, is_padding: bool) -> ValidationItem:
         moments = {"video": cache.read(keys.video[0])[None], "prompt": prompt_embeds}
         if keys.image:
             moments["image"] = cache.read(keys.image[0])[None]
+        moments |= {addition: cache.read(names[0])[None] for addition, names in keys.additions.items()}
     return ValidationItem(
         number=number,
         prompt=clip_sample.sample.prompt,
         prompt_embeds=prompt_embeds,
         empty_embeds=cache.read(plan.empty_prompt)[None],
         moments=moments,
-        condition=condition_image(clip_sample) if plan.spec.task == "i2v" else None,
+        image=condition_image(clip_sample) if plan.spec.task == "i2v" else None,
+        condition=further_condition(plan, clip_sample),
         resolution=clip_sample.resolution,
         is_padding=is_padding,
     )
@@ -203,6 +210,8 @@ def load_pipeline(
 def generate(pipeline: DiffusionPipeline, plan: RunPlan, item: ValidationItem, step: int) -> list[tuple[Path, str]]:
     """Generates the video of one item; returns its mp4 and prompt, or nothing for a padding item."""
     args, resolution, device = plan.args, item.resolution, pipeline.vae.device
+    if item.image is not None:
+        pipeline.condition = item.condition
     video = pipeline(
         prompt_embeds=item.prompt_embeds.to(device, compute_dtype(args)),
         negative_prompt_embeds=item.empty_embeds.to(device, compute_dtype(args)),
@@ -213,7 +222,7 @@ def generate(pipeline: DiffusionPipeline, plan: RunPlan, item: ValidationItem, s
         guidance_scale=args.validation.guidance_scale,
         generator=torch.Generator().manual_seed(args.training.seed),
         max_sequence_length=plan.spec.max_text_seq_length,
-        **({} if item.condition is None else {"image": item.condition}),
+        **({} if item.image is None else {"image": item.image}),
     ).frames[0]
     if item.is_padding:
         return []
@@ -234,3 +243,15 @@ def condition_image(clip_sample: ClipSample) -> Image.Image:
     else:
         pixels = decode(Path(clip_sample.sample.clip), selection)[0]
     return Image.fromarray(pixels.numpy())
+
+
+def further_condition(plan: RunPlan, clip_sample: ClipSample) -> Condition | None:
+    """Returns the condition frames besides the image that the first value of `--condition_frames` asks for."""
+    addition, selection = plan.args.data.condition_frames[0].addition, clip_sample.selection
+    if addition is None:
+        return None
+    if addition == LAST and clip_sample.sample.last_image is not None:
+        frames = load_image(Path(clip_sample.sample.last_image), selection.resolution, selection.mode)[None]
+    else:
+        frames = select_frames(decode(Path(clip_sample.sample.clip), selection), addition)
+    return Condition(plan.spec, addition, to_model_range(frames)[None])

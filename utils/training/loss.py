@@ -5,12 +5,12 @@ Legend: B batch, K noise draws of the condition image, F latent frames, C latent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from utils.model.conditioning import sample_moments, to_image_latents, to_video_latents
+from utils.model.conditioning import add_condition, sample_moments, to_image_latents, to_video_latents
 from utils.model.spec import ModelSpec
 
 
@@ -67,6 +67,7 @@ def sample_inputs(
     num_timesteps: int,
     image_dropout: float = 0.0,
     timesteps: torch.Tensor | None = None,
+    additions: Sequence[tuple[str, torch.Tensor] | None] | None = None,
 ) -> StepInputs:
     """Samples latents, noise and timesteps. Each sample has its own generator, so it is independent of its batch.
 
@@ -77,6 +78,7 @@ def sample_inputs(
         num_timesteps: T; timesteps are uniform over 0 .. T - 1.
         image_dropout: share of samples whose image latents are set to zero.
         timesteps: fixed timesteps [B]; drawn by default.
+        additions: for each sample, name and moments [K, 2C, F', H, W] of further condition frames; None for none.
     """
     samples = [
         _sample_one(
@@ -86,6 +88,7 @@ def sample_inputs(
             torch.Generator(video.device).manual_seed(seed),
             num_timesteps,
             image_dropout,
+            None if additions is None else additions[row],
         )
         for row, seed in enumerate(seeds)
     ]
@@ -105,12 +108,14 @@ def _sample_one(
     generator: torch.Generator,
     num_timesteps: int,
     image_dropout: float,
+    addition: tuple[str, torch.Tensor] | None,
 ) -> StepInputs:
     """Samples a batch of one. The order of the draws is fixed: resumed runs repeat it.
 
     Args:
         video: [1, 2C, F, H, W].
         image: [K, 2C, 1, H, W].
+        addition: as in `sample_inputs`; drawn last.
     """
 
     def posterior_sample(moments: torch.Tensor) -> torch.Tensor:
@@ -125,4 +130,8 @@ def _sample_one(
     noise_draw = torch.randint(len(image), (1,), generator=generator, device=video.device)
     image_latents = to_image_latents(posterior_sample(image[noise_draw]), spec, latents.shape[1])
     is_kept = torch.rand((1,), generator=generator, device=video.device) >= image_dropout
+    if addition is not None:
+        name, moments = addition
+        noise_draw = torch.randint(len(moments), (1,), generator=generator, device=video.device)
+        image_latents = add_condition(image_latents, posterior_sample(moments[noise_draw]), spec, name)
     return StepInputs(latents, image_latents * is_kept, noise, timestep)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dataset.condition_frames import FIRST, ConditionFrames
+from utils.common.seeds import CONDITION_FRAMES, seed_for
 from utils.model.conditioning import predict_velocity
 from utils.model.spec import ModelSpec
 from utils.training.loss import sample_inputs, velocity_loss
@@ -25,12 +27,14 @@ class DenoisingObjective:
         alphas_cumprod: cumulative signal power of every timestep, float32 [T]; its device is that of the computation.
         dtype: dtype of the transformer's inputs.
         image_dropout: share of samples whose image latents are zeroed (i2v).
+        condition_frames: each sample draws one of them (i2v).
     """
 
     spec: ModelSpec
     alphas_cumprod: torch.Tensor
     dtype: torch.dtype
     image_dropout: float = 0.0
+    condition_frames: tuple[ConditionFrames, ...] = (FIRST,)
 
     def __call__(
         self,
@@ -43,16 +47,17 @@ class DenoisingObjective:
 
         Args:
             batch: `video` moments [B, 2C, F, H, W], `prompt` embeddings [B, S, D] and, for i2v, `image` moments
-                [B, K, 2C, 1, H, W], on any device.
+                [B, K, 2C, 1, H, W] and those of further condition frames [B, K, 2C, F', H, W] by name, on any device.
             seeds: one per sample, for the posterior sample, the noise and the timestep.
             timesteps: fixed timesteps int64 [B]; drawn uniformly by default.
 
         Returns:
             Losses float32 [B] and timesteps int64 [B].
         """
+        drawn = [self._draw_addition(seed) for seed in seeds]
         on_device = {
             name: batch[name].to(self.alphas_cumprod.device, non_blocking=True)
-            for name in ("video", "image", "prompt")
+            for name in ("video", "image", "prompt", *dict.fromkeys(filter(None, drawn)))
             if name in batch
         }
         inputs = sample_inputs(
@@ -63,6 +68,7 @@ class DenoisingObjective:
             len(self.alphas_cumprod),
             self.image_dropout,
             timesteps,
+            [None if name is None else (name, on_device[name][row]) for row, name in enumerate(drawn)],
         )
         predict = partial(
             predict_velocity,
@@ -74,3 +80,8 @@ class DenoisingObjective:
         )
         losses = velocity_loss(predict, self.alphas_cumprod, inputs.latents, inputs.timesteps, inputs.noise)
         return losses, inputs.timesteps
+
+    def _draw_addition(self, seed: int) -> str | None:
+        """Returns the name of the condition frames that a sample is given besides the image."""
+        number = seed_for(CONDITION_FRAMES, seed, 0) % len(self.condition_frames)
+        return self.condition_frames[number].addition

@@ -1,0 +1,194 @@
+"""cli_demo.py with several videos: prompt files, records, repetition, comparisons and processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partialmethod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from PIL import Image
+
+import cli_demo
+from tests.conftest import FIRST_FRAME, arguments, generate, succeed
+from utils.checkpoint.lora_files import lora_paths, save_lora
+from utils.common.errors import UserError
+from utils.config.args import parse_args
+from utils.generation.args import parse_demo, videos_of
+from utils.generation.record import read_record
+from utils.model import loading
+from utils.model.spec import read_spec
+from utils.training.trainable import lora_config, make_trainable
+
+STEPS = ("--num_inference_steps", 2)
+
+
+@pytest.fixture
+def lora(tiny, data, tmp_path):
+    """Returns the folder of a LoRA of 5b whose B matrices are not zero."""
+    args = parse_args(arguments(tiny("5b"), data, tmp_path))
+    transformer = loading.load_transformer(tiny("5b") / "transformer", torch.float32)
+    make_trainable(transformer, args)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_(std=0.5)
+    (tmp_path / "lora").mkdir()
+    paths = lora_paths(tmp_path / "lora", "diffusers", "")
+    save_lora(get_peft_model_state_dict(transformer), lora_config(args), paths, {})
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Returns a dict that gets the frames uint8 [F, H, W, 3] of each video before it is encoded, by file name."""
+    videos, write = {}, loading.write_video
+
+    def record(frames, path, *args):
+        videos[path.name] = np.stack([np.asarray(frame) for frame in frames])
+        write(frames, path, *args)
+
+    monkeypatch.setattr(loading, "write_video", record)
+    return videos
+
+
+def test_video_equals_that_of_the_diffusers_pipeline(tiny, tmp_path, written):
+    """The text encoder runs apart from the pipeline here, and inside it there."""
+    output = tmp_path / "a.mp4"
+    generate(
+        "--model_path", tiny("5b"), "--prompt", "a circle", *STEPS, "--negative_prompt", "x", "--output_path", output
+    )
+    pipeline = loading.PIPELINES["t2v"].from_pretrained(tiny("5b"), scheduler=loading.load_scheduler(tiny("5b")))
+    pipeline.vae.enable_tiling()
+    expected = pipeline(
+        "a circle",
+        "x",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(42),
+        max_sequence_length=read_spec(tiny("5b")).max_text_seq_length,
+    ).frames[0]
+    np.testing.assert_array_equal(written["a.mp4"], np.stack([np.asarray(frame) for frame in expected]))
+
+
+def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch):
+    shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
+    lines: list[dict[str, Any]] = [
+        {"prompt": "a red circle 红 🎈", "image": "frame.png"},
+        {"prompt": "x", "image": "frame.png", "seed": 7},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "videos"
+    flags = [
+        "--model_path",
+        tiny("5b-i2v"),
+        *STEPS,
+        "--prompt_file",
+        tmp_path / "prompts.jsonl",
+        "--output_path",
+        folder,
+    ]
+    generate(*flags, "--num_videos", 2)
+    videos = sorted(folder.glob("*.mp4"))
+    assert [video.name for video in videos] == ["000-42.mp4", "000-43.mp4", "001-7.mp4", "001-8.mp4"]
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.size == (6 * 120, 4 * 136)
+    record = read_record(videos[0])
+    assert record == json.loads(videos[0].with_suffix(".json").read_text())
+    assert record["settings"]["prompt"] == lines[0]["prompt"] and record["resolved"]["task"] == "i2v"
+    assert list(record["files"]) == [str(tmp_path / "frame.png")]
+
+    videos[0].with_suffix(".json").unlink()  # the metadata of the video suffices
+    generate("--again", videos[0])
+    assert (folder / "000-42-again.mp4").read_bytes() == videos[0].read_bytes()
+    generate("--again", videos[0], "--seed", 43, "--output_path", tmp_path / "other.mp4")
+    same, expected = (list(cli_demo.open_reader(path).read([0, 8])) for path in (tmp_path / "other.mp4", videos[1]))
+    np.testing.assert_array_equal(same, expected)
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "frame.png")
+    assert "frame.png is another file" in generate("--again", videos[1])
+    shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
+    (folder / "001-8.mp4").write_bytes(videos[3].read_bytes()[:-500])  # as if the program was killed
+    (folder / "001-8.json").unlink()
+    output = generate(*flags, "--num_videos", 2)
+    assert output.count("exists, made with the same settings") == 3 and "001-8.mp4: 9 frames" in output
+    monkeypatch.setattr(loading, "load_transformer", None)
+    assert generate(*flags, "--num_videos", 2).count("exists, made with the same settings") == 4
+
+
+def test_comparison_shows_base_and_lora_from_the_same_noise(tiny, tmp_path, written, lora):
+    flags = ["--model_path", tiny("5b"), "--prompt", "a circle", *STEPS]
+    generate(*flags, "--output_path", tmp_path / "base.mp4")
+    with_lora = [*flags, "--lora_path", lora]
+    generate(*with_lora, "--lora_scale", 0.4, "--output_path", tmp_path / "weak.mp4")
+    generate(*with_lora, "--lora_scale", 0.8, "--compare", 0.5, 1, "--output_path", tmp_path / "both.mp4")
+    frames = written["both.mp4"]
+    assert frames.shape == (9, 64 + 16, 3 * 64, 3) and (tmp_path / "both.png").is_file()
+    np.testing.assert_array_equal(frames[:, 16:, :64], written["base.mp4"])
+    np.testing.assert_array_equal(frames[:, 16:, 64:128], written["weak.mp4"])
+    assert (frames[:, 16:, 128:] != frames[:, 16:, 64:128]).any()
+
+
+@pytest.mark.slow
+def test_quantized_and_compiled_transformers_make_nearly_the_same_video(tiny, tmp_path, written, lora, monkeypatch):
+    compile_block = partialmethod(torch.nn.Module.compile, backend="eager")  # captures the graph as any backend does
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    flags = ["--model_path", tiny("5b"), "--prompt", "a circle", *STEPS, "--lora_path", lora]
+    for name, more in {"plain": [], "int8": ["--quantize", "int8"], "compiled": ["--compile"]}.items():
+        generate(*flags, *more, "--output_path", tmp_path / f"{name}.mp4")
+    plain, quantized, compiled = (written[f"{name}.mp4"].astype(int) for name in ("plain", "int8", "compiled"))
+    assert 0 < np.abs(quantized - plain).mean() < 3
+    assert np.abs(compiled - plain).max() <= 1
+
+
+@pytest.mark.slow
+def test_processes_share_the_videos(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a circle\na square\na triangle\n")
+    flags = ["--model_path", tiny("5b"), *STEPS, "--prompt_file", tmp_path / "prompts.txt"]
+    output = succeed("cli_demo.py", *map(str, [*flags, "--output_path", tmp_path / "two"]), processes=2)
+    assert "1 of 2: Generating" in output and "3 of 3 videos in" in output
+    generate(*flags, "--output_path", tmp_path / "one")
+    for number in range(3):
+        one, two = (tmp_path / folder / f"00{number}.mp4" for folder in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "x"], "--model_path is required"),
+        (["--model_path", "m"], "Give --prompt or --prompt_file"),
+        (["--model_path", "m", "--prompt", "x", "--num_videos", "2", "--output_path", "a.mp4"], "need a folder"),
+        (["--model_path", "m", "--prompt", "x", "--compare", "1"], "give --lora_path"),
+        (["--model_path", "m", "--prompt", "x", "--quantize", "int8", "--offload", "sequential"], "--offload model"),
+        (["--again", "{clip}"], "holds no settings"),
+        (["--again", "/nowhere.mp4"], "there is no such file"),
+        (["--model_path", "m", "--prompt_file", "/nowhere"], "there is no such file"),
+    ],
+)
+def test_flags_that_do_not_fit_together(tmp_path, flags, message):
+    loading.write_video([Image.new("RGB", (16, 16))] * 9, tmp_path / "clip.mp4", 8)
+    with pytest.raises(UserError, match=message):
+        videos_of(parse_demo([flag.format(clip=tmp_path / "clip.mp4") for flag in flags]))
+
+
+def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
+    lines = {
+        '{"prompt": "x", "lora_path": "y"}': "lora_path cannot be set for one video",
+        '{"prompt": 3}': 'it must be an object with a text "prompt"',
+        "nonsense": "it is not JSON",
+        '{"prompt": "x", "seed": "abc"}': "--seed: invalid int value: 'abc'",
+        '{"prompt": "x", "strength": 2}': "--strength is 2.0",
+    }
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(file)]))
+    for number, (error, message) in enumerate(zip(caught.value.errors, lines.values(), strict=True), 1):
+        assert f"line {number}: " in error and message in error

@@ -1,0 +1,292 @@
+"""The command line of `cli_demo.py`, and the videos that it asks for.
+
+`--prompt_file` and `--num_videos` ask for several videos. Each is described by a `DemoArgs` of its own, so a line of
+the file may hold any flag of `PER_VIDEO`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.common.errors import UserError
+from utils.common.filesystem import expand_user, unreadable
+from utils.config.options import (
+    add_options,
+    collect,
+    make_parser,
+    option,
+    require_finite,
+    require_positive,
+    require_seed,
+    require_text,
+)
+from utils.generation.record import read_record
+
+
+@dataclass(frozen=True)
+class DemoArgs:
+    prompt: str | None = option(None, help="text prompt; include the --id_token of the training run, if it had one")
+    prompt_file: Path | None = option(
+        None,
+        help="several videos: a text file with a prompt per line, or .jsonl with an object per line: prompt, image, "
+        "seed and other flags of a video",
+    )
+    num_videos: int = option(1, help="videos per prompt, with the seeds --seed, --seed + 1, ...")
+    model_path: str = option("", help="folder of the base checkpoint, or its model hub id")
+    variant: str | None = option(
+        None, help="variant of the base's weights, such as fp16; components without it use their plain weights"
+    )
+    negative_prompt: str = option("", help="text that the video should not match")
+    generate_type: Literal["t2v", "i2v", "v2v"] | None = option(None, help="task; default: that of the checkpoint")
+    image_or_video_path: Path | None = option(None, help="i2v: first frame; v2v: source clip")
+    last_image: Path | None = option(
+        None, help="i2v: last frame, for a LoRA or transformer trained with --condition_frames first_last"
+    )
+    prefix_video: Path | None = option(
+        None,
+        help="i2v: clip to continue, in place of the first frame, for a LoRA or transformer trained with "
+        "--condition_frames prefix:N",
+    )
+    prefix_frames: int | None = option(
+        None, help="number of frames N, 4k+1, to take from the end of --prefix_video; default: as many as it has"
+    )
+    resize_mode: Literal["stretch", "crop"] = option(
+        "stretch",
+        help="stretch: resize image or clip to the exact size; crop: keep the aspect ratio and crop the centre",
+    )
+    lora_path: tuple[Path, ...] = option(
+        (), help="folder checkpoint-N of a LoRA run, or a LoRA file of diffusers, ComfyUI, peft or kohya; or several"
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), help="strength of the LoRAs, one for all or one per file; 1.0: as trained; 0: base model"
+    )
+    transformer_path: Path | None = option(
+        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
+    )
+    learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
+        None,
+        help="CogVideoX-5b-I2V: its table of learned positions at other sizes than 480x720, as in training; default: "
+        "as the LoRA or the transformer was trained, otherwise keep",
+    )
+    output_path: Path | None = option(
+        None, help="output .mp4 file, or a folder for several videos; default: output.mp4, or videos/"
+    )
+    num_frames: int | None = option(None, help="number of frames, 8N+1; default: native length of the checkpoint")
+    height: int | None = option(None, help="height in pixels; default: native height of the checkpoint")
+    width: int | None = option(None, help="width in pixels; default: native width of the checkpoint")
+    fps: float | None = option(None, help="frames per second; default: 8, or 16 for CogVideoX1.5")
+    num_inference_steps: int = option(50, help="denoising steps")
+    guidance_scale: float = option(6.0, help="classifier-free guidance scale; 1 disables guidance")
+    strength: float = option(
+        0.8, help="v2v: how much the clip changes; share of the denoising steps to run, above 0 and at most 1"
+    )
+    seed: int = option(42, help="seed of the initial noise")
+    compare: tuple[float, ...] = option(
+        (),
+        help="makes one picture and one video that show the base and these strengths of the LoRA side by side, as "
+        "factors of --lora_scale, such as 0.5 1",
+    )
+    again: Path | None = option(
+        None, help="an .mp4 file of this program: make it anew with the same settings; other flags replace its settings"
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None,
+        help="dtype of the weights; default: that of the checkpoint, but fp32 in place of fp16 on a CPU",
+        aliases={"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+    )
+    quantize: Literal["none", "int8", "fp8", "int4"] = option(
+        "none", help="keep the transformer's weights in 8 or 4 bits, as --quantize_base in training; approximate"
+    )
+    compile: bool = option(False, help="compile the transformer's blocks: minutes before the first video, then faster")
+    offload: Literal["none", "model", "sequential"] = option(
+        "model",
+        help="none: keep transformer and VAE on the GPU; model: one of them at a time; sequential: one layer at a time",
+    )
+    offload_text_encoder: bool = option(
+        False, help="encode prompts with the text encoder in host memory, one layer at a time on the GPU"
+    )
+    enable_slicing: bool = option(True, help="VAE: process one sample of a batch at a time")
+    enable_tiling: bool = option(True, help="VAE: process one tile of the picture at a time; uses far less memory")
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the command line asks for one video."""
+        return self.prompt_file is None and self.num_videos == 1
+
+    def errors(self) -> Iterator[str]:
+        yield from require_positive(
+            self, "num_videos", "num_frames", "height", "width", "fps", "num_inference_steps", "strength"
+        )
+        yield from require_seed(self.seed)
+        if self.prefix_frames is not None and (self.prefix_frames < 5 or self.prefix_frames % 4 != 1):
+            yield f"--prefix_frames is {self.prefix_frames}; it must be 4k+1 and at least 5, such as 5 or 9."
+        if self.prefix_frames is not None and self.prefix_video is None:
+            yield "--prefix_frames needs --prefix_video."
+        if self.prefix_video is not None and self.last_image is not None:
+            yield "--prefix_video and --last_image cannot be combined; no training gives a model both."
+        if self.prefix_video is not None and self.image_or_video_path is not None:
+            yield "--prefix_video gives the first frames; leave --image_or_video_path out."
+        yield from require_text(self, *(name for name in ("prompt", "negative_prompt") if getattr(self, name)))
+        yield from require_finite(self, "lora_scale", "guidance_scale")
+        if not self.model_path:
+            yield "--model_path is required."
+        if (self.prompt is None) == (self.prompt_file is None):
+            yield (
+                "Give --prompt or --prompt_file."
+                if self.prompt is None
+                else "Give --prompt or --prompt_file, not both."
+            )
+        if self.strength > 1:
+            yield f"--strength is {self.strength}; it must be at most 1."
+        if self.output_path is not None and self.is_single != (self.output_path.suffix.lower() == ".mp4"):
+            yield (
+                f"--output_path {self.output_path}: the name must end in .mp4."
+                if self.is_single
+                else f"--output_path {self.output_path}: several videos need a folder."
+            )
+        if self.compare and not self.lora_path:
+            yield "--compare compares strengths of a LoRA; give --lora_path."
+        if self.quantize != "none" and self.offload == "sequential":
+            yield "--offload sequential moves plain weights; use --offload model with --quantize."
+
+
+# The flags of one video, which a line of the prompt file may hold; all others are the same for every video.
+PER_VIDEO = (
+    *("prompt", "negative_prompt", "image_or_video_path", "last_image", "prefix_video", "prefix_frames"),
+    *("resize_mode", "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "strength"),
+    "seed",
+)
+PATHS = {"image_or_video_path", "last_image", "prefix_video"}
+ALIASES = {"image": "image_or_video_path", "video": "image_or_video_path"}
+ONE_VIDEO: dict[str, Any] = {"prompt_file": None, "num_videos": 1, "output_path": None}
+# The flags that say which videos to make and where, and not how a video looks.
+NOT_SETTINGS = ("prompt_file", "num_videos", "output_path", "again")
+
+
+def parse_demo(argv: list[str] | None = None) -> DemoArgs:
+    """Parses the command line; under --again, the settings of the given video are the defaults of the flags.
+
+    Raises:
+        UserError: a flag or value is invalid, or the video of --again holds no settings.
+    """
+    parser = make_parser("Generates videos with CogVideoX, fine-tuned or not.")
+    add_options(parser, DemoArgs)
+    args = collect(vars(parser.parse_args(argv)), DemoArgs)
+    if args.again is not None:
+        settings = read_record(args.again)["settings"]
+        parser.set_defaults(**settings_from_json(settings, f"--again {args.again}"))
+        args = collect(vars(parser.parse_args(argv)), DemoArgs)
+        if args.output_path is None:
+            args = replace(args, output_path=args.again.with_name(f"{args.again.stem}-again.mp4"))
+    if errors := list(args.errors()):
+        raise UserError(errors)
+    return args
+
+
+def settings_of(args: DemoArgs) -> dict[str, Any]:
+    """Returns the settings of a video as JSON values; `settings_from_json` reads them."""
+    values = {option.name: getattr(args, option.name) for option in fields(DemoArgs) if option.name not in NOT_SETTINGS}
+    return {
+        name: [_to_json(item) for item in value] if isinstance(value, tuple) else _to_json(value)
+        for name, value in values.items()
+    }
+
+
+def _to_json(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def settings_from_json(settings: dict[str, Any], flag: str) -> dict[str, Any]:
+    """Returns settings with the types of the fields. Raises UserError for a name that is no setting."""
+    known = {option.name: str(option.type) for option in fields(DemoArgs) if option.name not in NOT_SETTINGS}
+    if unknown := [name for name in settings if name not in known]:
+        raise UserError(f"{flag}: it holds settings that this version does not know: {', '.join(unknown)}.")
+    is_path = {name: "Path" in kind for name, kind in known.items()}
+
+    def convert(name: str, value: Any) -> Any:
+        return Path(value) if is_path[name] and value is not None else value
+
+    return {
+        name: tuple(convert(name, item) for item in value) if isinstance(value, list) else convert(name, value)
+        for name, value in settings.items()
+    }
+
+
+def videos_of(args: DemoArgs) -> list[DemoArgs]:
+    """Returns one `DemoArgs` for each video, with its prompt, seed and output file.
+
+    Raises:
+        UserError: lists all errors of the prompt file.
+    """
+    if args.is_single:
+        return [replace(args, output_path=args.output_path or Path("output.mp4"))]
+    folder = args.output_path or Path("videos")
+    prompts = [args] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
+    names = [f"{number:03d}" for number in range(len(prompts))]
+    return [
+        replace(
+            video,
+            **ONE_VIDEO
+            | {
+                "seed": video.seed + number,
+                "output_path": folder / (f"{name}-{video.seed + number}.mp4" if args.num_videos > 1 else f"{name}.mp4"),
+            },
+        )
+        for name, video in zip(names, prompts, strict=True)
+        for number in range(args.num_videos)
+    ]
+
+
+def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
+    """Reads the lines of a prompt file as flags that replace those of the command line. Skips blank lines.
+
+    Relative paths start at the folder of the file.
+
+    Raises:
+        UserError: the file cannot be read, or lists every wrong line.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        missing = None if file.is_file() else "there is no such file"
+        raise UserError(f"--prompt_file {file}: {unreadable(file) or missing or 'it is not UTF-8 text'}.") from error
+    parser = make_parser("")
+    add_options(parser, DemoArgs)
+    parser.set_defaults(**vars(args))
+    videos, errors = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values: dict[str, Any] = parse_object(line) if file.suffix == ".jsonl" else {"prompt": line.strip()}
+            for name in PATHS & values.keys():
+                values[name] = file.parent / expand_user(str(values[name]))
+            flags = [f"--{name}={value}" for name, value in values.items()]
+            video = replace(collect(vars(parser.parse_args(flags)), DemoArgs), **ONE_VIDEO)
+            errors += [f"--prompt_file {file}, line {number}: {error}" for error in video.errors()]
+            videos.append(video)
+        except UserError as error:
+            errors += [f"--prompt_file {file}, line {number}: {message}" for message in error.errors]
+    if not videos and not errors:
+        errors = [f"--prompt_file {file} holds no prompt."]
+    if errors:
+        raise UserError(errors)
+    return videos
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """Parses a line of a .jsonl file. Raises UserError if it is no object, has no prompt or an unknown key."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"it is not JSON ({error}).") from error
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise UserError('it must be an object with a text "prompt".')
+    values = {ALIASES.get(name, name): value for name, value in values.items() if value is not None}
+    if unknown := [name for name in values if name not in PER_VIDEO]:
+        raise UserError(f"{', '.join(unknown)} cannot be set for one video; a line takes {', '.join(PER_VIDEO)}.")
+    return values

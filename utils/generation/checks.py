@@ -1,0 +1,168 @@
+"""Checks everything that the demo reads before it loads weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dataset.containers import ClipError
+from dataset.video import Resolution, frames_available, probe
+from utils.checkpoint.adapters import scales_for
+from utils.checkpoint.finetuned import find_transformer, trained_positions
+from utils.checkpoint.lora_reader import Lora, read_lora
+from utils.checkpoint.stored_weights import read_merged
+from utils.common.errors import CheckReport, UserError
+from utils.common.filesystem import check_writable, unreadable
+from utils.generation.args import DemoArgs
+from utils.model import loading
+from utils.model.positions import choose_positions
+from utils.model.spec import LEARNED, ModelSpec
+from utils.model.weight_files import check_shapes, check_weights, read_config
+from utils.training.trainable import compile_error
+
+Result = TypeVar("Result")
+
+
+def task_of(args: DemoArgs, spec: ModelSpec) -> str:
+    return args.generate_type or spec.task
+
+
+def with_positions(args: DemoArgs, spec: ModelSpec) -> ModelSpec:
+    """Returns the spec with the learned positions that the LoRA or the transformer was trained with.
+
+    `--learned_positions` decides if neither states them.
+
+    Raises:
+        UserError: it states others.
+    """
+    return choose_positions(
+        spec, args.learned_positions, *trained_positions(args.transformer_path, args.lora_path, spec)
+    )
+
+
+def choose_resolution(args: DemoArgs, spec: ModelSpec) -> Resolution:
+    """Returns the requested size, by default the native size of the checkpoint.
+
+    For v2v, reduces the number of frames to one that both the source clip and the model support.
+
+    Raises:
+        UserError: the source clip cannot be read or is too short.
+    """
+    frames = args.num_frames or spec.native.frames
+    resolution = Resolution(frames, args.height or spec.native.height, args.width or spec.native.width)
+    if task_of(args, spec) != "v2v" or args.image_or_video_path is None:
+        return resolution
+    available = frames_available(as_user_error(probe, args.image_or_video_path), args.fps or spec.fps)
+    # The v2v pipeline encodes the clip and does not pad its latents, but CogVideoX1.5 needs an even number of latent
+    # frames. The VAE preserves the number of frames for 8N (an even number of latent frames) and 8N+1 (an odd one).
+    remainder = 0 if spec.is_v1_5 else 1
+    usable = (min(frames, available) - remainder) // 8 * 8 + remainder
+    if usable < 8:
+        raise UserError(f"--image_or_video_path {args.image_or_video_path}: {available} frames are too few for v2v.")
+    if usable != frames:
+        print(f"v2v: {usable} frames ({frames} requested; the clip has {available} at {args.fps or spec.fps:g} fps)")
+    return Resolution(usable, resolution.height, resolution.width)
+
+
+def check(args: DemoArgs, videos: list[DemoArgs], spec: ModelSpec) -> list[Resolution]:
+    """Checks the models and all videos. Returns the size of each video. Raises UserError with all errors."""
+    report = CheckReport()
+    check_models(args, spec, report)
+    for folder in {video.output_path.parent for video in videos if video.output_path is not None}:
+        report.run(check_writable, folder, "--output_path")
+    resolutions = []
+    for video in videos:
+        before = len(report.errors)
+        if (resolution := report.run(choose_resolution, video, spec)) is not None:
+            check_video(video, spec, resolution, report)
+            resolutions.append(resolution)
+        if len(videos) > 1:
+            report.errors[before:] = [f"{video.output_path}: {error}" for error in report.errors[before:]]
+    if report.errors:
+        raise UserError(dict.fromkeys(report.errors))
+    return resolutions
+
+
+def check_models(args: DemoArgs, spec: ModelSpec, report: CheckReport) -> None:
+    """Adds the errors of the base, the LoRA and the transformer."""
+    task = task_of(args, spec)
+    required = "i2v" if task == "i2v" else "t2v"
+    if spec.task != required:
+        report.errors.append(
+            f"--generate_type {task} needs a checkpoint for {required}; {args.model_path} is one for {spec.task}."
+        )
+    if args.lora_path and args.transformer_path is not None:
+        report.errors.append(
+            "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
+        )
+    report.run(read_loras, args, spec)
+    if args.transformer_path is not None:
+        report.run(check_transformer, args.transformer_path, spec)
+    if args.compile and (error := compile_error()):
+        report.errors.append(f"--compile: torch.compile fails on this machine ({error}).")
+
+
+def check_video(video: DemoArgs, spec: ModelSpec, resolution: Resolution, report: CheckReport) -> None:
+    """Adds the errors of one video: its size, its image or clip, its file."""
+    errors, task = report.errors, task_of(video, spec)
+    errors += spec.resolution_errors(resolution, "--num_frames x --height x --width")
+    if task != "v2v" and resolution.frames % 8 != 1:
+        errors.append(f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49.")
+    if task == "v2v" and int(video.num_inference_steps * video.strength) == 0:
+        errors.append(
+            f"--strength {video.strength} of --num_inference_steps {video.num_inference_steps} leaves no step."
+        )
+    if task != "t2v" and video.image_or_video_path is None and video.prefix_video is None:
+        errors.append(f"{task} needs --image_or_video_path.")
+    for flag in ("last_image", "prefix_video"):
+        if task != "i2v" and getattr(video, flag) is not None:
+            errors.append(f"--{flag} is for image to video (i2v); this is {task}.")
+    if task == "t2v" and video.image_or_video_path is not None:
+        errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
+    if video.output_path is not None and video.output_path.is_dir():
+        errors.append(f"--output_path {video.output_path} is a folder; give the name of an .mp4 file.")
+
+
+def read_loras(args: DemoArgs, spec: ModelSpec) -> list[tuple[Lora, float]]:
+    """Reads the names and shapes of the LoRAs. Returns each with its scale.
+
+    Raises:
+        UserError: one is unusable, or the number of scales differs.
+    """
+    scales = scales_for(args.lora_path, args.lora_scale, "--lora_path")
+    loras = [read_lora(path, "--lora_path", spec.transformer) for path in args.lora_path]
+    return list(zip(loras, scales, strict=True))
+
+
+def check_transformer(path: Path, spec: ModelSpec) -> None:
+    """Raises UserError if a fine-tuned transformer cannot replace the transformer of the base."""
+    folder, flag = find_transformer(path), "--transformer_path"
+    model_class = loading.CogVideoXTransformer3DModel
+    if not (folder / "config.json").is_file():
+        try:
+            shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
+        except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
+            raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
+        check_shapes(shapes, folder, flag, model_class, spec.transformer, strict=True)
+        return
+    config = read_config(folder / "config.json", model_class, flag)
+    for name, expected in spec.transformer.items():
+        if name[0] != "_" and name != LEARNED and config.get(name) != expected:
+            raise UserError(
+                f"{flag} {folder}: {name} is {config.get(name)}, but {expected} in the base; "
+                "was it trained on another checkpoint?"
+            )
+    check_weights(folder, flag, model_class, config)
+
+
+def as_user_error(
+    function: Callable[..., Result], path: Path, *args: object, flag: str = "--image_or_video_path"
+) -> Result:
+    """Calls a function that reads a clip or an image, and turns its ClipError into a UserError that names the flag."""
+    if reason := unreadable(path):
+        raise UserError(f"{flag}: {reason}.")
+    try:
+        return function(path, *args)
+    except ClipError as error:
+        raise UserError(f"{flag} {path} {error}.") from error

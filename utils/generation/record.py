@@ -1,0 +1,141 @@
+"""The record of a video: everything that made it, as JSON beside the file and in its metadata.
+
+{"settings":   the flags and their values
+ "resolved":   task, size and length, frames per second, dtype and device
+ "base":       fingerprint of the base checkpoint
+ "files":      path -> digest of the LoRA, transformer, image or clip
+ "versions":   of the libraries that compute or encode}
+
+On a CPU, the same record gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import av
+
+from dataset.file_index import stat_signature
+from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
+from utils.model import loading
+
+Record = dict[str, Any]
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "imageio-ffmpeg")
+
+
+def make_record(
+    settings: Record, resolved: Record, model_dir: Path, variant: str | None, files: Iterable[Path]
+) -> Record:
+    """Returns the record of a video.
+
+    Args:
+        settings: the flags as JSON values.
+        files: the files and folders that the settings name, without the base.
+    """
+    return {
+        "settings": settings,
+        "resolved": resolved,
+        "base": base_fingerprint(model_dir, variant),
+        "files": {str(path): fingerprint(path) for path in files},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def base_fingerprint(model_dir: Path, variant: str | None) -> str:
+    """Returns a digest of the weights, tokenizer and scheduler settings of a checkpoint."""
+    components = [
+        loading.fingerprint(model_dir / name, by_meaning=True, variant=variant)
+        for name in ("transformer", "vae", "text_encoder")
+    ]
+    others = [fingerprint(model_dir / name) for name in ("tokenizer", "scheduler")]
+    return hashlib.sha256(" ".join(components + others).encode()).hexdigest()[:32]
+
+
+def fingerprint(path: Path) -> str:
+    """Returns a digest of a file, or of the files of a folder; see `loading.fingerprint` for large files."""
+    if path.is_dir():
+        folders = sorted(folder for folder in path.rglob("*") if folder.is_dir())
+        digests = " ".join(loading.fingerprint(folder) for folder in [path, *folders])
+        return hashlib.sha256(digests.encode()).hexdigest()[:32]
+    return _digest(path, stat_signature(str(path)))
+
+
+@cache
+def _digest(file: Path, _: int) -> str:
+    """Returns the digest of a file; cached for as long as its signature stays the same."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:32]
+
+
+def save_record(record: Record, video: Path) -> None:
+    """Writes the record beside a video."""
+    video.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(video: Path) -> Record:
+    """Reads the record in the metadata of a video, or else in the .json file beside it.
+
+    Raises:
+        UserError: there is no such file, or neither holds a record.
+    """
+    if reason := unreadable(video):
+        raise UserError(f"--again: {reason}.")
+    texts = []
+    try:
+        with av.open(str(video)) as container:
+            texts.append(container.metadata.get("comment", ""))
+    except (OSError, av.FFmpegError) as error:
+        if not video.is_file():
+            raise UserError(f"--again {video}: there is no such file.") from error
+    beside = video.with_suffix(".json")
+    if beside.is_file():
+        texts.append(beside.read_text(encoding="utf-8"))
+    for text in texts:
+        try:
+            record = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("settings"), dict):
+            return record
+    raise UserError(f"--again {video} holds no settings; it was not made by cli_demo.py, or it was encoded again.")
+
+
+def differences(recorded: Record, current: Record) -> list[str]:
+    """Returns sentences about what made a video and has changed since. Settings may differ on purpose."""
+    changed = []
+    if recorded.get("base") != current["base"]:
+        changed.append("the base checkpoint is another one")
+    digests = set(recorded.get("files", {}).values())
+    changed += [f"{path} is another file" for path, digest in current["files"].items() if digest not in digests]
+    for group in ("versions", "resolved"):
+        for name, value in current[group].items():
+            if (old := recorded.get(group, {}).get(name)) != value:
+                changed.append(f"{name} was {old} and is {value}")
+    return changed
+
+
+def is_made(record: Record, video: Path, defaults: Record) -> bool:
+    """Whether a video exists and has the same settings, base and files.
+
+    Args:
+        defaults: settings that a record of an earlier version may lack.
+    """
+    if not video.is_file():
+        return False
+    try:
+        made = read_record(video)
+    except UserError:
+        return False
+    return (
+        defaults | made["settings"] == record["settings"]
+        and made.get("base") == record["base"]
+        and made.get("files") == record["files"]
+    )
