@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests import comfyui_reader
 from tests.conftest import LFS_POINTER, arguments
 from utils.checkpoint.adapters import add_loras, start_from
-from utils.checkpoint.finetuned import find_transformer
+from utils.checkpoint.finetuned import find_transformer, trained_positions
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
 from utils.commands import export
@@ -275,6 +276,29 @@ def test_merged_transformer_gives_the_output_of_the_adapters(trained, tmp_path, 
     if variant == "5b-i2v":
         in_comfyui.patch_embed.pos_embedding.copy_(merged.patch_embed.pos_embedding)
     assert torch.equal(predict(in_comfyui, spec), predict(merged, spec))
+
+
+@pytest.mark.parametrize("choice", ["drop", "interpolate"])
+def test_merged_transformer_keeps_the_positions_of_the_lora(trained, tmp_path, choice):
+    model_dir, spec, _, folder = trained("5b-i2v", 4)
+    shutil.copytree(folder, tmp_path / "other")
+    for path in (folder / WEIGHTS_FILE, tmp_path / "other" / WEIGHTS_FILE):
+        stated = choice if path.parent == folder else "keep"
+        save_file(load_file(path), path, metadata={"learned_positions": stated})
+    merge = ["--merge_lora", folder, "--model_path", model_dir, "--dtype", "fp32"]
+    convert(None, *merge, "--output_path", tmp_path / "merged" / "transformer")
+    stated, _ = trained_positions(tmp_path / "merged", [], spec)
+    assert stated == choice and trained_positions(None, [folder], spec)[0] == choice
+    merged = loading.load_transformer(tmp_path / "merged" / "transformer")
+    assert ("patch_embed.pos_embedding" in merged.state_dict()) == (choice == "interpolate")
+    merge.insert(2, tmp_path / "other")
+    with pytest.raises(UserError, match="treat learned positions differently"):
+        convert(None, *merge, "--output_path", tmp_path / "new")
+
+    argv = arguments(model_dir, tmp_path, tmp_path, "--init_lora", folder, task="i2v")
+    args = fill_in_defaults(parse_args(argv), spec)
+    with pytest.raises(UserError, match=f"--learned_positions is keep, but .* was trained with {choice}; give"):
+        check_init_lora(args, spec)
 
 
 @pytest.mark.parametrize("alpha", [8, 2])
