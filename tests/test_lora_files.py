@@ -1,4 +1,4 @@
-"""LoRA files: every loader applies the strength of the training, and files that do not match are refused."""
+"""LoRA files: loaders apply the strength of the training, and files that do not match are refused."""
 
 from __future__ import annotations
 
