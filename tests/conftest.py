@@ -15,11 +15,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
 import cli_demo
 from tests.tiny_models import build
 from tests.warm_start import run_warm
+from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.filesystem import ROOT
+from utils.config.args import parse_args
+from utils.model import loading
+from utils.model.spec import read_spec
+from utils.run.preflight import fill_in_defaults
+from utils.training.trainable import lora_config, make_trainable
 
 # Metrics of throughput and GPU memory; they are allowed to differ between equal runs.
 TIMINGS = (
@@ -70,6 +77,30 @@ def validation(tmp_path: Path) -> Path:
     return shutil.copytree(
         ROOT / "examples" / "validation", tmp_path / "validation", ignore=shutil.ignore_patterns("latent")
     )
+
+
+@pytest.fixture
+def trained(tiny, data, tmp_path):
+    """Returns a function: (variant, alpha, options) -> base folder, spec, transformer with adapters, LoRA folder."""
+
+    def train(variant: str, alpha: float, *options: object):
+        model_dir = tiny(variant)
+        spec = read_spec(model_dir)
+        argv = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, *options, task=spec.task)
+        args = fill_in_defaults(parse_args(argv), spec)
+        transformer = loading.load_transformer(model_dir / "transformer", torch.float32)
+        make_trainable(transformer, args)
+        with torch.no_grad():
+            for name, weight in transformer.named_parameters():
+                if ".lora_B." in name:
+                    weight.normal_(std=0.5)
+        folder = tmp_path / "lora"
+        folder.mkdir()
+        paths = lora_paths(folder, args.checkpoint.lora_format, "run-checkpoint-1")
+        save_lora(get_peft_model_state_dict(transformer), lora_config(args), paths, {})
+        return model_dir, spec, transformer.eval(), folder
+
+    return train
 
 
 def arguments(model: Path, data: Path, output: Path, *more: object, task: str = "t2v") -> list[str]:

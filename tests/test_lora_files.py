@@ -1,82 +1,26 @@
-"""LoRA files: every loader applies the strength of the training, and files that do not match are refused."""
+"""LoRA files: loaders apply the strength of the training, and files that do not match are refused."""
 
 from __future__ import annotations
 
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests import comfyui_reader
 from tests.conftest import LFS_POINTER, arguments
-from utils.checkpoint.adapters import add_loras, start_from
-from utils.checkpoint.finetuned import find_transformer
-from utils.checkpoint.lora_files import lora_paths, save_lora
-from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
-from utils.commands import export
-from utils.common.errors import CheckReport, UserError
+from tests.loras import load_base, load_lora, predict
+from utils.checkpoint.lora_reader import WEIGHTS_FILE
+from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.model import loading
-from utils.model.conditioning import predict_velocity
-from utils.model.spec import read_spec
-from utils.run.checks import check_init_lora
-from utils.run.preflight import BaseModel, check_initial_lora, fill_in_defaults
-from utils.training.trainable import lora_config, make_trainable
+from utils.training.trainable import make_trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # With these, every linear layer has adapters: feed-forward, modulation, time and ofs embeddings, text, output.
 ALL_LINEAR = [*ATTENTION, "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "text_proj", "proj_out"]
-
-
-@pytest.fixture
-def trained(tiny, data, tmp_path):
-    """Returns a function: (variant, alpha, options) -> base folder, spec, transformer with adapters, LoRA folder."""
-
-    def train(variant: str, alpha: float, *options: object):
-        model_dir = tiny(variant)
-        spec = read_spec(model_dir)
-        argv = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, *options, task=spec.task)
-        args = fill_in_defaults(parse_args(argv), spec)
-        transformer = loading.load_transformer(model_dir / "transformer", torch.float32)
-        make_trainable(transformer, args)
-        with torch.no_grad():
-            for name, weight in transformer.named_parameters():
-                if ".lora_B." in name:
-                    weight.normal_(std=0.5)
-        folder = tmp_path / "lora"
-        folder.mkdir()
-        paths = lora_paths(folder, args.checkpoint.lora_format, "run-checkpoint-1")
-        save_lora(get_peft_model_state_dict(transformer), lora_config(args), paths, {})
-        return model_dir, spec, transformer.eval(), folder
-
-    return train
-
-
-def predict(transformer, spec) -> torch.Tensor:
-    """Returns the prediction for a fixed latent, timestep and prompt."""
-    generator = torch.Generator().manual_seed(0)
-    frames = 3 + spec.frames_to_pad(3)
-    noisy, image = torch.randn(2, 1, frames, 16, 8, 8, generator=generator)
-    prompt = torch.randn(1, spec.max_text_seq_length, 32, generator=generator)
-    with torch.no_grad():
-        image = image if spec.task == "i2v" else None
-        return predict_velocity(transformer, spec, noisy, torch.tensor([500]), prompt, image, torch.float32)
-
-
-def load_lora(transformer, path, *scales: float) -> list[str]:
-    """Adds one LoRA, or the same several times; returns the notes."""
-    scales = scales or (1.0,)
-    loras = [read_lora(path, "--lora_path", dict(transformer.config)) for _ in scales]
-    add_loras(transformer, loras, scales)
-    return loras[0].notes
-
-
-def load_base(model_dir):
-    return loading.load_transformer(model_dir / "transformer", torch.float32)
 
 
 @pytest.mark.parametrize(("variant", "alpha"), [("2b", 3), ("5b", 24), ("1.5-i2v", 4)])
@@ -113,132 +57,6 @@ def test_comfyui_file_gives_the_trained_output(trained, variant, targets):
         torch.testing.assert_close(predict(base, spec), expected, rtol=1e-4, atol=1e-4)
 
 
-def in_format(state: dict, layer: str, suffixes: tuple[str, str], alpha: float | None) -> dict:
-    """Renames adapters.
-
-    Args:
-        layer: a name with {} for the layer; {_} for the layer with underscores, {old} for old diffusers' name.
-        suffixes: of A and B.
-        alpha: value of the alpha tensor of each layer; None for no such tensors.
-    """
-    renamed = {}
-    for name, weight in state.items():
-        module, _, matrix = name.partition(".lora_")
-        old = module.replace("attn1.", "attn1.processor.").replace("to_out.0", "to_out")
-        prefix = layer.replace("{_}", module.replace(".", "_")).replace("{old}", old).replace("{}", module)
-        renamed[prefix + suffixes["AB".index(matrix[0])]] = weight.contiguous()
-        if alpha is not None:
-            renamed[f"{prefix}.alpha"] = torch.tensor(alpha)
-    return renamed
-
-
-# suffixes of A and B
-KOHYA = (".lora_down.weight", ".lora_up.weight")
-OLD = (".lora.down.weight", ".lora.up.weight")
-OLDER = ("_lora.down.weight", "_lora.up.weight")
-PEFT = (".lora_A.weight", ".lora_B.weight")
-PEFT_DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
-
-
-@pytest.mark.parametrize(
-    ("layer", "suffixes", "alpha"),
-    [
-        ("transformer.{}", PEFT, None),
-        ("transformer.{}", PEFT, 4.0),
-        ("transformer.{}", OLD, 4.0),
-        ("{old}", OLDER, None),
-        ("transformer.{old}", OLDER, None),
-        ("lora_unet_{_}", KOHYA, 4.0),
-        ("lora_unet__{_}", KOHYA, 16.0),
-        ("lora_transformer_{_}", KOHYA, 4.0),
-        ("transformer.{}", KOHYA, None),
-        ("base_model.model.{}", PEFT, None),
-        ("base_model.model.{}", PEFT_DEFAULT, None),
-        ("{}", PEFT, None),
-        ("diffusion_model.{}", PEFT, None),
-    ],
-)
-def test_files_of_other_tools_have_their_strength(trained, tmp_path, layer, suffixes, alpha):
-    """The expected output is that of W + alpha / rank B A, computed here; without alpha, of W + B A."""
-    model_dir, spec, transformer, _ = trained("5b", 8)
-    state = get_peft_model_state_dict(transformer)
-    save_file(in_format(state, layer, suffixes, alpha), tmp_path / "x.safetensors")
-    expected, actual = load_base(model_dir), load_base(model_dir)
-    for name in {name.partition(".lora_")[0] for name in state}:
-        change = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
-        expected.get_submodule(name).weight.data.add_(change * (1 if alpha is None else alpha / 8))
-    notes = load_lora(actual, tmp_path / "x.safetensors")
-    torch.testing.assert_close(predict(actual, spec), predict(expected, spec), rtol=1e-4, atol=1e-4)
-    assert ["scale 1, as if alpha were the rank, 8" in note for note in notes] == [True] * (alpha is None)
-
-
-def test_files_of_sat_have_their_strength(trained, tmp_path):
-    """SAT fuses q, k and v, and scales by alpha / rank with alpha = 1. Its checkpoints hold the frozen base too."""
-    model_dir, spec, transformer, _ = trained("5b", 8)
-    state, module = get_peft_model_state_dict(transformer), {}
-    parts = {"to_q": ("query_key_value", 0), "to_k": ("query_key_value", 1), "to_v": ("query_key_value", 2)}
-    parts["to_out.0"] = ("dense", 0)
-    expected, actual = load_base(model_dir), load_base(model_dir)
-    for block in range(2):
-        prefix = f"model.diffusion_model.transformer.layers.{block}.attention."
-        module[f"{prefix}query_key_value.original.weight"] = torch.ones(192, 64)
-        for target, (fused, part) in parts.items():
-            name = f"transformer_blocks.{block}.attn1.{target}"
-            a, b = (state[f"{name}.lora_{matrix}.weight"] for matrix in "AB")
-            module |= {f"{prefix}{fused}.matrix_A.{part}": a, f"{prefix}{fused}.matrix_B.{part}": b}
-            expected.get_submodule(name).weight.data.add_(b @ a / 8)
-    random_state = ("MT19937", torch.zeros(2).numpy().astype("uint32"), 1)
-    torch.save(
-        {"module": module, "np_rng_state": random_state, "iteration": 1}, tmp_path / "mp_rank_00_model_states.pt"
-    )
-    rename_in_zip(tmp_path / "mp_rank_00_model_states.pt", b"numpy._core.multiarray", b"numpy.core.multiarray")
-    notes = load_lora(actual, tmp_path / "mp_rank_00_model_states.pt")
-    torch.testing.assert_close(predict(actual, spec), predict(expected, spec), rtol=1e-4, atol=1e-4)
-    assert "alpha = 1, is used: scale 1/8" in notes[0]
-
-
-def rename_in_zip(path: Path, old: bytes, new: bytes) -> None:
-    """Replaces text in the files of a zip archive, as if an old version had written it."""
-    with zipfile.ZipFile(path) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    assert any(old in content for content in contents.values())
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content.replace(old, new))
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_ranks_and_alphas_of_peft_may_differ_by_layer(tiny, tmp_path, rslora):
-    spec = read_spec(tiny("5b"))
-    config = LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["to_q", "to_k", "ff.net.2", "proj_out"],
-        rank_pattern={"to_k": 2, "ff.net.2": 8},
-        alpha_pattern={"to_k": 16, "0.attn1.to_q": 1},
-        use_rslora=rslora,
-        init_lora_weights=False,
-    )
-    model = get_peft_model(load_base(tiny("5b")), config)
-    model.save_pretrained(tmp_path)
-    actual = load_base(tiny("5b"))
-    assert not load_lora(actual, tmp_path)  # the folder of peft
-    torch.testing.assert_close(predict(actual, spec), predict(model, spec), rtol=1e-4, atol=1e-4)
-
-    convert(tmp_path / "adapter_model.safetensors", "--output_path", tmp_path / "d.safetensors")
-    pipeline = loading.PIPELINES["t2v"].from_pretrained(tiny("5b"))
-    pipeline.load_lora_weights(tmp_path, weight_name="d.safetensors")
-    torch.testing.assert_close(predict(pipeline.transformer, spec), predict(model, spec), rtol=1e-4, atol=1e-4)
-
-
-def convert(checkpoint: Path | None, *options: object) -> None:
-    """Runs the export command in this process."""
-    flags = [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["export", *flags, *map(str, options)])
-        export.main()
-
-
 def test_scales_of_several_loras_add_up(trained):
     model_dir, spec, transformer, folder = trained("5b", 4)
 
@@ -251,93 +69,6 @@ def test_scales_of_several_loras_add_up(trained):
     torch.testing.assert_close(at_scales(0.0), predict(load_base(model_dir), spec), rtol=0, atol=1e-6)
     torch.testing.assert_close(at_scales(0.75, -0.25), at_scales(0.5), rtol=0, atol=1e-5)
     assert (at_scales(0.5) - at_scales(1.0)).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-i2v"])
-def test_merged_transformer_gives_the_output_of_the_adapters(trained, tmp_path, variant):
-    """In both formats. ComfyUI needs the position table of 2b and must not see that of 5b-I2V."""
-    model_dir, spec, _, folder = trained(variant, 4)
-    expected = load_base(model_dir)
-    load_lora(expected, folder, 0.5, 0.25)
-    merge = ["--merge_lora", folder, folder, "--lora_scale", 0.5, 0.25, "--model_path", model_dir, "--dtype", "fp32"]
-    convert(None, *merge, "--output_path", tmp_path / "merged" / "transformer")
-    merged = loading.load_transformer(find_transformer(tmp_path / "merged"))
-    torch.testing.assert_close(predict(merged, spec), predict(expected, spec), rtol=1e-4, atol=1e-4)
-
-    file = tmp_path / "x.safetensors"
-    convert(None, *merge, "--format", "comfyui", "--output_path", file)
-    assert ("patch_embed.pos_embedding" in load_file(file)) == (variant == "2b")
-    in_comfyui = comfyui_reader.load_transformer(file, dict(merged.config))
-    if variant == "5b-i2v":
-        in_comfyui.patch_embed.pos_embedding.copy_(merged.patch_embed.pos_embedding)
-    assert torch.equal(predict(in_comfyui, spec), predict(merged, spec))
-
-
-@pytest.mark.parametrize("alpha", [8, 2])
-def test_run_starts_from_a_lora_at_its_stored_strength(trained, data, tmp_path, alpha):
-    model_dir, spec, transformer, folder = trained("5b", 4)
-    argv = arguments(model_dir, data, tmp_path, "--rank", 8, "--lora_alpha", alpha, "--init_lora", folder)
-    args = fill_in_defaults(parse_args(argv), spec)
-    assert "start from" in check_init_lora(args, spec)[-1]
-    new = load_base(model_dir)
-    make_trainable(new, args)
-    start_from(new, read_lora(folder, "--init_lora"), args)
-    torch.testing.assert_close(predict(new.eval(), spec), predict(transformer, spec), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--rank", 4], r"--rank is 4, but --init_lora \S+ has rank 8; give --rank 8"),
-        (
-            ["--target_modules", "to_q", "to_k"],
-            r"selects 4 layers, and --init_lora \S+ has adapters of 8; transformer_",
-        ),
-        (["--init_lora", "/nowhere"], "--init_lora /nowhere: there is no such file or folder"),
-        (["--model_path", "{other}"], "--init_lora .*: 8 of 8 adapters do not fit this transformer"),
-    ],
-)
-def test_lora_that_does_not_fit_the_run_is_refused(trained, tiny, data, tmp_path, monkeypatch, options, message):
-    model_dir, spec, _, folder = trained("5b", 4)
-    if "--model_path" in options:
-        spec.transformer["num_attention_heads"] = 2
-        options = []
-    args = parse_args(arguments(model_dir, data, tmp_path, "--init_lora", folder, *options))
-    with pytest.raises(UserError, match=message):
-        check_init_lora(args, spec)
-
-
-def test_resumed_run_needs_no_lora(tiny, data, tmp_path):
-    args = parse_args(arguments(tiny("5b"), data, tmp_path, "--init_lora", "/nowhere"))
-    model, report = BaseModel(tiny("5b"), read_spec(tiny("5b")), {}), CheckReport()
-    check_initial_lora(report, args, model, tmp_path / "checkpoint-1")
-    assert not report.errors and report.notes[0].startswith("--init_lora /nowhere is not read; the run resumes from")
-    check_initial_lora(report, args, model, None)
-    assert report.errors
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("", "Give either --checkpoint"),
-        ("--checkpoint {lora} --merge_lora {lora}", "Give either --checkpoint"),
-        ("{merge}", "--merge_lora needs --model_path, the base, and --output_path"),
-        ("--checkpoint {lora} --lora_scale 2", "--lora_scale is for --merge_lora"),
-        ("--checkpoint {lora} --dtype bf16", "--dtype is for transformers"),
-        ("--checkpoint {lora}", "pytorch_lora_weights.safetensors already exists"),
-        ("--checkpoint {lora} --output_path {lora}/new", "new: the name of a .safetensors file is expected"),
-        ("--checkpoint /nowhere", "is not the folder checkpoint-N of a training run"),
-        ("{merge} --output_path {lora}/x.safetensors", "x.safetensors: a folder is expected"),
-        ("{merge} --output_path {lora}/x --format comfyui", "x: the name of a .safetensors file is expected"),
-        ("{merge} --output_path {lora}/x --lora_scale 1 2", "2 values for 1 files of --merge_lora"),
-        ("{merge} --output_path /proc/x/y", "--output_path /proc/x cannot be written to"),
-    ],
-)
-def test_wrong_exports_are_refused(trained, options, message):
-    model_dir, _, _, folder = trained("5b", 4)
-    options = options.format(lora=folder, merge=f"--merge_lora {folder} --model_path {model_dir}")
-    with pytest.raises(UserError, match=message):
-        convert(None, *options.split())
 
 
 def renamed(state: dict, count: int) -> dict:

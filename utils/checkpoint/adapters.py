@@ -68,8 +68,17 @@ def set_adapters(transformer: CogVideoXTransformer3DModel, tensors: dict[str, to
 
 
 def init_lora_errors(lora: Lora, config: dict[str, Any], args: Args) -> list[str]:
-    """Returns why a run cannot start from a LoRA that fits its transformer: the rank or the target modules differ."""
+    """Returns why a run cannot start from a LoRA that fits its transformer.
+
+    The rank, the target modules or the treatment of learned positions differ.
+    """
     errors = []
+    positions, trained_with = args.model.learned_positions, lora.metadata.get("learned_positions")
+    if positions and trained_with and trained_with != positions:
+        errors.append(
+            f"--learned_positions is {positions}, but --init_lora {lora.file} was trained with {trained_with}; give "
+            f"--learned_positions {trained_with}."
+        )
     if lora.ranks != [args.lora.rank]:
         ranks = " and ".join(map(str, lora.ranks))
         remedy = f"give --rank {ranks}" if len(lora.ranks) == 1 else "a run needs the same rank for all layers"

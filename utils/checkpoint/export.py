@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from utils.model.weight_files import check_shapes, read_config
 
 TRANSFORMER_CONFIG = "transformer_config.json"  # in a ZeRO checkpoint, next to DeepSpeed's files
 WEIGHTS_NAME = "diffusion_pytorch_model"
-_POSITIONS = "patch_embed.pos_embedding"
+POSITIONS = "patch_embed.pos_embedding"
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -40,16 +40,18 @@ class TransformerWeights:
 
     Attributes:
         flag: the option that named them, for messages.
+        changes: entries of the config that differ from those of the file.
     """
 
     tensors: Mapping[str, StoredTensor]
     config_file: Path
     flag: str
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def checked_config(self) -> dict[str, Any]:
         """Returns the config. Raises UserError if names or shapes of the weights do not match it."""
         model_class = CogVideoXTransformer3DModel
-        config = read_config(self.config_file, model_class, self.flag)
+        config = read_config(self.config_file, model_class, self.flag) | self.changes
         shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         check_shapes(shapes, self.config_file.parent, self.flag, model_class, config, strict=True)
         return config
@@ -113,7 +115,8 @@ def export(weights: TransformerWeights, folder: Path, dtype: torch.dtype) -> Non
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (tmp_dir / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        shutil.copy(weights.config_file, tmp_dir / "config.json")
+        config = json.loads(weights.config_file.read_text()) | weights.changes
+        (tmp_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tmp_dir.rename(folder)
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
@@ -141,7 +144,7 @@ def export_comfyui(weights: TransformerWeights, file: Path, dtype: torch.dtype) 
         for name, tensor in tensors.items():
             output.write(weights.finite(name, tensor, dtype).flatten().view(torch.uint8).numpy().data)
             progress.update()
-    if _POSITIONS in weights.tensors and _POSITIONS not in tensors:
+    if POSITIONS in weights.tensors and POSITIONS not in tensors:
         return ["the learned positions are left out, since ComfyUI has either such a table or rotary positions."]
     return []
 
@@ -152,11 +155,11 @@ def _comfyui_tensors(tensors: Mapping[str, StoredTensor], config: dict[str, Any]
     ComfyUI takes a model with a table of positions for one without rotary positions, and a model without for one with
     them. So the file of 2b holds its sincos table, which diffusers computes, and that of 5b-I2V lacks its learned one.
     """
-    named = {to_comfyui(name): tensor for name, tensor in tensors.items() if name != _POSITIONS}
+    named = {to_comfyui(name): tensor for name, tensor in tensors.items() if name != POSITIONS}
     if not config["use_rotary_positional_embeddings"]:
         without_blocks = CogVideoXTransformer3DModel.from_config(config | {"num_layers": 0})
         computed = without_blocks.patch_embed.pos_embedding.detach()
-        named[_POSITIONS] = tensors.get(_POSITIONS, StoredTensor(tuple(computed.shape), lambda: computed))
+        named[POSITIONS] = tensors.get(POSITIONS, StoredTensor(tuple(computed.shape), lambda: computed))
     return named
 
 

@@ -1,4 +1,4 @@
-"""Writes LoRA files that every loader applies at the trained strength."""
+"""Writes LoRA files that loaders apply at the trained strength."""
 
 from __future__ import annotations
 

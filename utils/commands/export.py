@@ -12,27 +12,30 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from utils.checkpoint.adapters import merge_loras, scales_for
-from utils.checkpoint.export import TransformerWeights, export, export_comfyui, open_checkpoint
+from utils.checkpoint.export import POSITIONS, TransformerWeights, export, export_comfyui, open_checkpoint
 from utils.checkpoint.lora_files import convert_lora, lora_paths
-from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, lora_in, read_lora
+from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, Lora, lora_in, read_lora
 from utils.checkpoint.manager import ARGS_FILE, lora_name
 from utils.checkpoint.stored_weights import read_safetensors
 from utils.common.errors import UserError, exit_on_user_error
 from utils.common.filesystem import atomic_write, check_writable, flags_in_errors
 from utils.config.options import make_parser, option, parse_group, require_finite
 from utils.model import loading
+from utils.model.spec import LEARNED, LEARNED_POSITIONS
 from utils.model.weight_files import check_weights, read_config, weight_files
 
 
 @dataclass(frozen=True)
 class ExportArgs:
     checkpoint: Path | None = option(
-        None, help="folder checkpoint-N of a run, LoRA or full fine-tuning, under DDP or ZeRO; or any LoRA file"
+        None,
+        help="folder checkpoint-N of a run, LoRA or full fine-tuning, under DDP or ZeRO; any folder with transformer/; "
+        "or any LoRA file",
     )
     format: Literal["diffusers", "comfyui"] = option("diffusers", help="format of the written weights")
     merge_lora: tuple[Path, ...] = option((), help="in place of --checkpoint: LoRAs to merge into --model_path")
@@ -79,7 +82,8 @@ def is_lora(checkpoint: Path) -> bool:
     try:
         return json.loads((checkpoint / ARGS_FILE).read_text())["model"]["training_type"] == "lora"
     except (OSError, ValueError, LookupError, TypeError):
-        return checkpoint.is_file() or lora_in(checkpoint) is not None
+        has_lora = not (checkpoint / "transformer").is_dir() and lora_in(checkpoint) is not None
+        return checkpoint.is_file() or has_lora
 
 
 def write_lora(args: ExportArgs, path: Path) -> None:
@@ -123,9 +127,27 @@ def merged_weights(args: ExportArgs) -> tuple[TransformerWeights, torch.dtype]:
         print(f"LoRA: {len(lora.adapters)} layers, scale {scale:g}, {lora.file}")
         for note in lora.notes:
             print(f"Note: {note}")
-    base = read_safetensors(weight_files(folder, args.variant))
-    weights = TransformerWeights(merge_loras(base, loras, scales), folder / "config.json", "--merge_lora")
+    merged = merge_loras(read_safetensors(weight_files(folder, args.variant)), loras, scales)
+    changes = changed_positions(loras) if config[LEARNED] else {}
+    if changes.get(LEARNED) is False:
+        del merged[POSITIONS]
+    weights = TransformerWeights(merged, folder / "config.json", "--merge_lora", changes)
     return weights, loading.stored_dtype(folder, args.variant)
+
+
+def changed_positions(loras: list[Lora]) -> dict[str, Any]:
+    """Returns the entries of the config for learned positions as the LoRAs were trained with them.
+
+    Raises:
+        UserError: they were trained differently.
+    """
+    stated = {lora.metadata["learned_positions"]: lora.file for lora in loras if "learned_positions" in lora.metadata}
+    if len(stated) > 1:
+        ways = ", ".join(f"{file} with {choice}" for choice, file in stated.items())
+        raise UserError(f"--merge_lora: the LoRAs treat learned positions differently: {ways}.")
+    if "drop" in stated:
+        return {LEARNED: False}
+    return {LEARNED_POSITIONS: "interpolate"} if "interpolate" in stated else {}
 
 
 def new_path(args: ExportArgs, default: Path, is_file: bool) -> Path:

@@ -279,7 +279,7 @@ class Args:
             yield from group.errors()
         if self.model.training_type == "sft":
             if self.lora.init_lora is not None:
-                yield "--init_lora is for --training_type lora; for sft, merge the LoRA into --model_path."
+                yield "--init_lora is for --training_type lora; full fine-tuning has no adapters."
             if self.checkpoint.lora_format != "diffusers":
                 yield (
                     "--lora_format is for --training_type lora; for sft, convert a checkpoint with python -m "
