@@ -111,7 +111,7 @@ def side_data(container: Any, stream: VideoStream) -> str:
     finally:
         av.logging.set_level(None)
     _, *parts = re.split(r"^ *Stream #0:(\d+)", listing, flags=re.MULTILINE)
-    return dict(zip(parts[::2], parts[1::2], strict=True))[str(stream.index)]
+    return dict(zip(parts[::2], parts[1::2], strict=True)).get(str(stream.index), "")
 
 
 def check_length(path: Path, seconds: float, frame_s: float) -> None:

@@ -211,7 +211,7 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     rows = []
     for number, text in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(text or "{}")
+            row = json.loads(text or "{}", object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             errors.append(f"{path}, line {number}: not valid JSON ({error}).")
             continue
@@ -220,6 +220,14 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
         elif text:
             rows.append((number, row))
     return rows
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object. Raises ValueError if a name occurs twice, of which json would drop the first value."""
+    counts = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"it has {twice[0]!r} twice")
+    return dict(pairs)
 
 
 def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 from dataset.containers import check_length
-from dataset.decoders import TIE_S, DecordReader, Reader, open_reader
+from dataset.decoders import TIE_S, DecordReader, PyavReader, Reader, open_reader
 from dataset.stream_info import StreamInfo, read_stream_info
 
 # Part of the cache keys of images and of clips that decord decodes. Increase it whenever the same file could give
@@ -122,11 +122,15 @@ def probe(path: Path, known: ClipInfo | None = None) -> ClipInfo:
     if known is not None:
         info = read_stream_info(path)
         if info.uses_decord and info.pixel_aspect == 1 and info.container not in _WITHOUT_FRAME_LIST:
-            check_length(path, known.seconds, known.seconds / known.frames)
+            if info.container != "mov":
+                check_length(path, known.seconds, known.seconds / known.frames)
             return replace(known, interlaced=info.interlaced)
     reader = open_reader(path)
     times, info = reader.times, reader.info
-    check_length(path, float(times[-1]), float(times[-1]) / (len(times) - 1))
+    if info.container != "mov" or isinstance(
+        reader, PyavReader
+    ):  # decord finds out itself if frames of mov are missing
+        check_length(path, float(times[-1]), float(times[-1]) / (len(times) - 1))
     height, width = next(reader.read([0])).shape[:2]
     aspect = shown_pixel_aspect(info)
     return ClipInfo(

@@ -121,6 +121,7 @@ def test_missing_file_is_not_called_unreadable(tmp_path):
     ("error", "message"),
     [
         (PermissionError(13, "Permission denied", "/a/b"), "/a/b: this user has no permission."),
+        (OSError(36, "File name too long", "/a"), "/a: the name is too long."),
         (OSError(28, "No space left on device"), "No space is left on the disk; free some, "),
     ],
 )

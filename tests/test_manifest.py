@@ -96,6 +96,7 @@ def test_unquoted_comma_does_not_truncate_a_prompt(folder):
         (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]), "line 1: 'image' is missing or not a text"),
         ("", "the table is empty"),
         ('{"video": "a.mp4", "prompt": "a\\u0000b"}\n', "line 1: the prompt holds a null character: 'a"),
+        ('{"video": "a.mp4", "video": "b.mp4", "prompt": "x"}', "line 1: not valid JSON (it has 'video' twice)"),
         ("[" * 10**5, "line 1: not valid JSON"),
     ],
 )

@@ -23,6 +23,7 @@ SYSTEM_ERRORS = {
     errno.EACCES: "this user has no permission",
     errno.EPERM: "this user has no permission",
     errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.ENOSPC: "no space is left on the disk; free some, or give a folder on another disk",
     errno.ENOMEM: "the host memory does not suffice",
     errno.EDQUOT: "the disk quota is used up; free some space, or give a folder on another disk",

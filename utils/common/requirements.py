@@ -24,9 +24,11 @@ def check_requirements(*needed: str) -> None:
     packages = {re.split(r"[<>=]", line)[0] for line in lines if line and line[0] != "#"}
     missing = [name for name in sorted(packages - _OPTIONAL | {*needed}) if not _is_installed(_MODULES.get(name, name))]
     if missing:
+        # uv makes environments without pip
+        install = f"{sys.executable} -m pip" if _is_installed("pip") else "uv pip"
         print(
             f"error: {', '.join(missing)} cannot be imported by {sys.executable}. Activate the environment of this "
-            f"project, or install what is missing: pip install -r {REQUIREMENTS}",
+            f"project, or install what is missing: {install} install -r {REQUIREMENTS}",
             file=sys.stderr,
         )
         sys.exit(_EXIT_CODE)
