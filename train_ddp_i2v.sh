@@ -31,6 +31,7 @@ DATA_ARGS=(
     --caption_column "prompts.txt"          # one caption per line
     --video_column "videos.txt"             # one clip per line, relative to the data folder
     # --image_column "images.txt"           # one image per line; default: the first frame of each clip
+    # --condition_frames first first_last   # also learns to take last frames (or prefix:9: first 9 frames); docs/training.md
     --id_token ""                           # a rare word to put before every caption; helps to learn a new concept
     --train_resolution "49x480x720"         # frames x height x width; 81x768x1360 for CogVideoX1.5-5B-I2V
                                             # with several, such as "49x480x720" "49x720x480", each clip uses the
@@ -87,6 +88,7 @@ VALIDATION_ARGS=(
     --validation_dir "data/validation"      # same layout as the data folder
     --validation_steps 100                  # updates between validations
     # --validation_images "images.txt"      # one image per line; default: the first frame of each clip
+    # --validation_last_images "last.txt"   # likewise, for --condition_frames first_last
     --num_inference_steps 50                # denoising steps per validation video
 )
 

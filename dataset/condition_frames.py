@@ -55,3 +55,8 @@ FIRST = ConditionFrames()
 def select_frames(clip: torch.Tensor, addition: str) -> torch.Tensor:
     """Returns the frames of a clip [F, ...] that belong to an addition."""
     return clip[-1:] if addition == LAST else clip[: ConditionFrames.parse(addition).prefix]
+
+
+def latent_frames(addition: str) -> int:
+    """Returns the number of latent frames of an addition."""
+    return 1 if addition == LAST else (ConditionFrames.parse(addition).prefix - 1) // 4 + 1

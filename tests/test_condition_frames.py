@@ -11,11 +11,12 @@ import torch
 from imageio.v3 import imwrite
 from PIL import Image
 
-from dataset.condition_frames import LAST
+from dataset.condition_frames import LAST, ConditionFrames
 from dataset.latent_cache import LatentCache
 from dataset.video import Resolution, decode
 from tests.conftest import FIRST_FRAME, arguments, generate, succeed
 from tests.test_parity import record_calls
+from utils.common.seeds import DRAWS, seed_for
 from utils.config.args import parse_args
 from utils.model import encoders, loading
 from utils.model.conditioned_pipeline import Condition
@@ -23,6 +24,7 @@ from utils.model.conditioning import to_image_latents
 from utils.model.spec import read_spec
 from utils.run.preflight import preflight
 from utils.training.loss import sample_inputs
+from utils.training.step import DenoisingObjective
 
 CPU = torch.device("cpu")
 
@@ -99,6 +101,16 @@ def test_condition_frames_add_cache_entries_and_change_none(tiny, data, tmp_path
         assert (before.video, before.image, before.prompt) == (after.video, after.image, after.prompt)
         assert before.additions == {} and [len(names) for names in after.additions.values()] == [2, 2]
     assert len(plans[1].missing_entries()) == len(plans[0].missing_entries()) + 4 * len(plans[1].keys)
+
+
+def test_each_sample_draws_one_of_the_condition_frames(tiny):
+    """Evenly, by its seed alone."""
+    frames = tuple(map(ConditionFrames.parse, ("first", "first_last", "prefix:5")))
+    objective = DenoisingObjective(read_spec(tiny("5b-i2v")), torch.ones(1000), torch.float32, condition_frames=frames)
+    seeds = [seed_for(DRAWS, 42, number) for number in range(300)]
+    drawn = [objective._draw_addition(seed) for seed in seeds]
+    assert drawn == [objective._draw_addition(seed) for seed in seeds]
+    assert all(80 < drawn.count(name) < 120 for name in (None, LAST, "prefix:5"))
 
 
 @pytest.mark.slow

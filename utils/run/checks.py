@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import torch
 
+from dataset.condition_frames import latent_frames
 from dataset.manifest import Sample
 from utils.checkpoint.adapters import init_lora_errors
 from utils.checkpoint.lora_reader import read_lora
@@ -200,8 +201,8 @@ def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
         frames, height, width = plan.spec.latent_size(clip_sample.resolution)
         moments = 2 * plan.spec.latent_channels * height * width
         sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
-        for names in keys.additions.values():  # of fewer frames than the clip
-            sizes |= dict.fromkeys(names, moments * IMAGE_NOISE_DRAWS * frames)
+        for addition, names in keys.additions.items():
+            sizes |= dict.fromkeys(names, moments * IMAGE_NOISE_DRAWS * latent_frames(addition))
     cache_size = 4 * sum(sizes[name] for name in missing)  # float32 at most
     needs = [("the latent cache", "--cache_dir", plan.cache_dir, cache_size)]
     if not (plan.args.data.precompute_only or plan.is_finished):
