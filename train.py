@@ -27,8 +27,9 @@ from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
 from utils.checkpoint.adapters import start_from
 from utils.checkpoint.lora_reader import read_lora
-from utils.checkpoint.manager import ARGS_FILE, Checkpoints, export_last_checkpoint, find_checkpoints, write_args
+from utils.checkpoint.manager import ARGS_FILE, Checkpoints, find_checkpoints, write_args
 from utils.checkpoint.resume import choose_checkpoint
+from utils.checkpoint.saved_weights import export_last_checkpoint
 from utils.common.distributed import on_main_process
 from utils.common.errors import UserError, exit_on_user_error
 from utils.common.filesystem import flags_in_errors, lock_folder
@@ -55,6 +56,7 @@ from utils.training.step import DenoisingObjective
 from utils.training.strategy import make_strategy
 from utils.training.throughput import DATA, MODEL, OPTIMIZER, StepTimer, work_per_update
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, use_attention_kernel
+from utils.training.weight_average import make_average
 
 gc.freeze()  # imported objects stay; forked processes share their memory
 gc.enable()
@@ -156,6 +158,9 @@ def train(plan: RunPlan) -> None:
     checkpoints = Checkpoints(accelerator, transformer, args)
     if plan.resume_from is not None:
         checkpoints.load(plan.resume_from)
+    average = make_average(args, accelerator, transformer, model)
+    if average is not None and plan.resume_from is not None:
+        checkpoints.load_average(average, plan.resume_from)
     lr_scheduler = make_lr_scheduler(optimizer, training, plan.total_steps, progress.step)
 
     # ---- data: one endless stream of samples, entered at the position of the checkpoint
@@ -183,7 +188,7 @@ def train(plan: RunPlan) -> None:
     )
     metrics = Metrics(accelerator, args.output.output_dir, args.as_dict(), progress.step, plan.total_steps)
     if plan.validation and progress.step == 0:
-        validate(accelerator, transformer, objective, plan, 0, metrics)  # the base model, as a baseline
+        validate(accelerator, transformer, objective, plan, 0, metrics, average)  # the base model, as a baseline
 
     # ---- the loop: one micro-batch per iteration
     overflow = OverflowGuard(training.mixed_precision)
@@ -219,6 +224,8 @@ def train(plan: RunPlan) -> None:
 
         # ---- the update is done
         progress.step += 1
+        if average is not None:
+            average.update(progress.step)
         learning_rate = float(lr_scheduler.get_last_lr()[0])
         lr_scheduler.step()
         all_losses, all_timesteps = accelerator.gather((torch.cat(update_losses), torch.cat(update_timesteps)))
@@ -235,9 +242,9 @@ def train(plan: RunPlan) -> None:
         metrics.advance(loss=mean_loss, lr=learning_rate)
         profiler.step()
         if plan.validation and is_due(progress.step, args.validation.validation_steps, plan.total_steps):
-            validate(accelerator, transformer, objective, plan, progress.step, metrics)
+            validate(accelerator, transformer, objective, plan, progress.step, metrics, average)
         if is_due(progress.step, args.checkpoint.checkpointing_steps, plan.total_steps):
-            checkpoints.save(progress, is_last=progress.step == plan.total_steps)
+            checkpoints.save(progress, progress.step == plan.total_steps, average)
         timer.start()
     profiler.stop()
     metrics.close()

@@ -50,6 +50,7 @@ TRAIN_ARGS=(
     --optimizer "adamw"
     --weight_decay 1e-4
     --max_grad_norm 1.0                     # lower it if the loss jumps
+    # --ema_decay 0.999                     # averages the weights; checkpoint-N/ema holds the average
     --gradient_checkpointing full           # selective: faster, 2 GiB (2b) to 11 GiB (1.5) more memory; none: several
                                             # times the memory
     --offload_activations false             # true: keep checkpointed tensors in host memory; works well with selective

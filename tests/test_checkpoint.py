@@ -17,6 +17,7 @@ from utils.config.args import parse_args
 from utils.model import loading
 from utils.training.optimizer import make_optimizer
 from utils.training.trainable import count_trained, make_trainable, trained_parameters, weight_dtype
+from utils.training.weight_average import make_average
 
 
 def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, monkeypatch):
@@ -61,7 +62,9 @@ def test_interrupted_save_keeps_the_previous_checkpoint(tiny, data, tmp_path, mo
         [],
         ["--lora_format", "comfyui"],
         ["--lora_format", "both"],
+        ["--lora_format", "both", "--ema_decay", 0.9],
         ["--training_type", "sft"],
+        ["--training_type", "sft", "--ema_decay", 0.9],
         ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "8bit"],
         ["--training_type", "sft", "--mixed_precision", "bf16", "--quantize_optimizer", "4bit"],
         ["--training_type", "sft", "--mixed_precision", "bf16", "--offload_optimizer"],
@@ -74,10 +77,11 @@ def test_size_of_a_checkpoint_is_known_before(tiny, data, tmp_path, options):
     make_trainable(transformer, args)
     parameters = trained_parameters(transformer)
     optimizer = make_optimizer(parameters, args, uses_deepspeed=False)
-    accelerator.prepare(transformer, optimizer)
+    model, _ = accelerator.prepare(transformer, optimizer)
+    average = make_average(args, accelerator, transformer, model)
     torch.stack([parameter.float().sum() for parameter in parameters]).sum().backward()
     optimizer.step()
-    Checkpoints(accelerator, transformer, args).save(Progress("base", 1), is_last=False)
+    Checkpoints(accelerator, transformer, args).save(Progress("base", 1), False, average)
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file())
     num_trained = count_trained(dict(transformer.config), args)
     assert num_trained == sum(parameter.numel() for parameter in parameters)

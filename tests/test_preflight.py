@@ -90,6 +90,8 @@ def errors_of(*args) -> list[str]:
         ("2b", ["--id_token", "\udcff"], "--id_token '.udcff': it must be UTF-8 text"),
         ("2b", ["--model_path", "\udcff"], "--model_path .: there is no such folder"),
         ("2b", ["--do_validation"], "--do_validation true needs --validation_dir"),
+        ("2b", ["--validate_ema"], "--validate_ema needs --ema_decay"),
+        ("2b", ["--ema_decay", 1], "--ema_decay is 1.0"),
         ("2b", ["--do_validation", "--validation_dir", "/nowhere"], "--validation_dir /nowhere: there is no such"),
     ],
 )

@@ -30,7 +30,8 @@ from tests.conftest import (
 )
 from tests.golden_losses import compare_with_golden
 from utils.checkpoint.lora_reader import WEIGHTS_FILE
-from utils.checkpoint.manager import ADAPTERS_AS_TRAINED, PROGRESS_FILE, TRAINING_STATE
+from utils.checkpoint.manager import PROGRESS_FILE
+from utils.checkpoint.saved_weights import ADAPTERS_AS_TRAINED, TRAINING_STATE
 from utils.common.units import GIB
 from utils.model.spec import ModelSpec, read_spec
 from utils.training.throughput import DATA, MODEL, OPTIMIZER, StepTimer, Work

@@ -53,7 +53,7 @@ def test_validation_changes_no_weight_and_no_random_state(tiny, data, validation
         return weights, flags, transformer.training, torch.get_rng_state(), random_numbers[1].tolist()
 
     before = state()
-    validate(accelerator, transformer, objective, plan, 5, Metrics(accelerator, tmp_path, {}, 0, 1))
+    validate(accelerator, transformer, objective, plan, 5, Metrics(accelerator, tmp_path, {}, 0, 1), None)
     after = state()
     assert before[0].keys() == after[0].keys()
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])

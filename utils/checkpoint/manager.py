@@ -6,6 +6,7 @@ checkpoint-N/                            state after N optimizer updates
     transformer/                         SFT: the transformer, for `from_pretrained`; under ZeRO only in the last one
     args.json                            resolved arguments
     progress.json                        updates done, position in the sample stream, fingerprint of the base
+    ema/                                 with --ema_decay: the average of the weights, see average_files.py
     training_state/                      for resuming only: adapters as trained, optimizer, random states
 
 Under ZeRO, instead of training_state/:
@@ -22,32 +23,39 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME, DistributedType
 from diffusers import CogVideoXTransformer3DModel
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils import serialization
 
-from utils.checkpoint.export import TRANSFORMER_CONFIG, TransformerWeights, export
-from utils.checkpoint.lora_files import lora_paths, save_lora
-from utils.checkpoint.stored_weights import LATEST, rank_files, read_zero, zero_folder
+from utils.checkpoint.average_files import load_average, save_partition
+from utils.checkpoint.saved_weights import (
+    ADAPTERS_AS_TRAINED,
+    TRAINING_STATE,
+    export_last_checkpoint,
+    lora_name,
+    save_average,
+    save_weights,
+)
+from utils.checkpoint.stored_weights import LATEST, rank_files, zero_folder
 from utils.common.errors import UserError
 from utils.common.filesystem import apply_umask, disk_is_full
 from utils.config.args import Args
 from utils.model.loading import DTYPES
-from utils.training.trainable import lora_config, weight_dtype
+from utils.training.trainable import weight_dtype
+from utils.training.weight_average import WeightAverage
 
 ARGS_FILE = "args.json"
 PROGRESS_FILE = "progress.json"
-TRAINING_STATE = "training_state"
-ADAPTERS_AS_TRAINED = "adapters.safetensors"
 
 
 @dataclass
@@ -89,7 +97,7 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    def save(self, progress: Progress, is_last: bool) -> None:
+    def save(self, progress: Progress, is_last: bool, average: WeightAverage | None = None) -> None:
         """Saves a checkpoint and removes the oldest ones beyond --checkpointing_limit. Every rank must call this.
 
         The files are written to a temporary folder, which is renamed when all ranks are done.
@@ -98,7 +106,7 @@ class Checkpoints:
             UserError: the disk is full, or files of other machines are not visible on this one.
         """
         try:
-            self._save(progress, is_last)
+            self._save(progress, is_last, average)
         except (OSError, RuntimeError, SafetensorError) as error:
             output_dir = self.args.output.output_dir
             is_named = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -115,7 +123,7 @@ class Checkpoints:
                 on_every_rank=False,
             ) from error
 
-    def _save(self, progress: Progress, is_last: bool) -> None:
+    def _save(self, progress: Progress, is_last: bool, average: WeightAverage | None) -> None:
         output_dir = self.args.output.output_dir
         final = output_dir / f"checkpoint-{progress.step}"
         tmp_dir = output_dir / f".{final.name}.tmp"
@@ -129,6 +137,9 @@ class Checkpoints:
         else:
             self.accelerator.save_state(str(tmp_dir / TRAINING_STATE))
         self.accelerator.wait_for_everyone()
+        if average is not None and self.uses_deepspeed:
+            save_partition(average, tmp_dir, self.accelerator.process_index)
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if self.uses_deepspeed and (missing := damaged_zero_files(tmp_dir, self.accelerator.num_processes)):
                 raise UserError(
@@ -136,7 +147,9 @@ class Checkpoints:
                     "The folder must be on a disk that all machines share.",
                     on_every_rank=False,
                 )
-            self._save_weights(tmp_dir, lora_name(final))
+            save_weights(self.transformer, self.args, self.uses_deepspeed, tmp_dir, lora_name(final))
+            if average is not None:
+                save_average(average, self.transformer, self.args, self.uses_deepspeed, tmp_dir, lora_name(final))
             write_args(self.args, tmp_dir)
             (tmp_dir / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
             apply_umask(*tmp_dir.rglob("*.safetensors"))
@@ -157,18 +170,23 @@ class Checkpoints:
         Raises:
             UserError: a file is damaged.
         """
-        try:
-            # files are memory-mapped, so that states go to their place without a copy of the file in host memory
-            with serialization.config.patch("load.mmap", True):  # type: ignore[attr-defined]
-                self._load(folder)
-        except Exception as error:
-            raise UserError(
-                f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); use another checkpoint.",
-                on_every_rank=False,
-            ) from error
+        # files are memory-mapped, so that states go to their place without a copy of the file in host memory
+        with _damage_reported(folder), serialization.config.patch("load.mmap", True):  # type: ignore[attr-defined]
+            self._load(folder)
         # accelerate restores its micro-batch count, but only on ranks that saved one. Checkpoints follow complete
         # updates, so the count restarts on all ranks, even if their number or the accumulation has changed.
         self.accelerator.step = 0
+
+    def load_average(self, average: WeightAverage, folder: Path) -> None:
+        """Restores the average of the weights; without one in the checkpoint, it starts at the weights.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        with _damage_reported(folder):
+            found = load_average(average, folder, folder / TRAINING_STATE, self.accelerator.process_index)
+        if not found:
+            self.accelerator.print(f"Note: {folder} holds no average of the weights; --ema_decay starts a new one.")
 
     def _load(self, folder: Path) -> None:
         if self.uses_deepspeed:
@@ -184,48 +202,17 @@ class Checkpoints:
         self.accelerator.load_state(str(folder / TRAINING_STATE), map_location="cpu")
         self.accelerator.scaler = scaler
 
-    def _save_weights(self, folder: Path, name: str) -> None:
-        """Writes the trained weights in the formats that users load. Runs on the main process only.
 
-        Under ZeRO, adapters are read back from the files of all ranks.
-
-        Args:
-            name: see `lora_name`.
-        """
-        if self.uses_deepspeed:
-            self.transformer.save_config(folder)
-            (folder / "config.json").rename(folder / TRANSFORMER_CONFIG)
-        if self.is_lora:
-            state = self._adapters(folder)
-            if not self.uses_deepspeed:
-                save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
-            positions = self.args.model.learned_positions
-            stated = {} if positions is None else {"learned_positions": positions}
-            paths = lora_paths(folder, self.args.checkpoint.lora_format, name)
-            save_lora(state, lora_config(self.args), paths, stated)
-        elif not self.uses_deepspeed:
-            self.transformer.save_pretrained(folder / "transformer")
-
-    def _adapters(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Returns the float32 adapters under peft's names."""
-        if self.uses_deepspeed:
-            named = {name.replace(".default.", "."): stored for name, stored in read_zero(folder).items()}
-            return {name: stored.read() for name, stored in named.items() if ".lora_" in name}
-        return {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.transformer).items()}
-
-
-def lora_name(checkpoint: Path) -> str:
-    """Returns the names of the run and the checkpoint, which name its ComfyUI file: t2v-lora-checkpoint-100."""
-    checkpoint = checkpoint.resolve()
-    return f"{checkpoint.parent.name}-{checkpoint.name}"
-
-
-def export_last_checkpoint(checkpoint: Path, args: Args) -> None:
-    """Exports transformer/ into the last checkpoint of a run if only DeepSpeed's files hold its weights."""
-    if args.model.training_type == "sft" and not (checkpoint / "transformer").exists():
-        dtype = DTYPES[args.checkpoint.export_dtype or "bf16"]
-        weights = TransformerWeights(read_zero(checkpoint), checkpoint / TRANSFORMER_CONFIG, "--output_dir")
-        export(weights, checkpoint / "transformer", dtype)
+@contextmanager
+def _damage_reported(folder: Path) -> Iterator[None]:
+    """Turns an error of reading a checkpoint, whatever its readers raise, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} is damaged ({_first_line(error)}); use another checkpoint.",
+            on_every_rank=False,
+        ) from error
 
 
 def checkpoint_bytes(args: Args, num_trained: int, uses_deepspeed: bool) -> int:
@@ -235,14 +222,19 @@ def checkpoint_bytes(args: Args, num_trained: int, uses_deepspeed: bool) -> int:
         num_trained: number of trained weights.
     """
     is_lora, is_float32 = args.model.training_type == "lora", args.training.mixed_precision == "no"
+    averages = 1 if args.training.ema_decay else 0
     lora_files = 2 if args.checkpoint.lora_format == "both" else 1
     if uses_deepspeed:  # float32 weights and moments on all ranks, and the export of the last checkpoint
-        per_weight = 12.0 + (4 * lora_files if is_lora else 4 if args.checkpoint.export_dtype == "fp32" else 2)
+        export_bytes = 4 * lora_files if is_lora else 4 if args.checkpoint.export_dtype == "fp32" else 2
+        per_weight = 12.0 + export_bytes + averages * (4 + export_bytes)
     else:
         states = {"none": 8.0, "8bit": 2.0, "4bit": 1.5}[args.memory.quantize_optimizer]
         weights = DTYPES["fp32"] if is_lora else weight_dtype(args, uses_deepspeed)
         copies = 1 + lora_files if is_lora else 1  # adapters as trained and as users load them
-        per_weight = states + copies * weights.itemsize + 4 * (args.memory.offload_optimizer and not is_float32)
+        average_bytes = averages * 4 * (copies if is_lora else 1)
+        per_weight = (
+            average_bytes + states + copies * weights.itemsize + 4 * (args.memory.offload_optimizer and not is_float32)
+        )
     return int(num_trained * per_weight)
 
 

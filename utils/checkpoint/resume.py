@@ -10,15 +10,8 @@ from typing import Any
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from utils.checkpoint.manager import (
-    ADAPTERS_AS_TRAINED,
-    ARGS_FILE,
-    PROGRESS_FILE,
-    TRAINING_STATE,
-    Progress,
-    damaged_zero_files,
-    find_checkpoints,
-)
+from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE, Progress, damaged_zero_files, find_checkpoints
+from utils.checkpoint.saved_weights import ADAPTERS_AS_TRAINED, TRAINING_STATE
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user, unreadable, unreadable_in
 from utils.config.args import Args

@@ -20,7 +20,8 @@ from utils.checkpoint.adapters import merge_loras, scales_for
 from utils.checkpoint.export import POSITIONS, TransformerWeights, export, export_comfyui, open_checkpoint
 from utils.checkpoint.lora_files import convert_lora, lora_paths
 from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, Lora, lora_in, read_lora
-from utils.checkpoint.manager import ARGS_FILE, lora_name
+from utils.checkpoint.manager import ARGS_FILE
+from utils.checkpoint.saved_weights import lora_name
 from utils.checkpoint.stored_weights import read_safetensors
 from utils.common.errors import UserError, exit_on_user_error
 from utils.common.filesystem import atomic_write, check_writable, flags_in_errors

@@ -82,6 +82,11 @@ class TrainingArgs:
     beta2: float = option(0.95, help="Adam: decay rate of the second moment")
     epsilon: float = option(1e-8, help="Adam: constant added to the denominator")
     weight_decay: float = option(1e-4, help="weight decay coefficient")
+    ema_decay: float = option(
+        0.0,
+        help="keep an exponential moving average of the trained weights with this decay, such as 0.999, in float32 in "
+        "host memory; each checkpoint holds it in ema/; 0 disables it",
+    )
     max_grad_norm: float = option(1.0, help="maximum gradient norm; 0 disables clipping")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", help="learning-rate schedule, in optimizer updates"
@@ -92,7 +97,7 @@ class TrainingArgs:
         yield from require_positive(
             self, "train_epochs", "train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "epsilon"
         )
-        yield from require_unit_interval(self, "beta1", "beta2")
+        yield from require_unit_interval(self, "beta1", "beta2", "ema_decay")
         yield from require_seed(self.seed)
         for name in ("weight_decay", "max_grad_norm", "lr_warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -240,6 +245,7 @@ class ValidationArgs:
     gen_fps: float | None = option(
         None, help="frames per second of the generated videos; default: the rate of the model"
     )
+    validate_ema: bool = option(False, help="validate with the average of --ema_decay in place of the weights")
     num_inference_steps: int = option(50, help="denoising steps per validation video")
     guidance_scale: float = option(6.0, help="classifier-free guidance scale of validation videos")
 
@@ -287,6 +293,8 @@ class Args:
                 )
         if self.memory.quantize_base != "none" and self.model.training_type == "sft":
             yield "--quantize_base is for --training_type lora; full fine-tuning trains the base weights."
+        if self.validation.validate_ema and not self.training.ema_decay:
+            yield "--validate_ema needs --ema_decay, such as 0.999."
         accumulates = self.training.gradient_accumulation_steps != 1
         if self.memory.optimizer_in_backward and (self.training.max_grad_norm or accumulates):
             yield (

@@ -95,6 +95,8 @@ def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks
         itemsize = compute_dtype(context.args).itemsize
         training, offloaded = zero_terms(updates, context.zero, itemsize, context.num_processes)
         host += offloaded
+    if context.args.training.ema_decay:  # float32, on the main process or divided among all
+        host += 4 * updates.trained
     validation = 0
     if other.generating:
         resident = ["weights", "adapters", "optimizer", *(["gradients"] if context.num_processes > 1 else [])]

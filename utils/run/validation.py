@@ -11,7 +11,7 @@ import json
 import math
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from utils.run.plan import RunPlan
 from utils.training.metrics import QUARTERS, Metrics, quarter_means
 from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype
+from utils.training.weight_average import WeightAverage
 
 
 def validate(
@@ -46,16 +47,21 @@ def validate(
     plan: RunPlan,
     step: int,
     metrics: Metrics,
+    average: WeightAverage | None,
 ) -> None:
     """Logs the held-out loss and videos after `step` updates. Called by every rank.
 
     A failure is printed, and training continues.
+
+    Args:
+        average: average of the weights, which takes their place under --validate_ema.
     """
     failures: list[str] = []
     losses: list[tuple[float, int]] = []
     videos: list[tuple[Path, str]] = []
     items: list[ValidationItem] = []
-    with eval_mode(transformer):
+    uses_average = average is not None and plan.args.validation.validate_ema
+    with eval_mode(transformer), average.applied() if average is not None and uses_average else nullcontext():
         # Run rank-local steps before collectives: after a local failure, no rank enters a collective alone.
         with collect_failures(failures):
             items = read_items(plan, RankShard(accelerator.process_index, accelerator.num_processes))
