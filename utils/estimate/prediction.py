@@ -96,7 +96,7 @@ def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks
         training, offloaded = zero_terms(updates, context.zero, itemsize, context.num_processes)
         host += offloaded
     if context.args.training.ema_decay:  # float32, on the main process or divided among all
-        host += 4 * updates.trained
+        host += 4 * updates.trained * (2 if context.args.validation.validate_ema else 1)  # the weights wait there
     validation = 0
     if other.generating:
         resident = ["weights", "adapters", "optimizer", *(["gradients"] if context.num_processes > 1 else [])]

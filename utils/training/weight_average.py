@@ -24,7 +24,7 @@ class WeightAverage:
         weights: name -> weight. Under ZeRO, the float32 weights that this process updates.
         decay: share of the average that an update keeps, from 0 to 1.
         is_kept: whether this process keeps the average. Under DDP only the main process does; all have its weights.
-        publish: called after weights were exchanged.
+        publish: called after the weights of this process were set.
     """
 
     def __init__(
@@ -42,20 +42,18 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the average as its weights inside the block. Needs no further memory."""
-        self._exchange()
+        """The model has the average as its weights inside the block. The weights wait in host memory."""
+        waiting = {name: self.weights[name].detach().to("cpu", copy=True) for name in self.averages}
+        self._set_weights(self.averages)
         try:
             yield
         finally:
-            self._exchange()
+            self._set_weights(waiting)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        """Exchanges weights and averages."""
-        for name, average in self.averages.items():
-            weight = _to_host(self.weights[name])
-            self.weights[name].data.copy_(average)
-            average.copy_(weight)
+    def _set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            self.weights[name].data.copy_(weight)
         self.publish()
 
     @torch.no_grad()
