@@ -84,6 +84,17 @@ def test_predicted_peak_matches_a_real_run(tiny, tmp_path, monkeypatch, variant,
     assert sum(terms.values()) - static == pytest.approx(real_peak(model, context), rel=0.03)
 
 
+def test_average_of_the_weights_is_in_host_memory(tiny, tmp_path):
+    spec, hosts = read_spec(tiny("5b")), []
+    updates = None
+    for options in ([], ["--ema_decay", "0.9"], ["--ema_decay", "0.9", "--validate_ema"]):
+        args = fill_in_defaults(parse_args(arguments(tiny("5b"), tmp_path, tmp_path, *options)), spec)
+        context = RunContext(args, spec, {})
+        updates = updates or simulated_run.simulate_updates(context)
+        hosts.append(prediction.combine(context, updates, prediction.NonTrainingPeaks(0, 0)).host)
+    assert updates and hosts == [0, 4 * updates.trained, 8 * updates.trained]
+
+
 def test_peak_is_known_only_for_the_cards_of_the_table():
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090")
     assert [peak_tflops(name) for name in names] == [989, 312, 165]
