@@ -271,7 +271,7 @@ def read_condition(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> C
     if count >= resolution.frames:
         raise UserError(
             f"{flag} {path}: its {count} frames at {fps:g} fps leave nothing to generate of {resolution.frames}; "
-            "take fewer with --prefix_frames, such as 9."
+            f"take fewer, such as --prefix_frames {(resolution.frames - 2) // 4 * 4 + 1}."
         )
     print(f"{path}: the last {count} of {available} frames at {fps:g} fps are the first frames of the video")
     size = replace(resolution, frames=count)
