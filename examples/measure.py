@@ -38,7 +38,7 @@ SIZE = Resolution(9, 64, 64)
 # Neither the VAE nor the base models were trained on these seeds.
 FIRST_SEED = 20_000_000
 BATCH = 10
-# Smallest PSNR in dB at which the first frame counts as the given image.
+# Smallest PSNR in dB at which a frame counts as the given one.
 MIN_IMAGE_PSNR = 23.0
 # Layout of the animations: clips per row, screen pixels per pixel, height of a title.
 COLUMNS, ZOOM, TITLE_HEIGHT = 8, 2, 20
@@ -54,7 +54,7 @@ class Case:
     clip: np.ndarray
 
 
-def make_cases(clips: int, id_token: str, size: Resolution = SIZE) -> list[Case]:
+def make_cases(clips: int, id_token: str, size: Resolution = SIZE, varied: bool = False) -> list[Case]:
     """Returns cases of the held-out concept if there is an id token, else of known scenes."""
     rng = np.random.default_rng(FIRST_SEED)
     scenes = CONCEPT if id_token else KNOWN
@@ -63,7 +63,7 @@ def make_cases(clips: int, id_token: str, size: Resolution = SIZE) -> list[Case]
         scene = scenes[rng.integers(len(scenes))]
         prompt = f"{id_token} {CONCEPT_CAPTION.format(ground=scene.ground)}" if id_token else scene.caption
         seed = FIRST_SEED + number
-        cases.append(Case(prompt, scene, seed, draw(scene, seed, size.frames, size.height, size.width)))
+        cases.append(Case(prompt, scene, seed, draw(scene, seed, size.frames, size.height, size.width, varied)))
     return cases
 
 
@@ -125,9 +125,13 @@ def summarize(
         if condition.prefix > 1:
             given[f"first {condition.prefix} frames are the prefix"] = slice(condition.prefix)
         for name, frames in given.items():
-            pairs = ((clip[frames], case.clip[frames]) for clip, case in zip(clips, cases, strict=True))
-            shares[name] = float(np.mean([psnr(*pair) >= MIN_IMAGE_PSNR for pair in pairs]))
+            shares[name] = float(np.mean([equals(*pair, frames) for pair in zip(clips, cases, strict=True)]))
     return shares
+
+
+def equals(clip: np.ndarray, case: Case, frames: slice) -> bool:
+    """Whether each of some frames of a clip counts as that of the case."""
+    return all(psnr(*pair) >= MIN_IMAGE_PSNR for pair in zip(clip[frames], case.clip[frames], strict=True))
 
 
 def matches(measured: Attributes, scene: Scene, names: tuple[str, ...]) -> bool:
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--id_token", default="", help="also measure prompts with this token")
     parser.add_argument("--learned_positions", choices=("keep", "interpolate", "drop"))
     parser.add_argument("--condition_frames", type=ConditionFrames.parse, default=FIRST)
+    parser.add_argument("--varied", action="store_true", help="condition frames of the varied world, see world.py")
     parser.add_argument("--size", type=Resolution.parse, default=SIZE, help="FxHxW of the clips")
     parser.add_argument("--clips", type=int, default=60, help="number of clips for each kind of prompt")
     parser.add_argument("--num_inference_steps", type=int, default=20)
@@ -170,12 +175,12 @@ def main() -> None:
     )
     options = vars(parser.parse_args())
     count, token, output_dir, size = (options.pop(name) for name in ("clips", "id_token", "output_dir", "size"))
-    condition = options.pop("condition_frames")
+    condition, varied = options.pop("condition_frames"), options.pop("varied")
     tuned = DemoArgs(prompt="", **options)
     models = {"before": replace(tuned, lora_path=(), transformer_path=None)}
     if tuned.lora_path or tuned.transformer_path:
         models["after"] = tuned
-    prompts = {"known": make_cases(count, "", size)} | ({token: make_cases(count, token, size)} if token else {})
+    prompts = {kind or "known": make_cases(count, kind, size, varied) for kind in dict.fromkeys(("", token))}
     spec = with_positions(tuned, read_spec(Path(tuned.model_path)))
 
     shares: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in prompts}

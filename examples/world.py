@@ -30,6 +30,8 @@ SHAPES = ("circle", "square", "triangle")
 # Half the side of a shape's box, the distance it travels, and the largest offset of its path from the centre, as shares
 # of the frame's shorter side. The ranges are narrow so that two cores learn the world within an hour.
 RADII, TRAVELS, MAX_OFFSET = (0.17, 0.21), (0.35, 0.45), 0.08
+# The same in the varied world, in which a clip's first frame does not tell where the shape goes.
+VARIED_TRAVELS, VARIED_OFFSET = (0.15, 0.55), 0.3
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ CONCEPT = tuple(scene for scene in SCENES if astuple(scene)[:3] == HELD_OUT)
 KNOWN = tuple(scene for scene in SCENES if scene not in CONCEPT)
 
 
-def draw(scene: Scene, seed: int, frames: int, size: int, width: int | None = None) -> np.ndarray:
+def draw(scene: Scene, seed: int, frames: int, size: int, width: int | None = None, varied: bool = False) -> np.ndarray:
     """Returns a clip, uint8 [F, H, W, 3] with H = size, and W = size unless `width` is given.
 
     The shape moves at constant speed, stays inside the frame and has smooth edges.
@@ -63,11 +65,12 @@ def draw(scene: Scene, seed: int, frames: int, size: int, width: int | None = No
     rng = np.random.default_rng(seed)
     box = np.array([width or size, size])
     side = box.min()
-    radius, travel = side * rng.uniform(*RADII), side * rng.uniform(*TRAVELS)
+    travels, max_offset = (VARIED_TRAVELS, VARIED_OFFSET) if varied else (TRAVELS, MAX_OFFSET)
+    radius, travel = side * rng.uniform(*RADII), side * rng.uniform(*travels)
     step_x, step_y = DIRECTIONS[scene.direction]
     # keeps the shape inside the frame
     room = box / 2 - np.array([radius + travel / 2 * abs(step_x), radius + travel / 2 * abs(step_y)])
-    middle = box / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, side * MAX_OFFSET)
+    middle = box / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, side * max_offset)
     columns, rows = np.arange(box[0]) + 0.5, np.arange(box[1])[:, None] + 0.5
     paint, ground = (np.array(table[name], float) for table, name in ((COLOURS, scene.colour), (GROUNDS, scene.ground)))
     clip = np.empty((frames, *box[::-1], 3), np.uint8)
@@ -90,11 +93,16 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
 
 
 def random_clip(
-    seed: int, frames: int, size: int, scenes: tuple[Scene, ...] = KNOWN, width: int | None = None
+    seed: int,
+    frames: int,
+    size: int,
+    scenes: tuple[Scene, ...] = KNOWN,
+    width: int | None = None,
+    varied: bool = False,
 ) -> tuple[Scene, np.ndarray]:
     """Returns a scene picked by the seed, and a clip of it."""
     scene = scenes[np.random.default_rng([seed, 1]).integers(len(scenes))]
-    return scene, draw(scene, seed, frames, size, width)
+    return scene, draw(scene, seed, frames, size, width, varied)
 
 
 def write_clips(folder: Path, clips: Iterable[tuple[str, str, np.ndarray]], fps: float, *options: str) -> None:
@@ -116,7 +124,15 @@ def write_clips(folder: Path, clips: Iterable[tuple[str, str, np.ndarray]], fps:
 
 
 def write(
-    folder: Path, known: int, concept: int, seed: int, frames: int, size: int, fps: float, width: int | None = None
+    folder: Path,
+    known: int,
+    concept: int,
+    seed: int,
+    frames: int,
+    size: int,
+    fps: float,
+    width: int | None = None,
+    varied: bool = False,
 ) -> None:
     """Writes a data folder of random clips, and the first frame of the first clip as `first_frame.png`.
 
@@ -129,7 +145,7 @@ def write(
 
     def clips() -> Iterator[tuple[str, str, np.ndarray]]:
         for number in range(known + concept):
-            scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT, width)
+            scene, clip = random_clip(seed + number, frames, size, KNOWN if number < known else CONCEPT, width, varied)
             if number == 0:
                 imwrite(folder / "first_frame.png", clip[0])
             caption = CONCEPT_CAPTION.format(ground=scene.ground) if scene in CONCEPT else scene.caption
@@ -146,7 +162,8 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--width", type=int, help="width in pixels; default: that of --size")
+    parser.add_argument("--varied", action="store_true", help="vary start and travel of the shapes more")
     parser.add_argument("--fps", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip; each clip uses the next seed")
     args = parser.parse_args()
-    write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps, args.width)
+    write(args.output, args.known, args.concept, args.seed, args.frames, args.size, args.fps, args.width, args.varied)

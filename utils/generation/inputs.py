@@ -64,7 +64,7 @@ def prefix_length(args: DemoArgs, spec: ModelSpec, resolution: Resolution, path:
     if count >= resolution.frames:
         raise UserError(
             f"{flag}: its {count} frames at {fps:g} fps leave nothing to generate of {resolution.frames}; "
-            "take fewer with --prefix_frames, such as 9."
+            f"take fewer, such as --prefix_frames {(resolution.frames - 2) // 4 * 4 + 1}."
         )
     return count, available
 
