@@ -42,6 +42,7 @@ from utils.generation.pipeline import (
 from utils.generation.processes import num_processes, own_shard, start_processes
 from utils.generation.record import Record, differences, is_made, make_record, read_record, save_record
 from utils.model import loading
+from utils.model.encoders import prompt_notes
 from utils.model.spec import ModelSpec, read_spec
 
 # Rows of the contact sheet.
@@ -71,8 +72,10 @@ def main() -> int:
 def print_notes(
     args: DemoArgs, videos: list[DemoArgs], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
 ) -> None:
-    """Prints notes on the models and videos, each once. Raises UserError if an image cannot be read."""
+    """Prints notes on the models, prompts and videos, each once. Raises UserError if a file cannot be read."""
     notes = loading.variant_notes(model_dir, args.variant)
+    prompts = [text for video in videos for text in (video.prompt, video.negative_prompt) if text]
+    notes += prompt_notes(model_dir, prompts, spec.max_text_seq_length)
     for video, resolution in zip(videos, resolutions, strict=True):
         notes += notes_of(video, spec, resolution)
     if args.again is not None:

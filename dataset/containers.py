@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
+EMPTY = "is empty; was it copied completely?"
 _IMAGES = ("image2", "gif", "apng", "webp")
 _PLAYLISTS = ("hls", "dash", "concat", "imf")
 # Containers whose length is stated, not estimated from the frames that are found, by their names in libavformat.
@@ -39,7 +40,7 @@ def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, Vi
     with container:
         name = container.format.name
         if name in _IMAGES or name.endswith("_pipe"):
-            raise ClipError("is an image and not a video")
+            raise ClipError(f"is an image and not a video; if it moves, {CONVERT} converts it")
         if name in _PLAYLISTS:  # the index would not notice changes of the listed files
             raise ClipError("is a list of other files and not a video")
         stream, codec = choose_stream(path, container)
@@ -51,6 +52,8 @@ def _open(path: Path) -> tuple[InputContainer, str]:
     """Returns an open file and the warnings of libavformat. Raises ClipError."""
     import av  # native code, so only the processes that decode load it
 
+    if path.is_file() and path.stat().st_size == 0:
+        raise ClipError(EMPTY)
     av.logging.set_level(av.logging.WARNING)  # some errors have no text otherwise
     av.logging.set_skip_repeated(False)
     with av.logging.Capture() as messages:
@@ -78,10 +81,10 @@ def choose_stream(path: Path, container: InputContainer) -> tuple[VideoStream, V
 
     streams = moving_streams(path, container)
     if not streams and isinstance(container.streams.best("video"), VideoStream | None):
-        raise ClipError("has no video, only sound or other data")
+        raise ClipError("has no video, only sound or other data; or it was cut short")
     decodable = [(stream, stream.codec_context) for stream in streams if stream.codec_context is not None]
     if not decodable:
-        raise ClipError(f"has a codec that cannot be decoded; {CONVERT} converts it")
+        raise ClipError(f"has a codec that cannot be decoded, or was cut short; {CONVERT} converts it if it is whole")
     return max(decodable, key=lambda item: (Disposition.default in item[0].disposition, item[1].width * item[1].height))
 
 

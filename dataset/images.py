@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.containers import ClipError
+from dataset.containers import EMPTY, ClipError
 from dataset.stream_info import HDR_TRANSFERS
 from dataset.video import Resolution, resize
 
@@ -68,6 +68,8 @@ def _read_image(path: Path) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:
+        if path.stat().st_size == 0:
+            raise ClipError(EMPTY) from error
         raise ClipError("cannot be read as an image: its format is unknown; convert it to PNG or JPEG") from error
     except Exception as error:
         raise ClipError(f"cannot be read as an image ({error})") from error

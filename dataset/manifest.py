@@ -211,7 +211,7 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     rows = []
     for number, text in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(text or "{}", object_pairs_hook=_unique)
+            row = json.loads(text or "{}", object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             errors.append(f"{path}, line {number}: not valid JSON ({error}).")
             continue
@@ -222,7 +222,7 @@ def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]
     return rows
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object. Raises ValueError if a name occurs twice, of which json would drop the first value."""
     counts = Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -249,7 +249,12 @@ def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict
                         "comma in quotes."
                     )
                 for text in row.values():
-                    if isinstance(text, str) and (line := _swallowed_row(text, root)):
+                    if isinstance(text, str) and re.match(r'\s+"', text):  # csv skips spaces only
+                        errors.append(
+                            f"{path}, line {reader.line_num}: a tab or the like before a quote makes the quote "
+                            f"part of the text: {text[:100]!r}; remove it."
+                        )
+                    elif isinstance(text, str) and (line := _swallowed_row(text, root)):
                         errors.append(
                             f"{path}, line {reader.line_num}: a quoted text that ends here contains what looks like a "
                             f"row: {line[:100]!r}. Is a quote before it not closed?"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dataset.containers import ClipError, moving_streams, open_container, side_data
+from dataset.containers import CONVERT, ClipError, moving_streams, open_container, side_data
 
 if TYPE_CHECKING:
     from av import VideoCodecContext, VideoFrame
@@ -59,6 +59,8 @@ _DECORD = {
     "dv": {"dvvideo"},
     "yuv4mpegpipe": {"rawvideo"},
 }
+# Number of frames that ffmpeg writes to the header of an AVI before it knows them. decord reserves memory for as many.
+_PLACEHOLDER = 2**30
 # Codecs whose decoders drop a frame without its references. Others decode it or mark it as corrupt.
 _NEEDS_REFERENCES = ("mpeg1video", "mpeg2video", "mpeg4")
 
@@ -140,6 +142,8 @@ def read_stream_info(path: Path) -> StreamInfo:
         aspect = _usable_aspect(float(stream.sample_aspect_ratio or 1))
         stated, pixel_format = int(codec.color_trc), codec.pix_fmt or ""
         name = container.format.name.split(",")[0]
+        if name == "avi" and stream.frames >= _PLACEHOLDER:
+            raise ClipError(f"states no length, as after a recorder was stopped; {CONVERT} converts it")
         has_lost_times = name == "avi" and codec.has_b_frames and len(stream.index_entries) < stream.frames
         streams = moving_streams(path, container)
         is_one_of_several = len(streams) > 1 or (bool(streams) and stream != container.streams.best("video"))

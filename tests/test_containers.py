@@ -15,6 +15,7 @@ import pytest
 
 from dataset.containers import ClipError
 from dataset.decoders import DecordReader, PyavReader, open_reader
+from dataset.images import image_size
 from dataset.stream_info import read_stream_info
 from dataset.video import FrameSelection, Resolution, choose_frames, decode, probe
 
@@ -171,6 +172,15 @@ def test_frames_dropped_from_avi_keep_the_speed(tmp_path: Path, codec: tuple):
     assert probe(tmp_path / "clip.avi").last == pytest.approx(57 / 25, abs=0.001)
 
 
+def test_avi_of_a_stopped_recorder_is_an_error(tmp_path: Path):
+    """The header of an AVI that cannot be sought, such as a pipe, states 2^30 frames, which decord dies of."""
+    write_clip(tmp_path / "clip.mp4", H264)
+    piped = ffmpeg("-i", tmp_path / "clip.mp4", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-f", "avi", "-")
+    (tmp_path / "clip.avi").write_bytes(piped.stdout)
+    with pytest.raises(ClipError, match="states no length"):
+        probe(tmp_path / "clip.avi")
+
+
 def test_empty_packets_repeat_frames(tmp_path: Path):
     write_clip(tmp_path / "clip.ogv", ("libtheora", "-q:v", 8, "-vf", "fps=50"))
     assert check_against_ffmpeg(tmp_path / "clip.ogv") == list(range(60))
@@ -251,6 +261,13 @@ def test_stream_is_the_default_of_ffmpeg_but_no_picture(tmp_path: Path, first, d
     assert (info.frames, info.width) == ((60, 96) if is_second else (25, 256))
     if is_second:
         assert read_numbers(np.stack(list(open_reader(path).read([0, 17, 59])))) == [0, 17, 59]
+
+
+def test_empty_file_is_called_that(tmp_path: Path):
+    (tmp_path / "clip.mp4").touch()
+    for read in (probe, image_size):
+        with pytest.raises(ClipError, match="is empty"):
+            read(tmp_path / "clip.mp4")
 
 
 def test_playlist_is_an_error(tmp_path: Path):

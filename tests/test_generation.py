@@ -81,7 +81,7 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
     shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
     lines: list[dict[str, Any]] = [
         {"prompt": "a red circle 红 🎈", "image": "frame.png"},
-        {"prompt": "x", "image": "frame.png", "seed": 7},
+        {"prompt": "一只猫", "image": "frame.png", "seed": 7},
     ]
     (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     folder = tmp_path / "videos"
@@ -94,7 +94,8 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
         "--output_path",
         folder,
     ]
-    generate(*flags, "--num_videos", 2)
+    output = generate(*flags, "--num_videos", 2)
+    assert "Note: 1 distinct prompts consist largely of characters that the tokenizer does not know" in output
     videos = sorted(folder.glob("*.mp4"))
     assert [video.name for video in videos] == ["000-42.mp4", "000-43.mp4", "001-7.mp4", "001-8.mp4"]
     with Image.open(folder / "contact_sheet.png") as sheet:
@@ -183,6 +184,9 @@ def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
         '{"prompt": "x", "lora_path": "y"}': "lora_path cannot be set for one video",
         '{"prompt": 3}': 'it must be an object with a text "prompt"',
         "nonsense": "it is not JSON",
+        "[" * 5000: "it is not JSON",
+        '{"prompt": "x", "prompt": "y"}': "it has 'prompt' twice",
+        '{"prompt": "a\u2028b", "num_inference_steps": 1001}': "it must be at most 1000",
         '{"prompt": "x", "seed": "abc"}': "--seed: invalid int value: 'abc'",
         '{"prompt": "x", "strength": 2}': "--strength is 2.0",
     }

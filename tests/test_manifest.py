@@ -124,6 +124,7 @@ def test_errors_in_tables_name_the_line(folder, text, message):
         ("metadata.csv", 'prompt,video\n"a cat,a.mp4\na cow", b.mp4\n', "line 3: a quoted text .* 'a cat,a.mp4'"),
         ("metadata.csv", "video,prompt, prompt\na.mp4,a cat,a dog\n", "has several columns 'prompt'"),
         ("metadata.csv", "video;prompt\na.mp4;a cat\n", "has no column 'prompt'; .* Separate the columns by commas."),
+        ("metadata.csv", 'video,prompt\na.mp4,\t"a cat"\n', "line 2: a tab or the like before a quote"),
         ("metadata.csv", LFS_POINTER, "is a Git LFS pointer"),
         (
             "metadata.jsonl",

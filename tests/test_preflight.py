@@ -157,6 +157,11 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def replace_by_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/missing")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -218,6 +223,32 @@ def truncate(path: Path) -> None:
         (
             lambda model: edit_config(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon"),
             "predicts epsilon",
+        ),
+        (
+            lambda model: edit_config(model / "vae" / "config.json", scaling_factor=None),
+            "vae/config.json: scaling_factor is null, which has the wrong type",
+        ),
+        (
+            lambda model: edit_config(model / "scheduler" / "scheduler_config.json", snr_shift_scale="3"),
+            'snr_shift_scale is "3", which has the wrong type; an example is 3.0.',
+        ),
+        (
+            lambda model: edit_config(model / "vae" / "config.json", scaling_factor=float("nan")),
+            "scaling_factor is nan, which is not a finite number",
+        ),
+        (
+            lambda model: edit_config(model / "scheduler" / "scheduler_config.json", beta_schedule="cosine"),
+            "scheduler_config.json cannot be used (cosine is not implemented",
+        ),
+        (
+            lambda model: edit_config(
+                model / "text_encoder" / "config.json", quantization_config={"quant_method": "x"}
+            ),
+            "describes weights that are quantized (x)",
+        ),
+        (
+            lambda model: replace_by_link(model / "vae" / "diffusion_pytorch_model.safetensors"),
+            "is a link to /missing, which does not exist",
         ),
         (
             lambda model: truncate(model / "transformer" / "diffusion_pytorch_model.safetensors"),

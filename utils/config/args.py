@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dataset.condition_frames import FIRST
 from utils.config.data_args import DataArgs
 from utils.config.options import (
+    MAX_STEPS,
     Budget,
     add_options,
     collect,
@@ -253,6 +254,8 @@ class ValidationArgs:
         if self.do_validation and self.validation_dir is None:
             yield "--do_validation true needs --validation_dir, a folder with validation prompts."
         yield from require_positive(self, "validation_steps", "gen_fps", "num_inference_steps")
+        if self.num_inference_steps > MAX_STEPS:
+            yield f"--num_inference_steps is {self.num_inference_steps}; it must be at most {MAX_STEPS}."
         yield from require_finite(self, "guidance_scale")
 
 

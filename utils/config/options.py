@@ -21,6 +21,8 @@ from utils.common.filesystem import expand_user
 Group = TypeVar("Group")
 Budget = float | Literal["auto"]
 
+# Denoising steps: the schedulers of all CogVideoX models have this many.
+MAX_STEPS = 1000
 # Type with a `parse` method -> its form in the help.
 WRITTEN_TYPES = {Resolution: "FxHxW", ConditionFrames: "first|first_last|prefix:N"}
 # Old flag -> its replacement.

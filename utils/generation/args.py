@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.manifest import read_lines, unique
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user, unreadable
 from utils.config.options import (
+    MAX_STEPS,
     add_options,
     collect,
     make_parser,
@@ -140,6 +142,8 @@ class DemoArgs:
                 if self.prompt is None
                 else "Give --prompt or --prompt_file, not both."
             )
+        if self.num_inference_steps > MAX_STEPS:
+            yield f"--num_inference_steps is {self.num_inference_steps}; it must be at most {MAX_STEPS}."
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."
         if self.output_path is not None and self.is_single != (self.output_path.suffix.lower() == ".mp4"):
@@ -250,7 +254,7 @@ def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
         UserError: the file cannot be read, or lists every wrong line.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         missing = None if file.is_file() else "there is no such file"
         raise UserError(f"--prompt_file {file}: {unreadable(file) or missing or 'it is not UTF-8 text'}.") from error
@@ -281,8 +285,8 @@ def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
 def parse_object(line: str) -> dict[str, Any]:
     """Parses a line of a .jsonl file. Raises UserError if it is no object, has no prompt or an unknown key."""
     try:
-        values = json.loads(line)
-    except ValueError as error:
+        values = json.loads(line, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"it is not JSON ({error}).") from error
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError('it must be an object with a text "prompt".')

@@ -304,6 +304,10 @@ def _config_errors(
         )
     if scheduler["prediction_type"] != "v_prediction":
         yield f"--model_path {model_dir}: the scheduler predicts {scheduler['prediction_type']}, not v_prediction."
+    try:
+        CogVideoXDPMScheduler.from_config(scheduler)
+    except Exception as error:  # whatever its constructor raises
+        yield f"--model_path: {model_dir / 'scheduler' / CONFIGS['scheduler'][0]} cannot be used ({error})."
     if text_encoder.get("d_model") != transformer["text_embed_dim"]:
         yield (
             f"--model_path {model_dir}: the text encoder's width is {text_encoder.get('d_model')}, but the transformer "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,12 @@ from transformers import T5Config, T5EncoderModel
 from utils.common.errors import UserError
 from utils.common.filesystem import unreadable, unreadable_in
 
+# Type of a parameter of a model -> types of its value in a config. Numbers may lack a decimal point.
+_JSON_TYPES: dict[Any, tuple[type, ...]] = {
+    **{kind: (kind,) for kind in (bool, int, str)},
+    float: (float, int),
+    int | None: (int, type(None)),
+}
 # The name of a weight file of a variant, or of one of its shards.
 _VARIANT = re.compile(r".+\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
 
@@ -37,6 +45,12 @@ def read_config(path: Path, model_class: Any, flag: str = "--model_path") -> dic
         raise UserError(f"{flag}: {unreadable(path) or f'{path} cannot be read as JSON ({error})'}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{flag}: {path} is not a config; a JSON object is expected.")
+    if (quantization := config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"{flag}: {path} describes weights that are quantized ({method}); give the checkpoint with bf16 or fp16 "
+            "weights, which --quantize_base and --quantize can store in fewer bits."
+        )
     if model_class is T5EncoderModel:
         if config.get("model_type") != "t5":
             raise UserError(f"{flag}: {path} describes a {config.get('model_type')}; a CogVideoX checkpoint has a t5.")
@@ -45,7 +59,21 @@ def read_config(path: Path, model_class: Any, flag: str = "--model_path") -> dic
     # both CogVideoX schedulers have the same config fields
     if found != expected and not (model_class is CogVideoXDPMScheduler and found == "CogVideoXDDIMScheduler"):
         raise UserError(f"{flag}: {path} describes a {found}; a CogVideoX checkpoint has a {expected}.")
+    if errors := list(_type_errors(model_class, config)):
+        raise UserError(f"{flag}: {path}: {error}." for error in errors)
     return with_defaults(model_class, config)
+
+
+def _type_errors(model_class: Any, config: dict[str, Any]) -> Iterator[str]:
+    """Yields an error for each entry of another type than that of the class, such as a number in quotes or null."""
+    for parameter in inspect.signature(model_class).parameters.values():
+        value, default = config.get(parameter.name, parameter.default), parameter.default
+        kinds = _JSON_TYPES.get(parameter.annotation, ())
+        if kinds and type(value) not in (*kinds, type(default)):
+            example = json.dumps(default)
+            yield f"{parameter.name} is {json.dumps(value)}, which has the wrong type; an example is {example}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{parameter.name} is {value}, which is not a finite number"
 
 
 def with_defaults(model_class: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +141,10 @@ def describe_other_weights(folder: Path, flag: str, variant: str | None) -> str:
         return f"{folder} holds weights of the variant {other[1]} only ({names[0]}); {remedy}."
     if any(re.search(r"-\d+-of-\d+(\.\w+)?\.safetensors$", name) for name in names):
         return f"{folder} holds shards without their index {index}; is the download complete?"
+    if (folder / single).is_symlink():
+        return (
+            f"{folder / single} is a link to {(folder / single).readlink()}, which does not exist; download it again."
+        )
     if names:
         return f"{folder} holds {names[0]}, which is not loaded; the file {single} is expected."
     if any(folder.glob("*.bin")):
@@ -190,7 +222,8 @@ def check_shapes(
     try:
         expected = _expected_shapes(model_class, config)
     except Exception as error:  # whatever the constructors of diffusers and transformers raise
-        raise UserError(f"{flag}: {folder} has a config of another kind ({error}).") from error
+        reason = " ".join(str(error).split())  # transformers writes several lines
+        raise UserError(f"{flag}: {folder} has a config of another kind ({reason}).") from error
     if "encoder.embed_tokens.weight" in shapes and model_class is T5EncoderModel:  # another name of the same tensor
         shapes = {"shared.weight": shapes["encoder.embed_tokens.weight"], **shapes}
     wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
