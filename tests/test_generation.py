@@ -166,6 +166,8 @@ def test_processes_share_the_videos(tiny, tmp_path):
         (["--model_path", "m"], "Give --prompt or --prompt_file"),
         (["--model_path", "m", "--prompt", "x", "--num_videos", "2", "--output_path", "a.mp4"], "need a folder"),
         (["--model_path", "m", "--prompt", "x", "--compare", "1"], "give --lora_path"),
+        (["--model_path", "m", "--prompt", "x", "--lora_path", "l", "--compare", "nan"], "--compare is nan"),
+        (["--model_path", "m", "--prompt", "x", "--seed", "4294967295", "--num_videos", "2"], "--seed is 4294967296"),
         (["--model_path", "m", "--prompt", "x", "--quantize", "int8", "--offload", "sequential"], "--offload model"),
         (["--again", "{clip}"], "holds no settings"),
         (["--again", "/nowhere.mp4"], "there is no such file"),
@@ -192,3 +194,12 @@ def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
         videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(file)]))
     for number, (error, message) in enumerate(zip(caught.value.errors, lines.values(), strict=True), 1):
         assert f"line {number}: " in error and message in error
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.JSONL"])
+def test_prompts_are_separated_by_line_ends_alone(tmp_path, name):
+    prompts = ["a\u2028b", "c\x0cd", "--seed=1"]
+    lines = prompts if name.endswith(".txt") else [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    videos = videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(tmp_path / name)]))
+    assert [video.prompt for video in videos] == prompts

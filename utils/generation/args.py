@@ -131,7 +131,7 @@ class DemoArgs:
         if self.prefix_video is not None and self.image_or_video_path is not None:
             yield "--prefix_video gives the first frames; leave --image_or_video_path out."
         yield from require_text(self, *(name for name in ("prompt", "negative_prompt") if getattr(self, name)))
-        yield from require_finite(self, "lora_scale", "guidance_scale")
+        yield from require_finite(self, "lora_scale", "guidance_scale", "compare")
         if not self.model_path:
             yield "--model_path is required."
         if (self.prompt is None) == (self.prompt_file is None):
@@ -220,14 +220,14 @@ def videos_of(args: DemoArgs) -> list[DemoArgs]:
     """Returns one `DemoArgs` for each video, with its prompt, seed and output file.
 
     Raises:
-        UserError: lists all errors of the prompt file.
+        UserError: lists all errors of the prompt file, or the seeds of --num_videos that are too large.
     """
     if args.is_single:
         return [replace(args, output_path=args.output_path or Path("output.mp4"))]
     folder = args.output_path or Path("videos")
     prompts = [args] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
     names = [f"{number:03d}" for number in range(len(prompts))]
-    return [
+    videos = [
         replace(
             video,
             **ONE_VIDEO
@@ -239,6 +239,9 @@ def videos_of(args: DemoArgs) -> list[DemoArgs]:
         for name, video in zip(names, prompts, strict=True)
         for number in range(args.num_videos)
     ]
+    if errors := [error for video in videos for error in require_seed(video.seed)]:
+        raise UserError([f"--num_videos {args.num_videos}: {error}" for error in errors])
+    return videos
 
 
 def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
@@ -250,19 +253,21 @@ def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
         UserError: the file cannot be read, or lists every wrong line.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # splitlines() would also split a prompt at a Unicode line separator
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         missing = None if file.is_file() else "there is no such file"
         raise UserError(f"--prompt_file {file}: {unreadable(file) or missing or 'it is not UTF-8 text'}.") from error
     parser = make_parser("")
     add_options(parser, DemoArgs)
     parser.set_defaults(**vars(args))
+    is_json = file.suffix.lower() in (".jsonl", ".json")
     videos, errors = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            values: dict[str, Any] = parse_object(line) if file.suffix == ".jsonl" else {"prompt": line.strip()}
+            values: dict[str, Any] = parse_object(line) if is_json else {"prompt": line.strip()}
             for name in PATHS & values.keys():
                 values[name] = file.parent / expand_user(str(values[name]))
             flags = [f"--{name}={value}" for name, value in values.items()]
