@@ -115,7 +115,6 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
     assert "frame.png is another file" in generate("--again", videos[1])
     shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
     (folder / "001-8.mp4").write_bytes(videos[3].read_bytes()[:-500])  # as if the program was killed
-    (folder / "001-8.json").unlink()
     output = generate(*flags, "--num_videos", 2)
     assert output.count("exists, made with the same settings") == 3 and "001-8.mp4: 9 frames" in output
     monkeypatch.setattr(loading, "load_transformer", None)
@@ -178,6 +177,24 @@ def test_flags_that_do_not_fit_together(tmp_path, flags, message):
     loading.write_video([Image.new("RGB", (16, 16))] * 9, tmp_path / "clip.mp4", 8)
     with pytest.raises(UserError, match=message):
         videos_of(parse_demo([flag.format(clip=tmp_path / "clip.mp4") for flag in flags]))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"settings": {"seed": "x"}}, "invalid int value: 'x'"),
+        ({"settings": {"offload": "gpu"}}, "invalid choice: 'gpu'"),
+        ({"settings": {"lora": "x"}}, "settings that this version does not know: lora"),
+        ({"settings": {}, "files": []}, "holds no settings"),
+        (b"\xff", "holds no settings"),
+    ],
+)
+def test_records_that_were_edited_are_checked(tmp_path, record, message):
+    (tmp_path / "a.mp4").touch()
+    content = record if isinstance(record, bytes) else json.dumps(record).encode()
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"--again {tmp_path}/a.mp4: .*{message}"):
+        parse_demo(["--again", str(tmp_path / "a.mp4")])
 
 
 def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):

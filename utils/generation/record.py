@@ -86,26 +86,34 @@ def read_record(video: Path) -> Record:
     Raises:
         UserError: there is no such file, or neither holds a record.
     """
-    if reason := unreadable(video):
-        raise UserError(f"--again: {reason}.")
-    texts = []
+    if not video.is_file() or unreadable(video):
+        raise UserError(f"{unreadable(video) or 'there is no such file'}.")
+    record, beside = record_in(video), video.with_suffix(".json")
+    if record is None and beside.is_file():
+        record = parse_record(beside.read_text(encoding="utf-8", errors="replace"))
+    if record is None:
+        raise UserError("it holds no settings; it was not made by cli_demo.py, or it was encoded again.")
+    return record
+
+
+def record_in(video: Path) -> Record | None:
+    """Returns the record in the metadata of a video; None if it has none, or is not complete."""
     try:
         with av.open(str(video)) as container:
-            texts.append(container.metadata.get("comment", ""))
-    except (OSError, av.FFmpegError) as error:
-        if not video.is_file():
-            raise UserError(f"--again {video}: there is no such file.") from error
-    beside = video.with_suffix(".json")
-    if beside.is_file():
-        texts.append(beside.read_text(encoding="utf-8"))
-    for text in texts:
-        try:
-            record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("settings"), dict):
-            return record
-    raise UserError(f"--again {video} holds no settings; it was not made by cli_demo.py, or it was encoded again.")
+            return parse_record(container.metadata.get("comment", ""))
+    except (OSError, av.FFmpegError):
+        return None
+
+
+def parse_record(text: str) -> Record | None:
+    """Returns a record; None if the text has another form. Only the settings are required."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    groups = ("settings", "resolved", "files", "versions")
+    is_record = isinstance(value, dict) and all(isinstance(value.get(group, {}), dict) for group in groups)
+    return value if is_record and "settings" in value else None
 
 
 def differences(recorded: Record, current: Record) -> list[str]:
@@ -123,19 +131,16 @@ def differences(recorded: Record, current: Record) -> list[str]:
 
 
 def is_made(record: Record, video: Path, defaults: Record) -> bool:
-    """Whether a video exists and has the same settings, base and files.
+    """Whether a complete video exists and has the same settings, base and files.
 
     Args:
         defaults: settings that a record of an earlier version may lack.
     """
-    if not video.is_file():
-        return False
-    try:
-        made = read_record(video)
-    except UserError:
-        return False
+    # mp4 metadata is written last, so a file that has it is complete
+    made = record_in(video)
     return (
-        defaults | made["settings"] == record["settings"]
+        made is not None
+        and defaults | made["settings"] == record["settings"]
         and made.get("base") == record["base"]
         and made.get("files") == record["files"]
     )
