@@ -18,7 +18,7 @@ from tests.conftest import FIRST_FRAME, arguments, generate, succeed
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
-from utils.generation.args import parse_demo, videos_of
+from utils.generation.args import DemoArgs, parse_demo, videos_of
 from utils.generation.record import read_record
 from utils.model import loading
 from utils.model.spec import read_spec
@@ -119,6 +119,8 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
     assert output.count("exists, made with the same settings") == 3 and "001-8.mp4: 9 frames" in output
     monkeypatch.setattr(loading, "load_transformer", None)
     assert generate(*flags, "--num_videos", 2).count("exists, made with the same settings") == 4
+    videos[0].write_bytes(b"")  # as if the process that writes it has failed; the sheet says so
+    cli_demo.save_contact_sheet([DemoArgs(prompt="x", output_path=videos[0])])
 
 
 def test_comparison_shows_base_and_lora_from_the_same_noise(tiny, tmp_path, written, lora):
@@ -126,7 +128,9 @@ def test_comparison_shows_base_and_lora_from_the_same_noise(tiny, tmp_path, writ
     generate(*flags, "--output_path", tmp_path / "base.mp4")
     with_lora = [*flags, "--lora_path", lora]
     generate(*with_lora, "--lora_scale", 0.4, "--output_path", tmp_path / "weak.mp4")
-    generate(*with_lora, "--lora_scale", 0.8, "--compare", 0.5, 1, "--output_path", tmp_path / "both.mp4")
+    (lora / "run-comfyui.safetensors").touch()  # of the export, which changes nothing that is read
+    assert "exists" in generate(*with_lora, "--lora_scale", 0.4, "--output_path", tmp_path / "weak.mp4")
+    generate(*with_lora, "--lora_scale", 0.8, "--compare", 0, 0.5, 1, "--output_path", tmp_path / "both.mp4")
     frames = written["both.mp4"]
     assert frames.shape == (9, 64 + 16, 3 * 64, 3) and (tmp_path / "both.png").is_file()
     np.testing.assert_array_equal(frames[:, 16:, :64], written["base.mp4"])

@@ -3,7 +3,7 @@
 {"settings":   the flags and their values
  "resolved":   task, size and length, frames per second, dtype and device
  "base":       fingerprint of the base checkpoint
- "files":      path -> digest of the LoRA, transformer, image or clip
+ "files":      path, as in the settings -> digest of the LoRA, transformer, image or clip
  "versions":   of the libraries that compute or encode}
 
 On a CPU, the same record gives the same bytes.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,19 +32,19 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "imageio-ffmpeg")
 
 
 def make_record(
-    settings: Record, resolved: Record, model_dir: Path, variant: str | None, files: Iterable[Path]
+    settings: Record, resolved: Record, model_dir: Path, variant: str | None, files: Mapping[Path, list[Path]]
 ) -> Record:
     """Returns the record of a video.
 
     Args:
         settings: the flags as JSON values.
-        files: the files and folders that the settings name, without the base.
+        files: path in the settings -> files or folders that are read, without the base.
     """
     return {
         "settings": settings,
         "resolved": resolved,
         "base": base_fingerprint(model_dir, variant),
-        "files": {str(path): fingerprint(path) for path in files},
+        "files": {str(path): " ".join(map(fingerprint, sources)) for path, sources in files.items()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 
