@@ -22,8 +22,11 @@ import utils  # noqa: F401  (names missing requirements)
 import torch
 from PIL import Image
 
+from dataset.containers import ClipError
 from dataset.decoders import open_reader
 from dataset.video import Resolution
+from utils.checkpoint.finetuned import find_transformer
+from utils.checkpoint.lora_reader import lora_sources
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
 from utils.common.errors import exit_on_user_error
 from utils.common.filesystem import flags_in_errors
@@ -94,7 +97,10 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
         "dtype": str(working_dtype(video, model_dir)).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    files = filter(None, (*video.lora_path, video.transformer_path, *files_of(video).values()))
+    files = {path: [path] for path in files_of(video).values()}
+    files |= {path: lora_sources(path, "--lora_path") for path in video.lora_path}
+    if video.transformer_path is not None:
+        files[video.transformer_path] = [find_transformer(video.transformer_path)]
     return make_record(settings_of(video), resolved, model_dir, video.variant, files)
 
 
@@ -132,7 +138,7 @@ def make_video(
     assert output is not None
     if video.compare:
         compared = {}
-        for factor in (0.0, *video.compare):
+        for factor in dict.fromkeys((0.0, *video.compare)):
             scale_lora(pipeline, video, factor)
             title = f"LoRA {factor:g}" if factor else "base"
             compared[title] = generate(pipeline, video, spec, resolution, embeddings)
@@ -159,12 +165,16 @@ def save_contact_sheet(videos: list[DemoArgs]) -> None:
     print(f"{len(shown)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
 
 
-def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image]]:
+def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image | str]]:
+    """Yields the caption and the frames of each video, or why it cannot be read."""
     for video in videos:
         assert video.output_path is not None
-        reader = open_reader(video.output_path)
-        frames = reader.read(evenly_spaced(len(reader.times) - 1))
-        yield f"{video.output_path.name}  seed {video.seed}  {video.prompt}", strip(list(frames))
+        try:
+            reader = open_reader(video.output_path)
+            row: Image.Image | str = strip(list(reader.read(evenly_spaced(len(reader.times) - 1))))
+        except ClipError as error:  # the process that wrote the video has failed
+            row = str(error)
+        yield f"{video.output_path.name}  seed {video.seed}  {video.prompt}", row
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.conftest import FIRST_FRAME, arguments, generate, succeed
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
-from utils.generation.args import parse_demo, videos_of
+from utils.generation.args import DemoArgs, parse_demo, videos_of
 from utils.generation.record import read_record
 from utils.model import loading
 from utils.model.spec import read_spec
@@ -116,11 +116,12 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
     assert "frame.png is another file" in generate("--again", videos[1])
     shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
     (folder / "001-8.mp4").write_bytes(videos[3].read_bytes()[:-500])  # as if the program was killed
-    (folder / "001-8.json").unlink()
     output = generate(*flags, "--num_videos", 2)
     assert output.count("exists, made with the same settings") == 3 and "001-8.mp4: 9 frames" in output
     monkeypatch.setattr(loading, "load_transformer", None)
     assert generate(*flags, "--num_videos", 2).count("exists, made with the same settings") == 4
+    videos[0].write_bytes(b"")  # as if the process that writes it has failed; the sheet says so
+    cli_demo.save_contact_sheet([DemoArgs(prompt="x", output_path=videos[0])])
 
 
 def test_comparison_shows_base_and_lora_from_the_same_noise(tiny, tmp_path, written, lora):
@@ -128,7 +129,9 @@ def test_comparison_shows_base_and_lora_from_the_same_noise(tiny, tmp_path, writ
     generate(*flags, "--output_path", tmp_path / "base.mp4")
     with_lora = [*flags, "--lora_path", lora]
     generate(*with_lora, "--lora_scale", 0.4, "--output_path", tmp_path / "weak.mp4")
-    generate(*with_lora, "--lora_scale", 0.8, "--compare", 0.5, 1, "--output_path", tmp_path / "both.mp4")
+    (lora / "run-comfyui.safetensors").touch()  # of the export, which changes nothing that is read
+    assert "exists" in generate(*with_lora, "--lora_scale", 0.4, "--output_path", tmp_path / "weak.mp4")
+    generate(*with_lora, "--lora_scale", 0.8, "--compare", 0, 0.5, 1, "--output_path", tmp_path / "both.mp4")
     frames = written["both.mp4"]
     assert frames.shape == (9, 64 + 16, 3 * 64, 3) and (tmp_path / "both.png").is_file()
     np.testing.assert_array_equal(frames[:, 16:, :64], written["base.mp4"])
@@ -167,6 +170,8 @@ def test_processes_share_the_videos(tiny, tmp_path):
         (["--model_path", "m"], "Give --prompt or --prompt_file"),
         (["--model_path", "m", "--prompt", "x", "--num_videos", "2", "--output_path", "a.mp4"], "need a folder"),
         (["--model_path", "m", "--prompt", "x", "--compare", "1"], "give --lora_path"),
+        (["--model_path", "m", "--prompt", "x", "--lora_path", "l", "--compare", "nan"], "--compare is nan"),
+        (["--model_path", "m", "--prompt", "x", "--seed", "4294967295", "--num_videos", "2"], "--seed is 4294967296"),
         (["--model_path", "m", "--prompt", "x", "--quantize", "int8", "--offload", "sequential"], "--offload model"),
         (["--again", "{clip}"], "holds no settings"),
         (["--again", "/nowhere.mp4"], "there is no such file"),
@@ -177,6 +182,24 @@ def test_flags_that_do_not_fit_together(tmp_path, flags, message):
     loading.write_video([Image.new("RGB", (16, 16))] * 9, tmp_path / "clip.mp4", 8)
     with pytest.raises(UserError, match=message):
         videos_of(parse_demo([flag.format(clip=tmp_path / "clip.mp4") for flag in flags]))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"settings": {"seed": "x"}}, "invalid int value: 'x'"),
+        ({"settings": {"offload": "gpu"}}, "invalid choice: 'gpu'"),
+        ({"settings": {"lora": "x"}}, "settings that this version does not know: lora"),
+        ({"settings": {}, "files": []}, "holds no settings"),
+        (b"\xff", "holds no settings"),
+    ],
+)
+def test_records_that_were_edited_are_checked(tmp_path, record, message):
+    (tmp_path / "a.mp4").touch()
+    content = record if isinstance(record, bytes) else json.dumps(record).encode()
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"--again {tmp_path}/a.mp4: .*{message}"):
+        parse_demo(["--again", str(tmp_path / "a.mp4")])
 
 
 def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
@@ -196,3 +219,12 @@ def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
         videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(file)]))
     for number, (error, message) in enumerate(zip(caught.value.errors, lines.values(), strict=True), 1):
         assert f"line {number}: " in error and message in error
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.JSONL"])
+def test_prompts_are_separated_by_line_ends_alone(tmp_path, name):
+    prompts = ["a\u2028b", "c\x0cd", "--seed=1"]
+    lines = prompts if name.endswith(".txt") else [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    videos = videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(tmp_path / name)]))
+    assert [video.prompt for video in videos] == prompts

@@ -21,7 +21,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 PROGRAM = re.compile(r"\b(?:bash|python3?)(?: -m)? ([\w.][\w./-]*)(.*)")
 PACKAGES = r"(?:benchmarks|configs|dataset|docs|examples|tests|utils)"
-TRAIN_OPTIONS = ("utils/config/args.py", "utils/config/data_args.py")
+TRAIN_OPTIONS = ("utils/config/args.py", "utils/config/data_args.py", "utils/config/memory_args.py")
 COMMANDS = ("utils.commands.estimate_memory", "utils.commands.export", "utils.commands.inspect_dataset")
 # Programs that take no flag of train.py -> the file that declares their flags.
 OWN_OPTIONS = {

@@ -143,6 +143,17 @@ def find_lora(path: Path, flag: str) -> Path:
     raise UserError(f"{flag} {path}: there is no {WEIGHTS_FILE} in it{hint}.")
 
 
+def lora_sources(path: Path, flag: str) -> list[Path]:
+    """Returns the files that `read_lora` reads: the weights, and the config of peft's adapters if it is beside them.
+
+    Raises:
+        UserError: there is no LoRA.
+    """
+    file = find_lora(path, flag)
+    config = file.with_name(_PEFT_CONFIG)
+    return [file, config] if config.is_file() else [file]
+
+
 def stated_in_lora(path: Path) -> dict[str, str]:
     """Returns the metadata of a LoRA file or of the one in a folder. Empty if it has none, or cannot be read."""
     try:

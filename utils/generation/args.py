@@ -133,7 +133,7 @@ class DemoArgs:
         if self.prefix_video is not None and self.image_or_video_path is not None:
             yield "--prefix_video gives the first frames; leave --image_or_video_path out."
         yield from require_text(self, *(name for name in ("prompt", "negative_prompt") if getattr(self, name)))
-        yield from require_finite(self, "lora_scale", "guidance_scale")
+        yield from require_finite(self, "lora_scale", "guidance_scale", "compare")
         if not self.model_path:
             yield "--model_path is required."
         if (self.prompt is None) == (self.prompt_file is None):
@@ -175,15 +175,17 @@ def parse_demo(argv: list[str] | None = None) -> DemoArgs:
     """Parses the command line; under --again, the settings of the given video are the defaults of the flags.
 
     Raises:
-        UserError: a flag or value is invalid, or the video of --again holds no settings.
+        UserError: a flag or value is invalid, or the video of --again holds no valid settings.
     """
     parser = make_parser("Generates videos with CogVideoX, fine-tuned or not.")
     add_options(parser, DemoArgs)
     args = collect(vars(parser.parse_args(argv)), DemoArgs)
     if args.again is not None:
-        settings = read_record(args.again)["settings"]
-        parser.set_defaults(**settings_from_json(settings, f"--again {args.again}"))
-        args = collect(vars(parser.parse_args(argv)), DemoArgs)
+        try:
+            recorded = parser.parse_args(flags_of(read_record(args.again)["settings"]))
+        except UserError as error:
+            raise UserError(f"--again {args.again}: {message}" for message in error.errors) from error
+        args = collect(vars(parser.parse_args(argv, recorded)), DemoArgs)
         if args.output_path is None:
             args = replace(args, output_path=args.again.with_name(f"{args.again.stem}-again.mp4"))
     if errors := list(args.errors()):
@@ -192,7 +194,7 @@ def parse_demo(argv: list[str] | None = None) -> DemoArgs:
 
 
 def settings_of(args: DemoArgs) -> dict[str, Any]:
-    """Returns the settings of a video as JSON values; `settings_from_json` reads them."""
+    """Returns the settings of a video as JSON values; `flags_of` reads them."""
     values = {option.name: getattr(args, option.name) for option in fields(DemoArgs) if option.name not in NOT_SETTINGS}
     return {
         name: [_to_json(item) for item in value] if isinstance(value, tuple) else _to_json(value)
@@ -204,34 +206,36 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def settings_from_json(settings: dict[str, Any], flag: str) -> dict[str, Any]:
-    """Returns settings with the types of the fields. Raises UserError for a name that is no setting."""
-    known = {option.name: str(option.type) for option in fields(DemoArgs) if option.name not in NOT_SETTINGS}
-    if unknown := [name for name in settings if name not in known]:
-        raise UserError(f"{flag}: it holds settings that this version does not know: {', '.join(unknown)}.")
-    is_path = {name: "Path" in kind for name, kind in known.items()}
+def flags_of(settings: dict[str, Any]) -> list[str]:
+    """Returns the settings of a record as flags, so that the parser checks their values.
 
-    def convert(name: str, value: Any) -> Any:
-        return Path(value) if is_path[name] and value is not None else value
-
-    return {
-        name: tuple(convert(name, item) for item in value) if isinstance(value, list) else convert(name, value)
-        for name, value in settings.items()
-    }
+    Raises:
+        UserError: a name is no setting.
+    """
+    known = {option.name for option in fields(DemoArgs)} - set(NOT_SETTINGS)
+    if unknown := settings.keys() - known:
+        raise UserError(f"it holds settings that this version does not know: {', '.join(sorted(unknown))}.")
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def videos_of(args: DemoArgs) -> list[DemoArgs]:
     """Returns one `DemoArgs` for each video, with its prompt, seed and output file.
 
     Raises:
-        UserError: lists all errors of the prompt file.
+        UserError: lists all errors of the prompt file, or the seeds of --num_videos that are too large.
     """
     if args.is_single:
         return [replace(args, output_path=args.output_path or Path("output.mp4"))]
     folder = args.output_path or Path("videos")
     prompts = [args] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
     names = [f"{number:03d}" for number in range(len(prompts))]
-    return [
+    videos = [
         replace(
             video,
             **ONE_VIDEO
@@ -243,6 +247,9 @@ def videos_of(args: DemoArgs) -> list[DemoArgs]:
         for name, video in zip(names, prompts, strict=True)
         for number in range(args.num_videos)
     ]
+    if errors := [error for video in videos for error in require_seed(video.seed)]:
+        raise UserError([f"--num_videos {args.num_videos}: {error}" for error in errors])
+    return videos
 
 
 def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
@@ -261,12 +268,13 @@ def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
     parser = make_parser("")
     add_options(parser, DemoArgs)
     parser.set_defaults(**vars(args))
+    is_json = file.suffix.lower() in (".jsonl", ".json")
     videos, errors = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            values: dict[str, Any] = parse_object(line) if file.suffix == ".jsonl" else {"prompt": line.strip()}
+            values: dict[str, Any] = parse_object(line) if is_json else {"prompt": line.strip()}
             for name in PATHS & values.keys():
                 values[name] = file.parent / expand_user(str(values[name]))
             flags = [f"--{name}={value}" for name, value in values.items()]

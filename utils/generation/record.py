@@ -3,7 +3,7 @@
 {"settings":   the flags and their values
  "resolved":   task, size and length, frames per second, dtype and device
  "base":       fingerprint of the base checkpoint
- "files":      path -> digest of the LoRA, transformer, image or clip
+ "files":      path, as in the settings -> digest of the LoRA, transformer, image or clip
  "versions":   of the libraries that compute or encode}
 
 On a CPU, the same record gives the same bytes.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,19 +32,19 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "imageio-ffmpeg")
 
 
 def make_record(
-    settings: Record, resolved: Record, model_dir: Path, variant: str | None, files: Iterable[Path]
+    settings: Record, resolved: Record, model_dir: Path, variant: str | None, files: Mapping[Path, list[Path]]
 ) -> Record:
     """Returns the record of a video.
 
     Args:
         settings: the flags as JSON values.
-        files: the files and folders that the settings name, without the base.
+        files: path in the settings -> files or folders that are read, without the base.
     """
     return {
         "settings": settings,
         "resolved": resolved,
         "base": base_fingerprint(model_dir, variant),
-        "files": {str(path): fingerprint(path) for path in files},
+        "files": {str(path): " ".join(map(fingerprint, sources)) for path, sources in files.items()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 
@@ -86,26 +86,34 @@ def read_record(video: Path) -> Record:
     Raises:
         UserError: there is no such file, or neither holds a record.
     """
-    if reason := unreadable(video):
-        raise UserError(f"--again: {reason}.")
-    texts = []
+    if not video.is_file() or unreadable(video):
+        raise UserError(f"{unreadable(video) or 'there is no such file'}.")
+    record, beside = record_in(video), video.with_suffix(".json")
+    if record is None and beside.is_file():
+        record = parse_record(beside.read_text(encoding="utf-8", errors="replace"))
+    if record is None:
+        raise UserError("it holds no settings; it was not made by cli_demo.py, or it was encoded again.")
+    return record
+
+
+def record_in(video: Path) -> Record | None:
+    """Returns the record in the metadata of a video; None if it has none, or is not complete."""
     try:
         with av.open(str(video)) as container:
-            texts.append(container.metadata.get("comment", ""))
-    except (OSError, av.FFmpegError) as error:
-        if not video.is_file():
-            raise UserError(f"--again {video}: there is no such file.") from error
-    beside = video.with_suffix(".json")
-    if beside.is_file():
-        texts.append(beside.read_text(encoding="utf-8"))
-    for text in texts:
-        try:
-            record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("settings"), dict):
-            return record
-    raise UserError(f"--again {video} holds no settings; it was not made by cli_demo.py, or it was encoded again.")
+            return parse_record(container.metadata.get("comment", ""))
+    except (OSError, av.FFmpegError):
+        return None
+
+
+def parse_record(text: str) -> Record | None:
+    """Returns a record; None if the text has another form. Only the settings are required."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    groups = ("settings", "resolved", "files", "versions")
+    is_record = isinstance(value, dict) and all(isinstance(value.get(group, {}), dict) for group in groups)
+    return value if is_record and "settings" in value else None
 
 
 def differences(recorded: Record, current: Record) -> list[str]:
@@ -123,19 +131,16 @@ def differences(recorded: Record, current: Record) -> list[str]:
 
 
 def is_made(record: Record, video: Path, defaults: Record) -> bool:
-    """Whether a video exists and has the same settings, base and files.
+    """Whether a complete video exists and has the same settings, base and files.
 
     Args:
         defaults: settings that a record of an earlier version may lack.
     """
-    if not video.is_file():
-        return False
-    try:
-        made = read_record(video)
-    except UserError:
-        return False
+    # mp4 metadata is written last, so a file that has it is complete
+    made = record_in(video)
     return (
-        defaults | made["settings"] == record["settings"]
+        made is not None
+        and defaults | made["settings"] == record["settings"]
         and made.get("base") == record["base"]
         and made.get("files") == record["files"]
     )
