@@ -22,6 +22,7 @@ import utils  # noqa: F401  (names missing requirements)
 import torch
 from PIL import Image
 
+from dataset.containers import ClipError
 from dataset.decoders import open_reader
 from dataset.video import Resolution
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
@@ -155,16 +156,24 @@ def save_contact_sheet(videos: list[DemoArgs]) -> None:
         return
     shown = [made[number] for number in evenly_spaced(len(made), SHEET_ROWS)]
     folder = shown[0].output_path.parent  # type: ignore[union-attr]
-    contact_sheet(list(sheet_rows(shown))).save(folder / "contact_sheet.png")
-    print(f"{len(shown)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
+    rows = list(sheet_rows(shown))
+    if not rows:
+        return
+    sheet = contact_sheet(rows)
+    with flags_in_errors({"--output_path": folder}):
+        sheet.save(folder / "contact_sheet.png")
+    print(f"{len(rows)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
 
 
 def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image]]:
     for video in videos:
         assert video.output_path is not None
-        reader = open_reader(video.output_path)
-        frames = reader.read(evenly_spaced(len(reader.times) - 1))
-        yield f"{video.output_path.name}  seed {video.seed}  {video.prompt}", strip(list(frames))
+        try:
+            reader = open_reader(video.output_path)
+            frames = list(reader.read(evenly_spaced(len(reader.times) - 1)))
+        except ClipError:  # left by a process that failed
+            continue
+        yield f"{video.output_path.name}  seed {video.seed}  {video.prompt}", strip(frames)
 
 
 if __name__ == "__main__":
