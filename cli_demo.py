@@ -161,7 +161,9 @@ def save_contact_sheet(videos: list[DemoArgs]) -> None:
         return
     shown = [made[number] for number in evenly_spaced(len(made), SHEET_ROWS)]
     folder = shown[0].output_path.parent  # type: ignore[union-attr]
-    contact_sheet(list(sheet_rows(shown))).save(folder / "contact_sheet.png")
+    sheet = contact_sheet(list(sheet_rows(shown)))
+    with flags_in_errors({"--output_path": folder}):
+        sheet.save(folder / "contact_sheet.png")
     print(f"{len(shown)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 CONVERT = "ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4"
-EMPTY = "is empty; was it copied completely?"
+EMPTY = "is empty; copy it again"
 _IMAGES = ("image2", "gif", "apng", "webp")
 _PLAYLISTS = ("hls", "dash", "concat", "imf")
 # Containers whose length is stated, not estimated from the frames that are found, by their names in libavformat.

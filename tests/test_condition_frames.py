@@ -80,7 +80,7 @@ def test_pipeline_and_training_put_the_frames_in_the_same_places(tiny, variant, 
     assert changed == plain.ne(conditioned).flatten(1).any(1).tolist()
     placed = after.image_latents[0, -1 if addition == LAST else spec.frames_to_pad(1)]
     means = [to_image_latents(draw[None, :channels, :1], spec, 1)[0, 0] for draw in added]
-    assert any(torch.allclose(placed, mean, atol=1e-6) for mean in means)
+    assert any(torch.allclose(placed, mean, atol=1e-5) for mean in means)  # the variance is e^-30
 
 
 def test_last_frame_alone_equals_the_end_of_a_static_group(tiny):

@@ -80,6 +80,7 @@ def test_merged_transformer_keeps_the_positions_of_the_lora(trained, tmp_path, c
         ("--checkpoint /nowhere", "is not the folder checkpoint-N of a training run"),
         ("{merge} --output_path {lora}/x.safetensors", "x.safetensors: a folder is expected"),
         ("{merge} --output_path {lora}/x --format comfyui", "x: the name of a .safetensors file is expected"),
+        ("{merge} --output_path {lora}/x --variant fp16", "--variant fp16: .* has no weights of this variant"),
         ("{merge} --output_path {lora}/x --lora_scale 1 2", "2 values for 1 files of --merge_lora"),
         ("{merge} --output_path /proc/x/y", "--output_path /proc/x cannot be written to"),
     ],

@@ -26,7 +26,7 @@ from dataset.manifest import read_manifest
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips, precompute_prompts
 from dataset.scan import ScanResult, scan_and_sample
 from dataset.video import Resolution, decode
-from tests.conftest import arguments
+from tests.conftest import LFS_POINTER, arguments
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.memory.pinned_memory import CopyStream
@@ -203,6 +203,14 @@ def test_cache_and_checkpoint_stay_valid_for_another_release_of_the_model(tiny, 
     with pytest.raises(UserError) as caught:
         preflight(args, 1)
     assert len(caught.value.errors) == 1 and "optimizer.bin is missing" in caught.value.errors[0]
+    (checkpoint / "training_state" / "optimizer.bin").write_bytes(b"x")
+    (checkpoint / "training_state" / "random_states_0.pkl").touch()
+    with pytest.raises(UserError, match=r"random_states_0.pkl is empty"):
+        preflight(args, 1)
+    (checkpoint / "progress.json").write_text(LFS_POINTER)
+    with pytest.raises(UserError, match=r"progress.json is a Git LFS pointer"):
+        preflight(args, 1)
+    (checkpoint / "progress.json").write_text(progress)
     edit_config(model / "scheduler", "scheduler_config.json", snr_shift_scale=2.0, timestep_spacing="leading")
     with pytest.raises(UserError) as caught:
         preflight(args, 1)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests import comfyui_reader
 from tests.conftest import LFS_POINTER, arguments
 from tests.loras import load_base, load_lora, predict
-from utils.checkpoint.lora_reader import WEIGHTS_FILE
+from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.model import loading
@@ -96,7 +96,7 @@ def renamed(state: dict, count: int) -> dict:
         ),
         (lambda state: {name: weight for name, weight in state.items() if "lora_A" in name}, "lacks the B of"),
         (lambda state: {name: weight * torch.nan for name, weight in state.items()}, "not finite"),
-        (lambda state: state | {"diffusion_model.blocks.0.q.lora_A.weight": torch.ones(2, 2)}, "fit no layer"),
+        (lambda state: state | {"diffusion_model.blocks.0.q.lora_A.weight": torch.ones(2, 2)}, "to_q twice"),
         (lambda state: state | {f"{next(iter(state))[:-14]}.alpha": torch.tensor(torch.nan)}, "not a finite number"),
     ],
 )
@@ -166,13 +166,42 @@ def test_files_that_are_no_safetensors_are_named(tiny, tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").write_text(LFS_POINTER)
     (tmp_path / "x.safetensors").write_text("<html>")
     for file, message in (
-        ("old.bin", "cannot be read as safetensors"),
+        ("old.bin", "cannot be read as weights"),
         ("", "is a Git LFS pointer, not the file; run `git lfs pull`"),
         ("x.safetensors", "cannot be read as safetensors"),
         ("none", "there is no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):
             load_lora(base, tmp_path / file)
+
+
+def test_contents_of_files_are_named_truthfully(tiny, tmp_path):
+    adapter = {f"transformer_blocks.0.attn1.to_q.lora_{name}.weight": torch.ones(4, 4) for name in "AB"}
+    convolution = {name: weight[..., None, None] for name, weight in adapter.items()}
+    for content, message in (
+        ({1: torch.ones(2)}, r"holds no adapters, but other weights \(1\)"),
+        ({"decoder.up_blocks.0.weight": torch.ones(2)}, "holds no adapters"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)}, "of a language model"),
+        ({"lora_te1_text_model_encoder_layers_0_self_attn_k_proj.alpha": torch.ones(1)}, "of a text encoder"),
+        (adapter | {f"diffusion_model.{name}": weight for name, weight in adapter.items()}, "to_q twice"),
+        (convolution, "no matrices of a linear layer"),
+        ([adapter], "a dictionary of tensors is expected"),
+        (adapter | {"run": Path("x")}, "holds objects of Python beside tensors"),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            read_lora(tmp_path / "x.pt", "--lora_path")
+    torch.save(adapter, tmp_path / "old.bin", _use_new_zipfile_serialization=False)  # as torch before 1.6
+    assert len(read_lora(tmp_path / "old.bin", "--lora_path").adapters) == 1
+
+
+def test_strength_of_merged_files_of_kohya_is_that_of_the_layers(tmp_path):
+    layer = "lora_unet_transformer_blocks_0_attn1_to_q"
+    state = {f"{layer}.lora_{name}.weight": torch.ones(4, 4) for name in ("down", "up")}
+    state[f"{layer}.alpha"] = torch.tensor(2.0)
+    save_file(state, tmp_path / "x.safetensors", {"ss_network_alpha": "Dynamic"})
+    (adapter,) = read_lora(tmp_path / "x.safetensors", "--lora_path").adapters.values()
+    assert adapter.strength == 0.5
 
 
 def test_error_for_a_missing_file_lists_the_checkpoints(trained, tmp_path: Path):
@@ -184,7 +213,10 @@ def test_error_for_a_missing_file_lists_the_checkpoints(trained, tmp_path: Path)
     (tmp_path / "step").mkdir()
     (tmp_path / "checkpoint-40").rename(tmp_path / "step" / "40")
     (tmp_path / "other.safetensors").touch()
-    with pytest.raises(UserError, match=r"it has step/40, other.safetensors. Give one of these"):
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "1000" / "mp_rank_00_model_states.pt").touch()  # of SAT
+    states = "1000/mp_rank_00_model_states.pt"
+    with pytest.raises(UserError, match=rf"it has step/40, other.safetensors, {states}. Give one of these"):
         load_lora(base, tmp_path)
 
 

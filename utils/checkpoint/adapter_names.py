@@ -25,6 +25,9 @@ _NAME = re.compile(rf"{_PREFIX}(?P<layer>.+?){_SUFFIX}")
 _SAT_ADAPTER = re.compile(r"\.matrix_[AB]\.\d+$")
 _PARTS: dict[str, Part] = {"A": "A", "B": "B", "down": "A", "up": "B", "alpha": "alpha"}
 
+# Part of the name of a tensor of an adapter, in any format.
+_ADAPTER = re.compile(r"lora|lokr|hada|oft_|vera_|ia3|\.alpha$|\.diff(_b)?$|\.matrix_[AB]|dora_scale")
+
 _OTHER_MODEL = "Give a LoRA of CogVideoX."
 _OTHER_KIND = "Such adapters are not supported."
 # Pattern in a tensor's name -> what the file holds, and what to do. The first match counts: a LoRA of another model may
@@ -37,10 +40,11 @@ FOREIGN_FILES = (
         "It is no LoRA; a transformer in the diffusers format is given by its folder, as --transformer_path.",
     ),
     (r"(double|single)(_transformer)?_blocks[._]", "adapters of Flux or HunyuanVideo", _OTHER_MODEL),
+    (r"^(text_encoders?|lora_te\d?)[._]", "adapters of a text encoder", "CogVideoX is trained without them."),
+    (r"layers[._]\d+[._]self_attn", "adapters of a language model", _OTHER_MODEL),
     (r"[._]\d+[._](self|cross)_attn|^transformer\.blocks\.", "adapters of Wan", _OTHER_MODEL),
     (r"(down|up|input|output|middle)_blocks?[._]", "adapters of Stable Diffusion", _OTHER_MODEL),
     (r"transformer_blocks[._]\d+[._]attn2?[._]", "adapters of another model, such as SD3 or LTX-Video", _OTHER_MODEL),
-    (r"^(text_encoders?|lora_te\d?)[._]", "adapters of a text encoder", "CogVideoX is trained without them."),
     (r"lokr_|hada_|oft_|lora_mid|^lycoris_|\.diff(_b)?$", "LyCORIS adapters, such as LoKr, LoHa or OFT", _OTHER_KIND),
     (r"lora_magnitude_vector|dora_scale", "DoRA adapters", _OTHER_KIND),
 )
@@ -68,6 +72,8 @@ def sat_adapters(names: Iterable[str]) -> list[str]:
 def describe_foreign(names: Iterable[str]) -> str | None:
     """Returns what a file with tensors of these names holds, and what to do; None if no pattern matches."""
     names = list(names)
+    if names and not any(map(_ADAPTER.search, names)) and not re.search(FOREIGN_FILES[0][0], "\n".join(names), re.M):
+        return f"no adapters, but other weights ({names[0]}). {_OTHER_MODEL}"
     for pattern, content, remedy in FOREIGN_FILES:
         if name := next((name for name in names if re.search(pattern, name)), None):
             return f"{content} ({name}). {remedy}"

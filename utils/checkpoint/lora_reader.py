@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,8 @@ METADATA_KEY = "lora_adapter_metadata"  # of diffusers: config of the adapters, 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Entries of a .bin or .pt file that hold its tensors.
 _NESTED = ("module", "state_dict", "model")
+# The beginning of a file of torch.save: a zip archive, or a pickle of torch before 1.6.
+_SAVED, _SAVED_BY_OLD_TORCH = b"PK\x03\x04", b"\x80\x02"
 # DeepSpeed's files, which SAT writes, hold numpy's random state. numpy 2 has renamed the module of its function.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _RANDOM_STATE: list[Any] = [
@@ -137,7 +141,8 @@ def find_lora(path: Path, flag: str) -> Path:
     if (path / "transformer").is_dir() or (path / "config.json").is_file():
         raise UserError(f"{flag} {path} holds a whole transformer; give it as --transformer_path.")
     found = [file.parent for level in ("*", "*/*") for file in sorted(path.glob(f"{level}/{WEIGHTS_FILE}"))]
-    found += sorted(file for file in path.iterdir() if file.suffix == ".safetensors" or "_lora_" in file.name)
+    found += sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt"))
+    found += sorted((*path.glob(f"*/{_PEFT_FILE}"), *path.glob("[0-9]*/mp_rank_00_model_states.pt")))
     names = ", ".join(str(file.relative_to(path)) for file in found)
     hint = f"; it has {names}. Give one of these" if found else ". Give the folder checkpoint-N of a LoRA run"
     raise UserError(f"{flag} {path}: there is no {WEIGHTS_FILE} in it{hint}.")
@@ -214,27 +219,34 @@ def _open(file: Path, flag: str) -> tuple[dict[str, StoredTensor], dict[str, str
         raise UserError(f"{flag} {file}: {reason}.")
     try:
         with file.open("rb") as content:
-            is_zip = content.read(4) == b"PK\x03\x04"  # as torch.save writes it
-        if is_zip:
-            return _read_pickle(file), {}
+            start = content.read(4)
+        if start == _SAVED or start[:2] == _SAVED_BY_OLD_TORCH:
+            return _read_pickle(file, start == _SAVED), {}
         with safe_open(file, framework="pt") as weights:
             metadata = weights.metadata() or {}
         return read_safetensors([file]), metadata
+    except UnpicklingError as error:
+        raise UserError(
+            f"{flag} {file} holds objects of Python beside tensors, which are not loaded since they may run code; save "
+            "its tensors alone."
+        ) from error
     except Exception as error:  # whatever the readers of pickle and safetensors files raise
         kind = "safetensors" if isinstance(error, SafetensorError | OSError) else "weights"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{flag} {file} cannot be read as {kind} ({reason}); is it complete?") from error
 
 
-def _read_pickle(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a file of torch.save, memory-mapped. Runs no code that the file may hold."""
+def _read_pickle(file: Path, is_zip: bool) -> dict[str, StoredTensor]:
+    """Returns the tensors of a file of torch.save, memory-mapped if possible. Runs no code that the file may hold."""
     with torch.serialization.safe_globals(_RANDOM_STATE):
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    if not isinstance(content, dict):
+        raise TypeError("a dictionary of tensors is expected")
     for name in _NESTED:
         if isinstance(content.get(name), dict):
             content = content[name]
     return {
-        name: StoredTensor(tuple(tensor.shape), tensor.detach)
+        str(name): StoredTensor(tuple(tensor.shape), tensor.detach)
         for name, tensor in content.items()
         if torch.is_tensor(tensor)
     }
@@ -250,8 +262,10 @@ def _by_layer(tensors: Mapping[str, StoredTensor], subject: str) -> dict[str, di
     unmapped = []
     for name, tensor in tensors.items():
         parsed = parse_name(name)
-        if parsed is None or parsed[1] in layers.setdefault(parsed[0], {}):
+        if parsed is None:
             unmapped.append(name)
+        elif parsed[1] in layers.setdefault(parsed[0], {}):
+            raise UserError(f"{subject} holds the {parsed[1]} of {parsed[0]} twice, under other names ({name}).")
         else:
             layers[parsed[0]][parsed[1]] = tensor
     if unmapped and (foreign := describe_foreign(tensors)):
@@ -265,7 +279,9 @@ def _by_layer(tensors: Mapping[str, StoredTensor], subject: str) -> dict[str, di
         if missing := [part for part in ("A", "B") if part not in parts]:
             raise UserError(f"{subject} lacks the {missing[0]} of {layer}; is it complete?")
         a, b = parts["A"].shape, parts["B"].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+        if len(a) != 2 or len(b) != 2:
+            raise UserError(f"{subject}: A {list(a)} and B {list(b)} of {layer} are no matrices of a linear layer.")
+        if a[0] != b[1] or a[0] == 0:
             raise UserError(f"{subject}: A {list(a)} and B {list(b)} of {layer} have no common rank.")
         if "alpha" in parts and math.prod(parts["alpha"].shape) != 1:
             raise UserError(f"{subject}: the alpha of {layer} is not a single number.")
@@ -285,12 +301,16 @@ def _strengths(file: Path, metadata: Mapping[str, str], flag: str) -> Callable[[
         elif source.is_file():
             config = json.loads(source.read_text())
         else:
-            config = {"lora_alpha": float(metadata["ss_network_alpha"])} if "ss_network_alpha" in metadata else {}
+            stated = metadata.get("ss_network_alpha", "")
+            # tools that merge or resize write Dynamic; the layers then have alphas of their own
+            config = {"lora_alpha": float(stated)} if re.fullmatch(r"[\d.]+(e-?\d+)?|nan|inf", stated) else {}
         alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        re.compile("|".join(patterns))
         if not isinstance(alpha, int | float | None) or not all(isinstance(x, int | float) for x in patterns.values()):
             raise ValueError("alpha is no number")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{flag} {file}: its adapter config cannot be read ({error}).") from error
+    except (OSError, ValueError, AttributeError, TypeError, re.error) as error:
+        reason = (unreadable(source) if source.is_file() else None) or f"its adapter config cannot be read ({error})"
+        raise UserError(f"{flag} {file}: {reason}.") from error
 
     def strength(layer: str, rank: int) -> float | None:
         stated = patterns.get(get_pattern_key(list(patterns), layer), alpha)

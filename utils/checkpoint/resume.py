@@ -95,6 +95,8 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in NOT_COUNTS):
             raise ValueError(f"{PROGRESS_FILE} has counts that are not integers")
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if reason := unreadable_in(folder):
+            raise UserError(f"{flag}: {reason}.") from error
         raise UserError(f"{flag}: {folder} is damaged ({error}); use another checkpoint. {available}") from error
     is_lora = args.model.training_type == "lora"
     options = args.as_dict()
@@ -162,6 +164,9 @@ def _damaged_files(args: Args, folder: Path, progress: Progress) -> str:
     state = folder / TRAINING_STATE
     if not (state / "optimizer.bin").is_file():
         return f"{TRAINING_STATE}/optimizer.bin is missing"
+    # accelerate ignores random states that it cannot read
+    if empty := [path.name for path in sorted(state.iterdir()) if path.is_file() and path.stat().st_size == 0]:
+        return f"{TRAINING_STATE}/{empty[0]} is empty"
     try:
         if args.model.training_type == "lora":
             with safe_open(state / ADAPTERS_AS_TRAINED, framework="pt"):

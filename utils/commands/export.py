@@ -28,7 +28,7 @@ from utils.common.filesystem import atomic_write, check_writable, flags_in_error
 from utils.config.options import make_parser, option, parse_group, require_finite
 from utils.model import loading
 from utils.model.spec import LEARNED, LEARNED_POSITIONS
-from utils.model.weight_files import check_weights, read_config, weight_files
+from utils.model.weight_files import check_weights, has_variant, read_config, weight_files
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def merged_weights(args: ExportArgs) -> tuple[TransformerWeights, torch.dtype]:
     assert args.model_path is not None  # checked by `ExportArgs.errors`
     folder = loading.resolve_model_dir(args.model_path) / "transformer"
     config = read_config(folder / "config.json", loading.CogVideoXTransformer3DModel)
+    if args.variant is not None and not has_variant(folder, args.variant):
+        raise UserError(f"--variant {args.variant}: {folder} has no weights of this variant.")
     check_weights(folder, "--model_path", loading.CogVideoXTransformer3DModel, config, args.variant)
     scales = scales_for(args.merge_lora, args.lora_scale, "--merge_lora")
     loras = [read_lora(path, "--merge_lora", config) for path in args.merge_lora]
