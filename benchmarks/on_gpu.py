@@ -29,6 +29,8 @@ from typing import IO, Any
 from benchmarks.gpu_environment import ROOT, prepare
 from benchmarks.gpu_rows import LORA_LEVERS, SFT_LEVERS, TINY_ROWS
 from benchmarks.rows import ROWS
+from utils.commands.launch import grow_segments
+from utils.common.processes import end_with_parent
 
 RESULTS = Path(__file__).parent / "results"
 RESULTS_FILE, TESTS_LOG = "results.jsonl", "tests.log"
@@ -138,10 +140,6 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     for sentence in prepare():
         print(sentence, flush=True)
-    os.environ["MISSING_REQUIREMENTS_NAMED"] = "true"  # here; an item that lacks one fails by itself
-    from utils.commands.launch import grow_segments
-
-    grow_segments()  # in the processes of the items, as in training
     gpu, gib, cuda = ("CPU", None, None) if options.rehearse else describe_gpu()
     versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     facts = {"gpu": gpu, "commit": commit(), "versions": versions, "cuda": cuda}
@@ -244,8 +242,6 @@ def run_tests(group: Group, items: list[str], results: Results, seconds: float) 
 
 def start(group: Group, items: list[str], stdout: IO[str], stderr: IO[str]) -> subprocess.Popen[bytes]:
     """Starts the process of a group as the leader of its own process group. It ends if this process is killed."""
-    from utils.common.processes import end_with_parent
-
     command = [sys.executable, "-u", *group.command, *items]
     die = partial(end_with_parent, os.getpid(), signal.SIGKILL)
     return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=die)
@@ -297,4 +293,5 @@ def commit() -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which ends the processes of the items
+    grow_segments()  # in the processes of the items, as in training
     main()

@@ -18,7 +18,7 @@ _EXIT_CODE = 2  # of a user error
 def check_requirements(*needed: str) -> None:
     """Exits with a sentence if a package in requirements.txt is not installed. Imports none of them.
 
-    Does nothing if the variable MISSING_REQUIREMENTS_NAMED is set, as `benchmarks.on_gpu` does.
+    Does nothing if the variable MISSING_REQUIREMENTS_NAMED is set, as `benchmarks/on_gpu.sh` does.
 
     Args:
         needed: packages to check that not every run needs.
