@@ -224,3 +224,11 @@ def test_prompts_are_separated_by_line_ends_alone(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     videos = videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(tmp_path / name)]))
     assert [video.prompt for video in videos] == prompts
+
+
+def test_every_unreadable_image_is_reported(tiny, tmp_path):
+    lines = [json.dumps({"prompt": "x", "image": f"{number}.png"}) for number in range(2)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        generate("--model_path", tiny("5b-i2v"), "--prompt_file", tmp_path / "prompts.jsonl", "--output_path", tmp_path)
+    assert len(caught.value.errors) == 2 and "1.png cannot be read" in caught.value.errors[1]
