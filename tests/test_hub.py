@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
@@ -57,6 +58,7 @@ def test_hub_is_asked_for_and_needs_token_and_network(hub, monkeypatch):
 
 
 def test_card_states_what_its_files_and_its_base_are(tmp_path, monkeypatch):
+    args: dict[str, dict[str, Any]]
     args = {"model": {"training_type": "lora", "model_type": "t2v", "model_path": "models/CogVideoX-2b"}}
     args["data"] = {"train_resolution": ["9x64x64"]}
     (tmp_path / "models" / "CogVideoX-2b").mkdir(parents=True)
