@@ -45,6 +45,7 @@ from utils.generation.pipeline import (
 from utils.generation.processes import num_processes, own_shard, start_processes
 from utils.generation.record import Record, differences, is_made, make_record, read_record, save_record
 from utils.model import loading
+from utils.model.encoders import prompt_notes
 from utils.model.spec import ModelSpec, read_spec
 
 # Rows of the contact sheet.
@@ -76,6 +77,8 @@ def print_notes(
 ) -> None:
     """Prints notes on the models and videos, each once. Raises UserError with every image that cannot be read."""
     notes, report = loading.variant_notes(model_dir, args.variant), CheckReport()
+    prompts = [video.prompt for video in videos if video.prompt is not None]
+    notes += report.run(prompt_notes, model_dir, prompts, spec.max_text_seq_length) or []
     for video, resolution in zip(videos, resolutions, strict=True):
         notes += report.run(notes_of, video, spec, resolution) or []
     if report.errors:

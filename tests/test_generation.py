@@ -80,7 +80,7 @@ def test_video_equals_that_of_the_diffusers_pipeline(tiny, tmp_path, written):
 def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch):
     shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
     lines: list[dict[str, Any]] = [
-        {"prompt": "a red circle 红 🎈", "image": "frame.png"},
+        {"prompt": "红红红 a 🎈", "image": "frame.png"},
         {"prompt": "x", "image": "frame.png", "seed": 7},
     ]
     (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
@@ -94,7 +94,7 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
         "--output_path",
         folder,
     ]
-    generate(*flags, "--num_videos", 2)
+    assert "characters that the tokenizer does not know, such as '红红红" in generate(*flags, "--num_videos", 2)
     videos = sorted(folder.glob("*.mp4"))
     assert [video.name for video in videos] == ["000-42.mp4", "000-43.mp4", "001-7.mp4", "001-8.mp4"]
     with Image.open(folder / "contact_sheet.png") as sheet:

@@ -6,7 +6,7 @@ loaded when its context is entered and released on exit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,12 @@ from utils.model import loading
 
 # Number of prompts that pass the layers of an offloaded text encoder together. Each takes 2 to 4 MiB of GPU memory.
 PROMPTS_PER_PASS = 128
+# Number of prompts that are tokenized together. All at once would take more memory than the dataset.
+TOKENIZER_BATCH = 100
+# Number of short ASCII prompts that are checked; 100,000 would take ten seconds.
+MAX_PLAIN_PROMPTS = 2000
+# Largest share of a prompt's characters that may be unknown to the tokenizer without a note.
+MAX_UNKNOWN_SHARE = 0.2
 # Each condition image is encoded under several draws of noise, log sigma ~ N(mean, std). A training step picks one.
 IMAGE_NOISE_DRAWS, LOG_SIGMA_MEAN, LOG_SIGMA_STD = 4, -3.0, 0.5
 # Part of the cache key of a condition image; changing the text invalidates existing caches.
@@ -150,3 +156,49 @@ def pixel_encoders(
     vae = loading.load_vae(model_dir, device, slicing, tiling, variant=variant)
     with loading.released(vae):
         yield PixelEncoders(partial(encode_video, vae), partial(encode_image, vae))
+
+
+def prompt_notes(model_dir: Path, prompts: Iterable[str], max_length: int) -> list[str]:
+    """Returns notes about prompts of which the text encoder sees only a part.
+
+    They are truncated, consist largely of characters that the tokenizer does not know, or cannot be told from another
+    prompt. Of short ASCII prompts, which hardly ever are, only some are read.
+
+    Raises:
+        UserError: the tokenizer cannot be read.
+    """
+    tokenizer = loading.load_tokenizer(model_dir)
+    distinct = sorted(set(prompts))
+    # a token takes at least one byte, so shorter prompts always fit
+    suspects = [prompt for prompt in distinct if len(prompt.encode()) >= max_length or not prompt.isascii()]
+    candidates = suspects + sorted(set(distinct) - set(suspects))[:MAX_PLAIN_PROMPTS]
+    truncated, unknown, equal = [], [], []
+    seen: dict[tuple[int, ...], str] = {}
+    for start in range(0, len(candidates), TOKENIZER_BATCH):
+        batch = candidates[start : start + TOKENIZER_BATCH]
+        encoded = tokenizer(batch, return_offsets_mapping=True)
+        for prompt, ids, spans in zip(batch, encoded.input_ids, encoded.offset_mapping, strict=True):
+            lost = [end - begin for id, (begin, end) in zip(ids, spans, strict=True) if id == tokenizer.unk_token_id]
+            if len(ids) > max_length:
+                truncated.append(prompt)
+            if sum(lost) > MAX_UNKNOWN_SHARE * len(prompt):
+                unknown.append(prompt)
+            if lost or len(ids) > max_length:  # other prompts differ in their spaces at most
+                first = seen.setdefault(tuple(ids[:max_length]), prompt)
+                equal += [(first, prompt)] if first != prompt else []
+    notes = []
+    if truncated:
+        notes.append(
+            f"{len(truncated)} distinct prompts exceed {max_length} tokens and are truncated: {truncated[0][:60]!r}..."
+        )
+    if unknown:
+        notes.append(
+            f"{len(unknown)} distinct prompts consist largely of characters that the tokenizer does not know, such as "
+            f"{unknown[0][:60]!r}. CogVideoX was trained on English prompts; translate them."
+        )
+    if equal:
+        notes.append(
+            f"{len(equal)} prompts become the same tokens as another prompt, so the model cannot tell them apart, such "
+            f"as {equal[0][0][:60]!r} and {equal[0][1][:60]!r}."
+        )
+    return notes

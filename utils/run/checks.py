@@ -7,13 +7,11 @@ import os
 import shutil
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
 
 from dataset.condition_frames import latent_frames
-from dataset.manifest import Sample
 from utils.checkpoint.adapters import init_lora_errors
 from utils.checkpoint.lora_reader import read_lora
 from utils.checkpoint.manager import checkpoint_bytes
@@ -21,19 +19,11 @@ from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
 from utils.common.units import GIB
 from utils.config.args import Args
-from utils.model import loading
 from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.model.spec import ModelSpec
 from utils.run.plan import RunPlan
 from utils.training.metrics import TRACKERS
 from utils.training.trainable import compile_error, count_trained, invalid_target_modules, weight_dtype
-
-# Number of prompts that are tokenized together. All at once would take more memory than the dataset.
-TOKENIZER_BATCH = 100
-# Number of short ASCII prompts that are checked; 100,000 would take ten seconds.
-MAX_PLAIN_PROMPTS = 2000
-# Largest share of a prompt's characters that may be unknown to the tokenizer without a note.
-MAX_UNKNOWN_SHARE = 0.2
 
 
 def model_errors(args: Args, spec: ModelSpec, uses_deepspeed: bool, num_processes: int) -> list[str]:
@@ -145,52 +135,6 @@ def _wandb_can_log() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def prompt_notes(model_dir: Path, samples: list[Sample], max_length: int) -> list[str]:
-    """Returns notes about prompts of which the text encoder sees only a part.
-
-    They are truncated, consist largely of characters that the tokenizer does not know, or cannot be told from another
-    prompt. Of short ASCII prompts, which hardly ever are, only some are read.
-
-    Raises:
-        UserError: the tokenizer cannot be read.
-    """
-    tokenizer = loading.load_tokenizer(model_dir)
-    distinct = sorted({sample.prompt for sample in samples})
-    # a token takes at least one byte, so shorter prompts always fit
-    suspects = [prompt for prompt in distinct if len(prompt.encode()) >= max_length or not prompt.isascii()]
-    candidates = suspects + sorted(set(distinct) - set(suspects))[:MAX_PLAIN_PROMPTS]
-    truncated, unknown, equal = [], [], []
-    seen: dict[tuple[int, ...], str] = {}
-    for start in range(0, len(candidates), TOKENIZER_BATCH):
-        prompts = candidates[start : start + TOKENIZER_BATCH]
-        encoded = tokenizer(prompts, return_offsets_mapping=True)
-        for prompt, ids, spans in zip(prompts, encoded.input_ids, encoded.offset_mapping, strict=True):
-            lost = [end - begin for id, (begin, end) in zip(ids, spans, strict=True) if id == tokenizer.unk_token_id]
-            if len(ids) > max_length:
-                truncated.append(prompt)
-            if sum(lost) > MAX_UNKNOWN_SHARE * len(prompt):
-                unknown.append(prompt)
-            if lost or len(ids) > max_length:  # other prompts differ in their spaces at most
-                first = seen.setdefault(tuple(ids[:max_length]), prompt)
-                equal += [(first, prompt)] if first != prompt else []
-    notes = []
-    if truncated:
-        notes.append(
-            f"{len(truncated)} distinct prompts exceed {max_length} tokens and are truncated: {truncated[0][:60]!r}..."
-        )
-    if unknown:
-        notes.append(
-            f"{len(unknown)} distinct prompts consist largely of characters that the tokenizer does not know, such as "
-            f"{unknown[0][:60]!r}. CogVideoX was trained on English prompts; translate them."
-        )
-    if equal:
-        notes.append(
-            f"{len(equal)} prompts become the same tokens as another prompt, so the model cannot tell them apart, such "
-            f"as {equal[0][0][:60]!r} and {equal[0][1][:60]!r}."
-        )
-    return notes
 
 
 def check_disk_space(plan: RunPlan, missing: set[str]) -> None:

@@ -24,6 +24,7 @@ from utils.config.deepspeed_config import find_template, resolve_template
 from utils.estimate.context import RunContext, this_machine
 from utils.estimate.settings_search import check_fits, fit_to_budget
 from utils.model import loading
+from utils.model.encoders import prompt_notes
 from utils.model.positions import choose_positions
 from utils.model.spec import LEARNED_POSITIONS, ModelSpec, read_objective, read_spec
 from utils.run.checks import (
@@ -31,7 +32,6 @@ from utils.run.checks import (
     check_init_lora,
     machine_errors,
     model_errors,
-    prompt_notes,
     tracker_errors,
 )
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
@@ -239,7 +239,8 @@ def read_samples(report: CheckReport, args: Args) -> tuple[list[Sample], list[Sa
 
 def check_prompts(report: CheckReport, model: BaseModel, samples: list[Sample]) -> None:
     """Notes prompts of which the text encoder sees only a part."""
-    report.notes += report.run(prompt_notes, model.folder, samples, model.spec.max_text_seq_length) or []
+    prompts = {sample.prompt for sample in samples}
+    report.notes += report.run(prompt_notes, model.folder, prompts, model.spec.max_text_seq_length) or []
 
 
 def scan_samples(
