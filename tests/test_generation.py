@@ -169,6 +169,8 @@ def test_processes_share_the_videos(tiny, tmp_path):
         (["--model_path", "m"], "Give --prompt or --prompt_file"),
         (["--model_path", "m", "--prompt", "x", "--num_videos", "2", "--output_path", "a.mp4"], "need a folder"),
         (["--model_path", "m", "--prompt", "x", "--compare", "1"], "give --lora_path"),
+        (["--model_path", "m", "--prompt", "x", "--num_inference_steps", "1001"], "the models have 1000 timesteps"),
+        (["--model_path", "m", "--prompt", 30001 * "x"], "it must be at most 30000 bytes long"),
         (["--model_path", "m", "--prompt", "x", "--lora_path", "l", "--compare", "nan"], "--compare is nan"),
         (["--model_path", "m", "--prompt", "x", "--seed", "4294967295", "--num_videos", "2"], "--seed is 4294967296"),
         (["--model_path", "m", "--prompt", "x", "--quantize", "int8", "--offload", "sequential"], "--offload model"),

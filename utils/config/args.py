@@ -25,6 +25,7 @@ from utils.config.options import (
     require_finite,
     require_positive,
     require_seed,
+    require_steps,
     require_unit_interval,
 )
 
@@ -247,6 +248,7 @@ class ValidationArgs:
         if self.do_validation and self.validation_dir is None:
             yield "--do_validation true needs --validation_dir, a folder with validation prompts."
         yield from require_positive(self, "validation_steps", "gen_fps", "num_inference_steps")
+        yield from require_steps(self.num_inference_steps)
         yield from require_finite(self, "guidance_scale")
 
 
