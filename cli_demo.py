@@ -28,7 +28,7 @@ from dataset.video import Resolution
 from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_reader import lora_sources
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
-from utils.common.errors import exit_on_user_error
+from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import flags_in_errors
 from utils.generation.args import DemoArgs, parse_demo, settings_of, videos_of
 from utils.generation.checks import check, task_of, with_positions
@@ -75,12 +75,14 @@ def main() -> int:
 def print_notes(
     args: DemoArgs, videos: list[DemoArgs], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
 ) -> None:
-    """Prints notes on the models, prompts and videos, each once. Raises UserError if a file cannot be read."""
-    notes = loading.variant_notes(model_dir, args.variant)
+    """Prints notes on models, prompts and videos, each once. Raises UserError with every file that cannot be read."""
+    notes, report = loading.variant_notes(model_dir, args.variant), CheckReport()
     prompts = [text for video in videos for text in (video.prompt, video.negative_prompt) if text]
-    notes += prompt_notes(model_dir, prompts, spec.max_text_seq_length)
+    notes += report.run(prompt_notes, model_dir, prompts, spec.max_text_seq_length) or []
     for video, resolution in zip(videos, resolutions, strict=True):
-        notes += notes_of(video, spec, resolution)
+        notes += report.run(notes_of, video, spec, resolution) or []
+    if report.errors:
+        raise UserError(dict.fromkeys(report.errors))
     if args.again is not None:
         record = record_of(videos[0], resolutions[0], model_dir, spec)
         notes += [f"since {args.again} was made, {change}." for change in differences(read_record(args.again), record)]
@@ -181,4 +183,7 @@ def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image | str]
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:  # without a traceback of each process
+            sys.exit(130)

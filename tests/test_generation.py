@@ -170,6 +170,8 @@ def test_processes_share_the_videos(tiny, tmp_path):
         (["--model_path", "m"], "Give --prompt or --prompt_file"),
         (["--model_path", "m", "--prompt", "x", "--num_videos", "2", "--output_path", "a.mp4"], "need a folder"),
         (["--model_path", "m", "--prompt", "x", "--compare", "1"], "give --lora_path"),
+        (["--model_path", "m", "--prompt", "x", "--num_inference_steps", "1001"], "the models have 1000 timesteps"),
+        (["--model_path", "m", "--prompt", 30001 * "x"], "it must be at most 30000 bytes long"),
         (["--model_path", "m", "--prompt", "x", "--lora_path", "l", "--compare", "nan"], "--compare is nan"),
         (["--model_path", "m", "--prompt", "x", "--seed", "4294967295", "--num_videos", "2"], "--seed is 4294967296"),
         (["--model_path", "m", "--prompt", "x", "--quantize", "int8", "--offload", "sequential"], "--offload model"),
@@ -228,3 +230,11 @@ def test_prompts_are_separated_by_line_ends_alone(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     videos = videos_of(parse_demo(["--model_path", "m", "--prompt_file", str(tmp_path / name)]))
     assert [video.prompt for video in videos] == prompts
+
+
+def test_every_unreadable_image_is_reported(tiny, tmp_path):
+    lines = [json.dumps({"prompt": "x", "image": f"{number}.png"}) for number in range(2)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        generate("--model_path", tiny("5b-i2v"), "--prompt_file", tmp_path / "prompts.jsonl", "--output_path", tmp_path)
+    assert len(caught.value.errors) == 2 and "1.png cannot be read" in caught.value.errors[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
@@ -12,6 +13,7 @@ from tests.fake_hub import fake_hub
 from utils.commands import push_to_hub
 from utils.common.errors import UserError
 from utils.run.hub import check_hub
+from utils.run.model_card import Publication, model_card
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def test_hub_is_asked_for_and_needs_token_and_network(hub, monkeypatch):
     with pytest.raises(UserError, match="there is no token of the hub; run `hf auth login`, or set HF_TOKEN"):
         check_hub("kitten")
     assert not hub.requests
+
+
+def test_card_states_what_its_files_and_its_base_are(tmp_path, monkeypatch):
+    args: dict[str, dict[str, Any]]
+    args = {"model": {"training_type": "lora", "model_type": "t2v", "model_path": "models/CogVideoX-2b"}}
+    args["data"] = {"train_resolution": ["9x64x64"]}
+    (tmp_path / "models" / "CogVideoX-2b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    samples = {tmp_path / "000.mp4": "two | lines\nof text"}
+    run = Publication(tmp_path, args, 2, 8, [], [], samples)
+    assert run.base == "THUDM/CogVideoX-2b"  # a folder, not a name on the hub
+    card = model_card(run, "ada/kitten", ["kitten-comfyui.safetensors"])
+    assert "copy `kitten-comfyui.safetensors` to" in card and "load_lora_weights" not in card
+    assert "| two lines of text | [000.mp4]" in card
+    assert "load_lora_weights" in model_card(run, "ada/kitten", ["pytorch_lora_weights.safetensors"])
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def scales_for(loras: Sequence[Any], scales: Sequence[float], flag: str) -> list
     Raises:
         UserError: the numbers differ.
     """
-    if len(scales) not in (1, len(loras)) and loras:
+    if len(scales) not in (1, len(loras)):
         raise UserError(
             f"--lora_scale has {len(scales)} values for {len(loras)} files of {flag}; give one for all or one per file."
         )

@@ -139,7 +139,7 @@ def find_lora(path: Path, flag: str) -> Path:
     if (file := lora_in(path)) is not None:
         return file
     if (path / "transformer").is_dir() or (path / "config.json").is_file():
-        raise UserError(f"{flag} {path} holds a whole transformer; give it as --transformer_path.")
+        raise UserError(f"{flag} {path} holds a whole transformer; cli_demo.py takes it as --transformer_path.")
     found = [file.parent for level in ("*", "*/*") for file in sorted(path.glob(f"{level}/{WEIGHTS_FILE}"))]
     found += sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt"))
     found += sorted((*path.glob(f"*/{_PEFT_FILE}"), *path.glob("[0-9]*/mp_rank_00_model_states.pt")))
@@ -199,13 +199,14 @@ def read_lora(path: Path, flag: str, config: dict[str, Any] | None = None) -> Lo
     lora = Lora(file, flag, adapters, metadata, [])
     if unknown:
         ranks = " or ".join(map(str, lora.ranks))
+        scales = " or ".join(f"1/{rank}" for rank in lora.ranks)
         lora.notes.append(
             f"{flag} {file} does not state its alpha. "
             + (
-                f"The default of CogVideo's SAT code, alpha = 1, is used: scale 1/{ranks}."
+                f"The default of CogVideo's SAT code, alpha = 1, is used: scale {scales}."
                 if is_sat
                 else f"It is applied at scale 1, as if alpha were the rank, {ranks}. If it comes from CogVideo's "
-                f"SAT code, its scale is 1/{ranks}."
+                f"SAT code, its scale is {scales}."
             )
         )
     if config is not None:

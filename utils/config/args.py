@@ -18,7 +18,6 @@ from dataset.condition_frames import FIRST
 from utils.config.data_args import DataArgs
 from utils.config.memory_args import MemoryArgs
 from utils.config.options import (
-    MAX_STEPS,
     add_options,
     collect,
     make_parser,
@@ -26,6 +25,7 @@ from utils.config.options import (
     require_finite,
     require_positive,
     require_seed,
+    require_steps,
     require_unit_interval,
 )
 
@@ -190,8 +190,7 @@ class ValidationArgs:
         if self.do_validation and self.validation_dir is None:
             yield "--do_validation true needs --validation_dir, a folder with validation prompts."
         yield from require_positive(self, "validation_steps", "gen_fps", "num_inference_steps")
-        if self.num_inference_steps > MAX_STEPS:
-            yield f"--num_inference_steps is {self.num_inference_steps}; it must be at most {MAX_STEPS}."
+        yield from require_steps(self.num_inference_steps)
         yield from require_finite(self, "guidance_scale")
 
 

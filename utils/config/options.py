@@ -21,8 +21,8 @@ from utils.common.filesystem import expand_user
 Group = TypeVar("Group")
 Budget = float | Literal["auto"]
 
-# Denoising steps: the schedulers of all CogVideoX models have this many.
-MAX_STEPS = 1000
+# Timesteps of every published model.
+NUM_TIMESTEPS = 1000
 # Type with a `parse` method -> its form in the help.
 WRITTEN_TYPES = {Resolution: "FxHxW", ConditionFrames: "first|first_last|prefix:N"}
 # Old flag -> its replacement.
@@ -80,6 +80,12 @@ def require_seed(seed: int) -> Iterator[str]:
     """Yields an error if a seed is outside [0, 2^32)."""
     if not 0 <= seed < 2**32:
         yield f"--seed is {seed}; it must be at least 0 and below 2^32."
+
+
+def require_steps(num_inference_steps: int) -> Iterator[str]:
+    """Yields an error if there are more denoising steps than timesteps."""
+    if num_inference_steps > NUM_TIMESTEPS:
+        yield f"--num_inference_steps is {num_inference_steps}; the models have {NUM_TIMESTEPS} timesteps."
 
 
 def require_unit_interval(group: Any, *names: str) -> Iterator[str]:

@@ -16,7 +16,6 @@ from dataset.manifest import read_lines, unique
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user, unreadable
 from utils.config.options import (
-    MAX_STEPS,
     add_options,
     collect,
     make_parser,
@@ -24,9 +23,13 @@ from utils.config.options import (
     require_finite,
     require_positive,
     require_seed,
+    require_steps,
     require_text,
 )
 from utils.generation.record import read_record
+
+# The record is an argument of ffmpeg, which Linux limits to 128 KiB; characters that JSON escapes count twice.
+MAX_PROMPT_BYTES = 30_000
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class DemoArgs:
             self, "num_videos", "num_frames", "height", "width", "fps", "num_inference_steps", "strength"
         )
         yield from require_seed(self.seed)
+        yield from require_steps(self.num_inference_steps)
         if self.prefix_frames is not None and (self.prefix_frames < 5 or self.prefix_frames % 4 != 1):
             yield f"--prefix_frames is {self.prefix_frames}; it must be 4k+1 and at least 5, such as 5 or 9."
         if self.prefix_frames is not None and self.prefix_video is None:
@@ -132,7 +136,11 @@ class DemoArgs:
             yield "--prefix_video and --last_image cannot be combined; no training gives a model both."
         if self.prefix_video is not None and self.image_or_video_path is not None:
             yield "--prefix_video gives the first frames; leave --image_or_video_path out."
-        yield from require_text(self, *(name for name in ("prompt", "negative_prompt") if getattr(self, name)))
+        texts = [name for name in ("prompt", "negative_prompt") if getattr(self, name)]
+        yield from require_text(self, *texts)
+        for name in texts:
+            if len(getattr(self, name).encode(errors="replace")) > MAX_PROMPT_BYTES:
+                yield f"--{name} {getattr(self, name)[:40]!r}...: it must be at most {MAX_PROMPT_BYTES} bytes long."
         yield from require_finite(self, "lora_scale", "guidance_scale", "compare")
         if not self.model_path:
             yield "--model_path is required."
@@ -142,8 +150,6 @@ class DemoArgs:
                 if self.prompt is None
                 else "Give --prompt or --prompt_file, not both."
             )
-        if self.num_inference_steps > MAX_STEPS:
-            yield f"--num_inference_steps is {self.num_inference_steps}; it must be at most {MAX_STEPS}."
         if self.strength > 1:
             yield f"--strength is {self.strength}; it must be at most 1."
         if self.output_path is not None and self.is_single != (self.output_path.suffix.lower() == ".mp4"):

@@ -47,7 +47,7 @@ def start_processes(argv: list[str], count: int) -> int:
         started.append(subprocess.Popen(command, env=os.environ | variables))
     try:
         return max(abs(process.wait()) for process in started)
-    except BaseException:
+    finally:  # of an interruption too
         for process in started:
             process.terminate()
-        raise
+            process.wait()

@@ -81,7 +81,8 @@ def push(checkpoint: Path, name: str, private: bool) -> str:
     except Exception as error:  # as above
         raise UserError(
             f"--push_to_hub {name}: the upload failed ({_first_line(error)}). The checkpoint is complete; try again: "
-            f"python -m utils.commands.push_to_hub --checkpoint {checkpoint} --name {name}",
+            f"python -m utils.commands.push_to_hub --checkpoint {checkpoint} --name {name}"
+            + ("" if private else " --private false"),
             on_every_rank=False,
         ) from error
     return str(repository)

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, WEIGHTS_FILE
 from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE
 from utils.common.errors import UserError
 from utils.training.metrics import read_metrics
@@ -76,7 +77,8 @@ class Publication:
         parts = Path(path).parts
         for name in LICENSES:
             if name in parts or any(part.endswith(f"--{name}") for part in parts):
-                return path if path.count("/") == 1 and path[0] not in "./~" else f"THUDM/{name}"
+                is_hub_id = path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
+                return path if is_hub_id else f"THUDM/{name}"
         return None
 
 
@@ -136,7 +138,7 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"A {kind} for {base}, {TASKS[run.task].replace('-', ' ')}.",
         f"The word `{token}` in a prompt calls the trained concept." if token else "",
         "## Use",
-        f"```python\n{_usage(run, name, base)}\n```",
+        *_usage(run, name, base, files),
         f"In the repository: {', '.join(f'`{file}`' for file in files)}.",
         *_samples(run),
         "## Training",
@@ -163,32 +165,33 @@ def _metadata(run: Publication, token: str) -> str:
     return ModelCardData(**fields).to_yaml()
 
 
-def _usage(run: Publication, name: str, base: str) -> str:
-    pipeline = PIPELINES[run.task]
-    lines = [
-        "import torch",
-        f"from diffusers import {pipeline}{'' if run.is_lora else ', CogVideoXTransformer3DModel'}",
-        "",
-    ]
-    dtype = "torch_dtype=torch.bfloat16"
+def _usage(run: Publication, name: str, base: str, files: list[str]) -> list[str]:
+    """Returns how to load the weights in diffusers and, for a LoRA that has such a file, in ComfyUI."""
+    pipeline, dtype = PIPELINES[run.task], "torch_dtype=torch.bfloat16"
     if run.is_lora:
-        lines += [
+        imports = pipeline
+        lines = [
             f'pipe = {pipeline}.from_pretrained("{base}", {dtype}).to("cuda")',
             f'pipe.load_lora_weights("{name}")',
         ]
     else:
-        lines += [
+        imports = f"{pipeline}, CogVideoXTransformer3DModel"
+        lines = [
             f'transformer = CogVideoXTransformer3DModel.from_pretrained("{name}", subfolder="transformer", {dtype})',
             f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, {dtype}).to("cuda")',
         ]
-    return "\n".join(lines)
+    code = "\n".join(["import torch", f"from diffusers import {imports}", "", *lines])
+    parts = [f"```python\n{code}\n```"] if not run.is_lora or WEIGHTS_FILE in files else []
+    comfyui = [file for file in files if file.endswith(COMFYUI_SUFFIX)]
+    return parts + [f"ComfyUI: copy `{file}` to `ComfyUI/models/loras`." for file in comfyui]
 
 
 def _samples(run: Publication) -> list[str]:
     if not run.samples:
         return []
     rows = [
-        f"| {prompt.replace('|', ' ')} | [{file.name}]({SAMPLES}/{file.name}) |" for file, prompt in run.samples.items()
+        f"| {' '.join(prompt.replace('|', ' ').split())} | [{file.name}]({SAMPLES}/{file.name}) |"
+        for file, prompt in run.samples.items()
     ]
     return ["## Samples", "\n".join(["| prompt | video |", "|---|---|", *rows])]
 
