@@ -74,6 +74,7 @@ def test_native_clip_of_1_5_is_not_its_square_limit(tiny):
         ("2b", ["--output_path", "/proc/x.mp4"], "--output_path /proc cannot be written to"),
         ("2b", [*V2V, "--strength", "0.1", "--num_inference_steps", "2"], "leaves no step"),
         ("2b", ["--output_path", "/proc/x.mp4", "--lora_path", "/nowhere"], "--lora_path /nowhere"),
+        ("2b", [*V2V, "--output_path", V2V[-1]], "would overwrite the clip that the video starts from"),
         ("2b", ["--output_path", "video.gif"], "--output_path video.gif"),
         ("2b", ["--model_path", "{broken}"], "tokenizer cannot be read ("),
         ("2b", ["--negative_prompt", "\udcff"], "--negative_prompt '\\udcff': it must be UTF-8 text"),

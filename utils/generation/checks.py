@@ -14,7 +14,7 @@ from utils.checkpoint.lora_reader import Lora, read_lora
 from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import check_writable, unreadable
-from utils.generation.args import DemoArgs
+from utils.generation.args import PATHS, DemoArgs
 from utils.model import loading
 from utils.model.positions import choose_positions
 from utils.model.spec import LEARNED, ModelSpec
@@ -122,6 +122,9 @@ def check_video(video: DemoArgs, spec: ModelSpec, resolution: Resolution, report
         errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
     if video.output_path is not None and video.output_path.is_dir():
         errors.append(f"--output_path {video.output_path} is a folder; give the name of an .mp4 file.")
+    sources = (path for name in PATHS if (path := getattr(video, name)) is not None)
+    if video.output_path is not None and video.output_path.resolve() in [path.resolve() for path in sources]:
+        errors.append(f"--output_path {video.output_path} would overwrite the clip that the video starts from.")
 
 
 def read_loras(args: DemoArgs, spec: ModelSpec) -> list[tuple[Lora, float]]:
