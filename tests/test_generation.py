@@ -211,7 +211,7 @@ def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
         "nonsense": "it is not JSON",
         "[" * 5000: "it is not JSON",
         '{"prompt": "x", "prompt": "y"}': "it has 'prompt' twice",
-        '{"prompt": "a\u2028b", "num_inference_steps": 1001}': "it must be at most 1000",
+        '{"prompt": "a\u2028b", "num_inference_steps": 1001}': "the models have 1000 timesteps",
         '{"prompt": "x", "seed": "abc"}': "--seed: invalid int value: 'abc'",
         '{"prompt": "x", "strength": 2}': "--strength is 2.0",
     }
