@@ -34,12 +34,17 @@ TASKS = {"t2v": "text-to-video", "i2v": "image-to-video"}
 PIPELINES = {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}
 # Settings that the card lists, by group of args.json.
 SETTINGS = {
-    "model": ("training_type",),
+    "model": ("training_type", "learned_positions"),
     "lora": ("rank", "lora_alpha", "target_modules"),
-    "training": ("learning_rate", "lr_scheduler", "batch_size", "gradient_accumulation_steps", "optimizer", "seed"),
-    "data": ("train_resolution", "fps", "id_token", "caption_dropout", "image_dropout"),
+    "training": (
+        *("learning_rate", "lr_scheduler", "batch_size", "gradient_accumulation_steps", "optimizer", "ema_decay"),
+        "seed",
+    ),
+    "data": ("train_resolution", "fps", "id_token", "caption_dropout", "image_dropout", "condition_frames"),
     "memory": ("quantize_base", "quantize_optimizer"),
 }
+# Values of settings that are off, which the card leaves out.
+OFF = (None, "", "none", 0.0, ["first"])
 # Size of the plot and its margin, in pixels.
 WIDTH, HEIGHT, MARGIN = 640, 280, 40
 
@@ -129,7 +134,7 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"| {option} | {_text(run.args[group][option])} |"
         for group, options in SETTINGS.items()
         for option in options
-        if (group != "lora" or run.is_lora) and run.args.get(group, {}).get(option) not in (None, "", "none", 0.0)
+        if (group != "lora" or run.is_lora) and run.args.get(group, {}).get(option) not in OFF
     ]
     resolution = _text(run.args["data"]["train_resolution"])
     parts = [
@@ -138,7 +143,7 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"A {kind} for {base}, {TASKS[run.task].replace('-', ' ')}.",
         f"The word `{token}` in a prompt calls the trained concept." if token else "",
         "## Use",
-        *_usage(run, name, base, files),
+        *_usage(run, name, run.base or "path/to/the/base", files),
         f"In the repository: {', '.join(f'`{file}`' for file in files)}.",
         *_samples(run),
         "## Training",
@@ -168,7 +173,17 @@ def _metadata(run: Publication, token: str) -> str:
 def _usage(run: Publication, name: str, base: str, files: list[str]) -> list[str]:
     """Returns how to load the weights in diffusers and, for a LoRA that has such a file, in ComfyUI."""
     pipeline, dtype = PIPELINES[run.task], "torch_dtype=torch.bfloat16"
-    if run.is_lora:
+    positions = run.args["model"].get("learned_positions")
+    if run.is_lora and positions == "drop":
+        imports = f"{pipeline}, CogVideoXTransformer3DModel"
+        lines = [
+            "transformer = CogVideoXTransformer3DModel.from_pretrained(",
+            f'    "{base}", subfolder="transformer", use_learned_positional_embeddings=False, {dtype}',
+            ")",
+            f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, {dtype}).to("cuda")',
+            f'pipe.load_lora_weights("{name}")',
+        ]
+    elif run.is_lora:
         imports = pipeline
         lines = [
             f'pipe = {pipeline}.from_pretrained("{base}", {dtype}).to("cuda")',
@@ -183,6 +198,10 @@ def _usage(run: Publication, name: str, base: str, files: list[str]) -> list[str
     code = "\n".join(["import torch", f"from diffusers import {imports}", "", *lines])
     parts = [f"```python\n{code}\n```"] if not run.is_lora or WEIGHTS_FILE in files else []
     comfyui = [file for file in files if file.endswith(COMFYUI_SUFFIX)]
+    if positions == "interpolate":
+        parts.append(
+            "diffusers takes the size of the base only; for others, use `cli_demo.py` of the training toolkit."
+        )
     return parts + [f"ComfyUI: copy `{file}` to `ComfyUI/models/loras`." for file in comfyui]
 
 
