@@ -30,7 +30,7 @@ from utils.checkpoint.lora_reader import lora_sources
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import flags_in_errors
-from utils.generation.args import DemoArgs, parse_demo, settings_of, videos_of
+from utils.generation.args import DemoArgs, parse_demo, settings_of
 from utils.generation.checks import check, task_of, with_positions
 from utils.generation.comparison import save_picture, side_by_side
 from utils.generation.inputs import files_of, notes_of
@@ -44,6 +44,7 @@ from utils.generation.pipeline import (
 )
 from utils.generation.processes import num_processes, own_shard, start_processes
 from utils.generation.record import Record, differences, is_made, make_record, read_record, save_record
+from utils.generation.videos import videos_of
 from utils.model import loading
 from utils.model.encoders import prompt_notes
 from utils.model.spec import ModelSpec, read_spec

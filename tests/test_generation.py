@@ -18,8 +18,9 @@ from tests.conftest import FIRST_FRAME, arguments, generate, succeed
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
-from utils.generation.args import DemoArgs, parse_demo, videos_of
+from utils.generation.args import DemoArgs, parse_demo
 from utils.generation.record import read_record
+from utils.generation.videos import videos_of
 from utils.model import loading
 from utils.model.spec import read_spec
 from utils.training.trainable import lora_config, make_trainable

@@ -1,20 +1,13 @@
-"""The command line of `cli_demo.py`, and the videos that it asks for.
-
-`--prompt_file` and `--num_videos` ask for several videos. Each is described by a `DemoArgs` of its own, so a line of
-the file may hold any flag of `PER_VIDEO`.
-"""
+"""The command line of `cli_demo.py`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.manifest import read_lines, unique
 from utils.common.errors import UserError
-from utils.common.filesystem import expand_user, unreadable
 from utils.config.options import (
     add_options,
     collect,
@@ -164,15 +157,7 @@ class DemoArgs:
             yield "--offload sequential moves plain weights; use --offload model with --quantize."
 
 
-# The flags of one video, which a line of the prompt file may hold; all others are the same for every video.
-PER_VIDEO = (
-    *("prompt", "negative_prompt", "image_or_video_path", "last_image", "prefix_video", "prefix_frames"),
-    *("resize_mode", "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "strength"),
-    "seed",
-)
 PATHS = {"image_or_video_path", "last_image", "prefix_video"}
-ALIASES = {"image": "image_or_video_path", "video": "image_or_video_path"}
-ONE_VIDEO: dict[str, Any] = {"prompt_file": None, "num_videos": 1, "output_path": None}
 # The flags that say which videos to make and where, and not how a video looks.
 NOT_SETTINGS = ("prompt_file", "num_videos", "output_path", "again")
 
@@ -228,83 +213,3 @@ def flags_of(settings: dict[str, Any]) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
-
-
-def videos_of(args: DemoArgs) -> list[DemoArgs]:
-    """Returns one `DemoArgs` for each video, with its prompt, seed and output file.
-
-    Raises:
-        UserError: lists all errors of the prompt file, or the seeds of --num_videos that are too large.
-    """
-    if args.is_single:
-        return [replace(args, output_path=args.output_path or Path("output.mp4"))]
-    folder = args.output_path or Path("videos")
-    prompts = [args] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
-    names = [f"{number:03d}" for number in range(len(prompts))]
-    videos = [
-        replace(
-            video,
-            **ONE_VIDEO
-            | {
-                "seed": video.seed + number,
-                "output_path": folder / (f"{name}-{video.seed + number}.mp4" if args.num_videos > 1 else f"{name}.mp4"),
-            },
-        )
-        for name, video in zip(names, prompts, strict=True)
-        for number in range(args.num_videos)
-    ]
-    if errors := [error for video in videos for error in require_seed(video.seed)]:
-        raise UserError([f"--num_videos {args.num_videos}: {error}" for error in errors])
-    return videos
-
-
-def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
-    """Reads the lines of a prompt file as flags that replace those of the command line. Skips blank lines.
-
-    Relative paths start at the folder of the file.
-
-    Raises:
-        UserError: the file cannot be read, or lists every wrong line.
-    """
-    try:
-        lines = read_lines(file)
-    except (OSError, UnicodeDecodeError) as error:
-        missing = None if file.is_file() else "there is no such file"
-        raise UserError(f"--prompt_file {file}: {unreadable(file) or missing or 'it is not UTF-8 text'}.") from error
-    parser = make_parser("")
-    add_options(parser, DemoArgs)
-    parser.set_defaults(**vars(args))
-    is_json = file.suffix.lower() in (".jsonl", ".json")
-    videos, errors = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values: dict[str, Any] = parse_object(line) if is_json else {"prompt": line.strip()}
-            for name in PATHS & values.keys():
-                values[name] = file.parent / expand_user(str(values[name]))
-            flags = [f"--{name}={value}" for name, value in values.items()]
-            video = replace(collect(vars(parser.parse_args(flags)), DemoArgs), **ONE_VIDEO)
-            errors += [f"--prompt_file {file}, line {number}: {error}" for error in video.errors()]
-            videos.append(video)
-        except UserError as error:
-            errors += [f"--prompt_file {file}, line {number}: {message}" for message in error.errors]
-    if not videos and not errors:
-        errors = [f"--prompt_file {file} holds no prompt."]
-    if errors:
-        raise UserError(errors)
-    return videos
-
-
-def parse_object(line: str) -> dict[str, Any]:
-    """Parses a line of a .jsonl file. Raises UserError if it is no object, has no prompt or an unknown key."""
-    try:
-        values = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON ({error}).") from error
-    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-        raise UserError('it must be an object with a text "prompt".')
-    values = {ALIASES.get(name, name): value for name, value in values.items() if value is not None}
-    if unknown := [name for name in values if name not in PER_VIDEO]:
-        raise UserError(f"{', '.join(unknown)} cannot be set for one video; a line takes {', '.join(PER_VIDEO)}.")
-    return values
