@@ -109,10 +109,10 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
 
 def make_videos(args: DemoArgs, jobs: list[tuple[DemoArgs, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
     """Generates the videos that do not exist yet. Loads the models if there are any."""
-    missing = []
+    missing, defaults = [], settings_of(DemoArgs())
     for video, resolution in jobs:
         record = record_of(video, resolution, model_dir, spec)
-        if video.output_path is not None and is_made(record, video.output_path, settings_of(DemoArgs())):
+        if video.output_path is not None and is_made(record, video.output_path, defaults):
             print(f"{video.output_path} exists, made with the same settings")
         else:
             missing.append((video, resolution, record))

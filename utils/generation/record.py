@@ -49,6 +49,7 @@ def make_record(
     }
 
 
+@cache  # of one base for all videos
 def base_fingerprint(model_dir: Path, variant: str | None) -> str:
     """Returns a digest of the weights, tokenizer and scheduler settings of a checkpoint."""
     components = [
