@@ -28,12 +28,6 @@ MAX_PLAIN_PROMPTS = 2000
 MAX_UNKNOWN_SHARE = 0.2
 # Number of prompts that pass the layers of an offloaded text encoder together. Each takes 2 to 4 MiB of GPU memory.
 PROMPTS_PER_PASS = 128
-# Number of prompts that are tokenized together. All at once would take more memory than the dataset.
-TOKENIZER_BATCH = 100
-# Number of short ASCII prompts that are checked; 100,000 would take ten seconds.
-MAX_PLAIN_PROMPTS = 2000
-# Largest share of a prompt's characters that may be unknown to the tokenizer without a note.
-MAX_UNKNOWN_SHARE = 0.2
 # Each condition image is encoded under several draws of noise, log sigma ~ N(mean, std). A training step picks one.
 IMAGE_NOISE_DRAWS, LOG_SIGMA_MEAN, LOG_SIGMA_STD = 4, -3.0, 0.5
 # Part of the cache key of a condition image; changing the text invalidates existing caches.
