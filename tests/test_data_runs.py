@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, arguments, command, environment, read_metrics, run, succeed
-from tests.warm_start import start_warm
+from tests.warm_start import run_warm, start_warm
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ def test_inspect_dataset_shows_samples_and_removes_damaged_entries(tiny, mixed, 
     os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))
     inspect = ["python", "-m", "utils.commands.inspect_dataset", mixed, *map(str, options)]
     inspect += ["--inspect_dir", tmp_path / "seen", "--verify_cache"]
-    result = subprocess.run(inspect, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_warm(list(map(str, inspect)), environment(None), cwd=str(ROOT), timeout=120)
     assert "11 samples in" in result.stdout and "1 entries were damaged" in result.stdout and not damaged.exists()
     assert len((tmp_path / "seen" / "samples.csv").read_text().splitlines()) == 12
     assert (tmp_path / "seen" / "contact_sheet.png").stat().st_size > 10_000

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from tests.conftest import (
 )
 from tests.golden_losses import compare_with_golden
 from tests.tiny_models import build
+from tests.warm_start import run_warm, start_warm
 from tests.zero_start import PROCESSES
 from utils.checkpoint.finetuned import find_transformer
 from utils.checkpoint.lora_reader import WEIGHTS_FILE
@@ -68,27 +68,22 @@ def single_process(tiny, tmp_path_factory):
     return train
 
 
-def kill_rank_during_save(script: str, options: list[str], out: Path, step: int, **variables: object) -> int:
+def kill_rank_during_save(script: str, options: list[str], out: Path, step: int, **variables: object) -> int | None:
     """Starts a run, kills rank 1 while checkpoint-`step` is being written, and returns the exit code."""
-    with subprocess.Popen(
-        command(script, *options), env=environment(2, **variables), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    process = start_warm(command(script, *options), environment(2, **variables), "/", os.devnull, os.devnull)
 
-        def wait_for(path: Path) -> None:
-            while not path.exists() and process.poll() is None:
-                time.sleep(0.001)
+    def wait_for(path: Path) -> None:
+        while not path.exists() and process.exitcode is None:
+            time.sleep(0.001)
 
-        # Find the process first: listing all processes takes longer than the save of a tiny model.
-        wait_for(out / "checkpoint-1")
-        rank_1 = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1"
-        ]
-        wait_for(out / f".checkpoint-{step}.tmp")
-        for child in rank_1:
-            child.kill()
-        return process.wait(timeout=120)
+    # Find the process first: listing all processes takes longer than the save of a tiny model.
+    wait_for(out / "checkpoint-1")
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    wait_for(out / f".checkpoint-{step}.tmp")
+    max(ranks, key=lambda rank: rank.pid).kill()
+    process.join(120)
+    return process.exitcode
 
 
 def tiny_template(template: str, folder: Path) -> Path:
@@ -116,9 +111,8 @@ def test_zero3_start_needs_the_predicted_memory(tmp_path):
     config = json.loads(template.read_text())
     config["zero_optimization"] |= {"reduce_bucket_size": 100_000, "sub_group_size": 10**9}
     template.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "tests.zero_start", str(build("5b", model, layers=4)), str(template)]
-    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
-    start = json.loads(result.stdout.splitlines()[-1])
+    argv = [sys.executable, "-m", "tests.zero_start", str(build("5b", model, layers=4)), str(template)]
+    start = json.loads(run_warm(argv, environment(None), cwd=str(ROOT), timeout=120).stdout.splitlines()[-1])
     expected = start["predicted"] - 8 * start["weights"] / PROCESSES + 2 * start["largest"]
     assert start["measured"] == pytest.approx(expected, rel=0.01)
     assert start["measured"] < 2 * start["weights"]  # the transformer in bf16
@@ -155,7 +149,7 @@ def test_train_kill_resume_merge_generate(tiny, data, tmp_path, monkeypatch, sin
     last, merged = out / "checkpoint-4", tmp_path / "merged"
     kind = ["--safe_serialization"] if "offload" in template.name else []
     merge = [sys.executable, "zero_to_fp32.py", ".", str(merged), "--max_shard_size", "200KB", *kind]
-    subprocess.run(merge, cwd=last, check=True, capture_output=True)
+    assert run_warm(merge, environment(None), cwd=str(last), timeout=120).returncode == 0
     assert len(list(merged.glob("*.index.json"))) == 1
     ours = {name: stored.read() for name, stored in read_merged(merged).items()}
     theirs = CogVideoXTransformer3DModel.from_pretrained(last / "transformer", dtype=torch.float32).state_dict()
@@ -265,17 +259,11 @@ def test_two_launchers_act_as_two_machines(tiny, data, tmp_path, single_process,
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     machines = {"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "127.0.0.1", "MAIN_PROCESS_PORT": port, "OMP_NUM_THREADS": 1}
-    with subprocess.Popen(
-        command(script, *options),
-        env=environment(None, MACHINE_RANK=1, **machines),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as second:
-        try:
-            succeed(script, *options, MACHINE_RANK=0, **machines)
-            assert second.wait(timeout=60) == 0
-        finally:
-            second.kill()
+    argv = command(script, *options)
+    second = start_warm(argv, environment(None, MACHINE_RANK=1, **machines), "/", os.devnull, os.devnull)
+    succeed(script, *options, MACHINE_RANK=0, **machines)
+    second.join(60)
+    assert second.exitcode == 0
     weights = load_file(out / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, expected in single_process("5b").items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6, msg=name)

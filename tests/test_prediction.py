@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks.real_size import FULL_DEPTH, PREDICTED
 from benchmarks.rows import ROWS
 from examples.tiny_configs import task_of
 from tests.conftest import ROOT, arguments
-from tests.warm_start import record_python
+from tests.warm_start import record_python, run_warm
 from utils.commands import estimate_memory
 from utils.common.errors import UserError
 from utils.common.gpus import peak_tflops
@@ -137,7 +136,7 @@ def test_prediction_does_not_affect_a_later_run(tiny, tmp_path, bits):
 def test_estimate_memory_needs_no_weights_of_a_published_model():
     command = [sys.executable, "-m", "utils.commands.estimate_memory"]
     command += ["--model_path", "THUDM/CogVideoX-2b", "--mixed_precision", "fp16"]
-    output = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    output = run_warm(command, os.environ, cwd=str(ROOT), timeout=300).stdout
     peak = re.search(r"GPU memory of an update: ([\d.]+) GiB", output)
     tflop = re.search(r"Work per update: (\d+) TFLOP", output)
     assert peak and float(peak[1]) == pytest.approx(7.2, rel=0.02)

@@ -2,7 +2,7 @@
 
 Importing torch, diffusers and DeepSpeed takes 5 CPU seconds per process and would be most of the suite's time. A server
 (`multiprocessing`'s "forkserver") imports them once; the launcher of each run is forked from it, and the launcher forks
-its ranks. Tests that kill ranks or start several launchers start programs as a user does.
+its ranks. The quick start and the test that kills a whole run start programs as a user does.
 """
 
 from __future__ import annotations
@@ -144,20 +144,22 @@ def _start(argv: list[str], environment: dict[str, str], cwd: str, umask: int, s
 
 
 def _run_script(argv: Sequence[str], environment: dict[str, str]) -> NoReturn:
-    """Runs a Python script as the main module, and ends the process with its exit code."""
+    """Runs `SCRIPT ...` or `-m MODULE ...` as Python would, and ends the process with its exit code."""
     import torch
 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-    sys.argv, sys.path[0] = list(argv), str(Path(argv[0]).parent)
+    is_module = argv[0] == "-m"
+    sys.argv, sys.path[0] = list(argv[is_module:]), str(Path.cwd() if is_module else Path(argv[0]).parent)
     code = 0
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
+        time.sleep(2)  # Python takes time to end, in which the launcher sees that another rank was killed
         code = 1
     finally:
         sys.stdout.flush()
