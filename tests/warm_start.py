@@ -26,7 +26,7 @@ from unittest.mock import patch
 import psutil
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.warm_start", "train", "deepspeed", "accelerate.commands.launch"])
+CONTEXT.set_forkserver_preload(["tests.warm_modules"])
 # Stands for `python` in a launch script, and writes down how it is called.
 RECORD_ARGUMENTS = '#!/bin/sh\nprintf "%s\\0" "$@" > "$RECORDED"\n'
 
