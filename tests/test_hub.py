@@ -9,20 +9,10 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from tests.conftest import arguments, command, environment
-from tests.fake_hub import fake_hub
 from utils.commands import push_to_hub
 from utils.common.errors import UserError
 from utils.run.hub import check_hub
 from utils.run.model_card import Publication, model_card
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with fake_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_token")
-        yield server
 
 
 def test_name_gets_its_user_and_may_be_that_of_an_organization(hub):
