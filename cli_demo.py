@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from utils.generation.pipeline import (
 )
 from utils.generation.processes import num_processes, own_shard, start_processes
 from utils.generation.record import Record, differences, is_made, make_record, read_record, save_record
-from utils.generation.videos import videos_of
+from utils.generation.videos import Video, located, videos_of
 from utils.model import loading
 from utils.model.encoders import prompt_notes
 from utils.model.spec import ModelSpec, read_spec
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def print_notes(
-    args: DemoArgs, videos: list[DemoArgs], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
+    args: DemoArgs, videos: list[Video], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
 ) -> None:
     """Prints notes on models, prompts and videos, each once. Raises UserError with every file that cannot be read."""
     notes, report = loading.variant_notes(model_dir, args.variant), CheckReport()
@@ -107,7 +107,7 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
     return make_record(settings_of(video), resolved, model_dir, video.variant, files)
 
 
-def make_videos(args: DemoArgs, jobs: list[tuple[DemoArgs, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
+def make_videos(args: DemoArgs, jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
     """Generates the videos that do not exist yet. Loads the models if there are any."""
     missing, defaults = [], settings_of(DemoArgs())
     for video, resolution in jobs:
@@ -125,7 +125,8 @@ def make_videos(args: DemoArgs, jobs: list[tuple[DemoArgs, Resolution]], model_d
         count = f"{number} of {len(missing)}: " if len(missing) > 1 else ""
         steps = f"{video.num_inference_steps} steps, seed {video.seed}"
         print(f"{count}Generating {task_of(video, spec)}, {resolution}, {steps}", flush=True)
-        make_video(pipeline, video, resolution, record, spec, embeddings)
+        with located(video):
+            make_video(pipeline, video, resolution, record, spec, embeddings)
 
 
 def make_video(
@@ -157,7 +158,7 @@ def make_video(
     print(f"{output}: {len(frames)} frames in {time.perf_counter() - started:.1f} s")
 
 
-def save_contact_sheet(videos: list[DemoArgs]) -> None:
+def save_contact_sheet(videos: Sequence[DemoArgs]) -> None:
     """Draws a row of frames of each video that exists; of at most `SHEET_ROWS`, evenly spaced."""
     made = [video for video in videos if video.output_path is not None and video.output_path.is_file()]
     if not made:
@@ -170,7 +171,7 @@ def save_contact_sheet(videos: list[DemoArgs]) -> None:
     print(f"{len(shown)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
 
 
-def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image | str]]:
+def sheet_rows(videos: Sequence[DemoArgs]) -> Iterator[tuple[str, Image.Image | str]]:
     """Yields the caption and the frames of each video, or why it cannot be read."""
     for video in videos:
         assert video.output_path is not None

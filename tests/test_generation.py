@@ -19,6 +19,8 @@ from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.generation.args import DemoArgs, parse_demo
+from utils.generation.checks import check
+from utils.generation.inputs import notes_of
 from utils.generation.record import read_record
 from utils.generation.videos import videos_of
 from utils.model import loading
@@ -234,8 +236,30 @@ def test_prompts_are_separated_by_line_ends_alone(tmp_path, name):
 
 
 def test_every_unreadable_image_is_reported(tiny, tmp_path):
+    """Under the line that names it; blank lines count, and several videos of a line are one error."""
     lines = [json.dumps({"prompt": "x", "image": f"{number}.png"}) for number in range(2)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n\n".join(lines))
+    flags = ["--model_path", tiny("5b-i2v"), "--prompt_file", file, "--num_videos", 2, "--output_path", tmp_path]
     with pytest.raises(UserError) as caught:
-        generate("--model_path", tiny("5b-i2v"), "--prompt_file", tmp_path / "prompts.jsonl", "--output_path", tmp_path)
-    assert len(caught.value.errors) == 2 and "1.png cannot be read" in caught.value.errors[1]
+        generate(*flags)
+    assert len(caught.value.errors) == 2
+    assert caught.value.errors[1].startswith(f"--prompt_file {file}, line 3: --image_or_video_path {tmp_path}/1.png ")
+    shutil.copy(FIRST_FRAME, tmp_path / "0.png")
+    file.write_text("\n".join([lines[0], '{"prompt": "x"}', lines[0][:-1] + ', "width": 100}']))
+    with pytest.raises(UserError) as caught:
+        generate(*flags)
+    two, three = caught.value.errors
+    assert two == f"--prompt_file {file}, line 2: i2v needs --image_or_video_path."
+    assert three.startswith(f"--prompt_file {file}, line 3: --num_frames x --height x --width 9x64x100: ")
+
+
+def test_shorter_source_clip_is_noted_and_not_printed_by_the_check(tiny, tmp_path, capsys):
+    loading.write_video([Image.new("RGB", (64, 64))] * 20, tmp_path / "clip.mp4", 8)
+    flags = ["--prompt", "x", "--generate_type", "v2v", "--image_or_video_path", tmp_path / "clip.mp4"]
+    args = parse_demo([str(flag) for flag in ["--model_path", tiny("5b"), *flags, "--num_frames", 49]])
+    spec, videos = read_spec(tiny("5b")), videos_of(args)
+    [resolution] = check(args, videos, spec)
+    assert resolution.frames == 17 and not capsys.readouterr().out
+    [note] = notes_of(videos[0], spec, resolution)
+    assert note.endswith("clip.mp4 has 20 frames at 8 fps; the video has 17 frames and not 49.")

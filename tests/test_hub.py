@@ -89,7 +89,10 @@ def test_run_and_command_publish_a_checkpoint_with_its_card(hub, tiny, data, val
     push_to_hub.main()
     assert hub.repositories["lab/kitten"] is False
     hub.refuses_commits = True
-    with pytest.raises(UserError, match=r"the upload failed .*quota used up.* The checkpoint is complete; try again"):
+    with pytest.raises(
+        UserError,
+        match=r"^--name lab/kitten: the upload failed .*quota used up.* The checkpoint is complete; try again",
+    ):
         push_to_hub.main()
     for weight in weights:
         (out / "checkpoint-2" / weight).unlink()

@@ -54,7 +54,7 @@ def check_hub(name: str, flag: str = "--push_to_hub") -> str:
         raise UserError(f"{flag} {name}: the hub refuses or cannot be reached ({_first_line(error)}).") from error
 
 
-def push(checkpoint: Path, name: str, private: bool) -> str:
+def push(checkpoint: Path, name: str, private: bool, flag: str = "--push_to_hub") -> str:
     """Uploads a checkpoint and its model card in one commit. Returns the address of the repository.
 
     Args:
@@ -80,7 +80,7 @@ def push(checkpoint: Path, name: str, private: bool) -> str:
         api.create_commit(name, operations, commit_message=f"{checkpoint.name}: weights and model card")
     except Exception as error:  # as above
         raise UserError(
-            f"--push_to_hub {name}: the upload failed ({_first_line(error)}). The checkpoint is complete; try again: "
+            f"{flag} {name}: the upload failed ({_first_line(error)}). The checkpoint is complete; try again: "
             f"python -m utils.commands.push_to_hub --checkpoint {checkpoint} --name {name}"
             + ("" if private else " --private false"),
             on_every_rank=False,
