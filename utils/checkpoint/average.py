@@ -142,6 +142,8 @@ def mean_lora(checkpoints: list[Path], folder: Path) -> Lora:
         folder: of the mean, for messages.
     """
     loras = [read_lora(checkpoint, "The checkpoint") for checkpoint in checkpoints]
+    for lora in loras:
+        lora.check_finite()
     means = mean([_matrices(lora) for lora in loras], checkpoints)
     adapters = {layer: Adapter(means[f"{layer}.A"], means[f"{layer}.B"], 1.0) for layer in loras[0].adapters}
     return Lora(folder, "The mean", adapters, loras[0].metadata, [])

@@ -63,6 +63,8 @@ def trained_positions(transformer: Path | None, loras: Sequence[Path], spec: Mod
     Raises:
         UserError: two LoRAs were trained differently.
     """
+    if spec.task == "t2v":  # `Lora.check_fits` refuses LoRAs that state their positions
+        loras = []
     stated = {lora: text for lora in loras if (text := stated_in_lora(lora).get("learned_positions"))}
     if len(set(stated.values())) > 1:
         ways = ", ".join(f"{lora} with {text}" for lora, text in stated.items())

@@ -88,7 +88,8 @@ def check_models(args: DemoArgs, spec: ModelSpec, report: CheckReport) -> None:
         report.errors.append(
             "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
         )
-    report.run(read_loras, args, spec)
+    for lora, _ in report.run(read_loras, args, spec) or []:
+        report.run(lora.check_finite)
     if args.transformer_path is not None:
         report.run(check_transformer, args.transformer_path, spec)
     if args.compile and (error := compile_error()):
