@@ -63,7 +63,9 @@ class DemoArgs:
         (1.0,), help="strength of the LoRAs, one for all or one per file; 1.0: as trained; 0: base model"
     )
     transformer_path: Path | None = option(
-        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
+        None,
+        help="folder checkpoint-N of a full fine-tuning run, a transformer/, the output of zero_to_fp32.py, or a file "
+        "for ComfyUI",
     )
     learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
         None,

@@ -9,9 +9,9 @@ from typing import TypeVar
 from dataset.containers import ClipError
 from dataset.video import Resolution, frames_available, probe
 from utils.checkpoint.adapters import scales_for
-from utils.checkpoint.finetuned import find_transformer, trained_positions
+from utils.checkpoint.export import POSITIONS
+from utils.checkpoint.finetuned import find_transformer, read_without_config, trained_positions
 from utils.checkpoint.lora_reader import Lora, read_lora
-from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import check_writable, unreadable
 from utils.generation.args import PATHS, DemoArgs
@@ -144,10 +144,15 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
     model_class = loading.CogVideoXTransformer3DModel
     if not (folder / "config.json").is_file():
         try:
-            shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
+            stored = read_without_config(folder, spec.transformer)
+        except UserError:
+            raise
         except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
             raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
-        check_shapes(shapes, folder, flag, model_class, spec.transformer, strict=True)
+        shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+        # the base has the learned positions that a file for ComfyUI lacks
+        expected = spec.transformer | {LEARNED: POSITIONS in shapes}
+        check_shapes(shapes, folder, flag, model_class, expected, strict=True)
         return
     config = read_config(folder / "config.json", model_class, flag)
     for name, expected in spec.transformer.items():
