@@ -30,7 +30,7 @@ from utils.checkpoint.lora_reader import lora_sources
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import flags_in_errors
-from utils.generation.args import DemoArgs, parse_demo, settings_of
+from utils.generation.args import DemoArgs, parse_demo, relative_paths, settings_of
 from utils.generation.checks import check, task_of, with_positions
 from utils.generation.comparison import save_picture, side_by_side
 from utils.generation.inputs import files_of, notes_of
@@ -104,7 +104,9 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
     files |= {path: lora_sources(path, "--lora_path") for path in video.lora_path}
     if video.transformer_path is not None:
         files[video.transformer_path] = [find_transformer(video.transformer_path)]
-    return make_record(settings_of(video), resolved, model_dir, video.variant, files)
+    settings = settings_of(video)
+    is_relative = any(Path(path).exists() for _, path in relative_paths(settings))
+    return make_record(settings, resolved, model_dir, video.variant, files, is_relative)
 
 
 def make_videos(args: DemoArgs, jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec) -> None:

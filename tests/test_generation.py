@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,35 @@ def test_records_that_were_edited_are_checked(tmp_path, record, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=f"--again {tmp_path}/a.mp4: .*{message}"):
         parse_demo(["--again", str(tmp_path / "a.mp4")])
+
+
+def test_relative_paths_of_a_record_start_where_the_video_was_made(tmp_path, monkeypatch):
+    made, other = tmp_path / "made", tmp_path / "other"
+    for folder in (made / "models" / "base", other):
+        folder.mkdir(parents=True)
+    (made / "a.safetensors").touch()
+    settings = {"prompt": "x", "model_path": "models/base", "lora_path": ["a.safetensors", "/b"], "last_image": None}
+    (made / "a.mp4").touch()
+
+    def parse(record, *flags):
+        (made / "a.json").write_text(json.dumps({"settings": settings} | record))
+        return parse_demo(["--again", str(made / "a.mp4"), *flags])
+
+    monkeypatch.chdir(other)
+    args = parse({"folder": str(made)})
+    assert (args.model_path, args.lora_path) == (str(made / "models/base"), (made / "a.safetensors", Path("/b")))
+    message = "its record names a.safetensors, a path relative to the folder where the video was made{}; there is no"
+    with pytest.raises(UserError, match=message.format("")):  # of an earlier version
+        parse({})
+    assert parse({}, "--lora_path", "b").model_path == "models/base"  # which may be a hub id
+    (made / "a.safetensors").unlink()
+    with pytest.raises(UserError, match=message.format(rf" \({made}\)")):
+        parse({"folder": str(made)})
+    (other / "a.safetensors").touch()  # moved
+    assert parse({"folder": str(made)}).lora_path[0] == Path("a.safetensors")
+    monkeypatch.chdir(made)
+    (made / "a.safetensors").touch()
+    assert parse({"folder": str(made)}).lora_path[0] == Path("a.safetensors")  # so that the record is the same
 
 
 def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):

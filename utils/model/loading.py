@@ -48,14 +48,18 @@ _TOKENIZER_FILES = (
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def is_hub_id(model_path: str) -> bool:
+    """Whether `--model_path` has the form of a model hub id, which a folder may have too."""
+    return model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
+
+
 def resolve_model_dir(model_path: str) -> Path:
     """Returns the folder of a checkpoint. Downloads a model hub id to the hub's cache if it is not there yet.
 
     Raises:
         UserError: the download fails.
     """
-    is_hub_id = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
-    if Path(model_path).is_dir() or not is_hub_id:
+    if Path(model_path).is_dir() or not is_hub_id(model_path):
         return expand_user(model_path)
     try:
         return Path(snapshot_download(model_path, allow_patterns=[f"{name}/*" for name in COMPONENTS]))
