@@ -219,7 +219,10 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
 def write_video(frames: list[Image.Image], path: Path, fps: float, comment: str = "") -> None:
     """Writes an mp4 file with the settings of diffusers' `export_to_video`. Equal arguments give equal bytes.
 
+    Sizes that are no multiples of 16 are kept, which diffusers rounds up.
+
     Args:
+        frames: of even height and width, which the encoder needs.
         comment: text for the metadata.
 
     Raises:
@@ -228,7 +231,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: float, comment: str 
     path.unlink(missing_ok=True)
     metadata = ["-metadata", f"comment={comment}"] if comment else []
     try:
-        with imageio.get_writer(path, fps=fps, quality=5.0, macro_block_size=16, output_params=metadata) as writer:
+        with imageio.get_writer(path, fps=fps, quality=5.0, macro_block_size=2, output_params=metadata) as writer:
             for frame in frames:
                 writer.append_data(np.asarray(frame))
     except OSError:  # without a number if ffmpeg has ended early
