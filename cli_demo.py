@@ -49,8 +49,8 @@ from utils.model import loading
 from utils.model.encoders import prompt_notes
 from utils.model.spec import ModelSpec, read_spec
 
-# Rows of the contact sheet.
-SHEET_ROWS = 40
+# Rows of the contact sheet, and names of videos in an error.
+SHEET_ROWS, MAX_NAMES = 40, 10
 
 
 def main() -> int:
@@ -62,15 +62,20 @@ def main() -> int:
     shard, processes = own_shard(), num_processes()
     if shard is None:
         print_notes(args, videos, resolutions, model_dir, spec)
-    exit_code = 0
+    failures: list[str] = []
+    jobs = list(zip(videos, resolutions, strict=True))
     if shard is None and processes > 1 and not args.is_single:
-        exit_code = start_processes(sys.argv[1:], processes)
+        failures = start_processes(sys.argv[1:], processes)
     else:
-        jobs = list(zip(videos, resolutions, strict=True))
         make_videos(args, jobs if shard is None else shard.select(jobs), model_dir, spec)
     if shard is None and len(videos) > 1:
         save_contact_sheet(videos)
-    return exit_code
+    if failures:
+        names = [str(video.output_path) for video, *_ in missing_videos(jobs, model_dir, spec)]
+        listed = ", ".join(names[:MAX_NAMES]) + (" and others" if len(names) > MAX_NAMES else "")
+        made = f"{len(names)} of {len(videos)} videos were not made: {listed}. " if names else ""
+        raise UserError(f"{' '.join(failures)} {made}Run the same command again; it makes only what is missing.")
+    return 0
 
 
 def print_notes(
@@ -109,15 +114,26 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
     return make_record(settings, resolved, model_dir, video.variant, files, is_relative)
 
 
+def missing_videos(
+    jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec
+) -> list[tuple[Video, Resolution, Record]]:
+    """Returns the videos that do not exist yet with the same settings, each with its record."""
+    defaults = settings_of(DemoArgs())
+    found = ((video, resolution, record_of(video, resolution, model_dir, spec)) for video, resolution in jobs)
+    return [
+        (video, resolution, record)
+        for video, resolution, record in found
+        if video.output_path is None or not is_made(record, video.output_path, defaults)
+    ]
+
+
 def make_videos(args: DemoArgs, jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
     """Generates the videos that do not exist yet. Loads the models if there are any."""
-    missing, defaults = [], settings_of(DemoArgs())
-    for video, resolution in jobs:
-        record = record_of(video, resolution, model_dir, spec)
-        if video.output_path is not None and is_made(record, video.output_path, defaults):
+    missing = missing_videos(jobs, model_dir, spec)
+    missing_paths = {video.output_path for video, *_ in missing}
+    for video, _ in jobs:
+        if video.output_path not in missing_paths:
             print(f"{video.output_path} exists, made with the same settings")
-        else:
-            missing.append((video, resolution, record))
     if not missing:
         return
     texts = [text for video, *_ in missing for text in (video.prompt, video.negative_prompt) if text is not None]

@@ -19,6 +19,7 @@ from tests.conftest import FIRST_FRAME, arguments, generate, succeed
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
+from utils.generation import processes
 from utils.generation.args import DemoArgs, parse_demo
 from utils.generation.checks import check
 from utils.generation.inputs import notes_of
@@ -156,7 +157,7 @@ def test_quantized_and_compiled_transformers_make_nearly_the_same_video(tiny, tm
 
 
 @pytest.mark.slow
-def test_processes_share_the_videos(tiny, tmp_path):
+def test_processes_share_the_videos(tiny, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a circle\na square\na triangle\n")
     flags = ["--model_path", tiny("5b"), *STEPS, "--prompt_file", tmp_path / "prompts.txt"]
     output = succeed("cli_demo.py", *map(str, [*flags, "--output_path", tmp_path / "two"]), processes=2)
@@ -165,6 +166,17 @@ def test_processes_share_the_videos(tiny, tmp_path):
     for number in range(3):
         one, two = (tmp_path / folder / f"00{number}.mp4" for folder in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+
+    (tmp_path / "one" / "002.mp4").write_bytes(b"")  # as if the first process was killed while it wrote the file
+    (tmp_path / "cli_demo.py").write_text(
+        "import os; os.environ['CLI_DEMO_SHARD'] == '0/2' and os.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setenv("NUM_PROCESSES", "2")
+    with pytest.raises(
+        UserError, match=rf"^Process 0 was killed, .* 1 of 3 videos were not made: {tmp_path}/one/002.mp4\."
+    ):
+        generate(*flags, "--output_path", tmp_path / "one")
 
 
 @pytest.mark.parametrize(
