@@ -104,7 +104,7 @@ def test_mean_of_checkpoints_loads_and_is_published_as_a_checkpoint(
     published = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix == ".safetensors"}
     assert published <= hub.files.keys() and "samples/000.mp4" not in hub.files
     card = hub.files["README.md"].decode()
-    assert "The weights are the mean of those after 1, 2, 10 updates." in card and "\n10 updates on" in card
+    assert "The weights are the mean of those after 1, 2 and 10 updates." in card and "\n10 updates on" in card
 
 
 def test_checkpoints_that_cannot_be_averaged_are_refused(tiny, data, run, average_of, capsys):

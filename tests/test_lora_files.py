@@ -199,8 +199,8 @@ def test_contents_of_files_are_named_truthfully(tiny, tmp_path):
     saved = save(adapter)
     header = saved[8 : 8 + int.from_bytes(saved[:8], "little")]
     begins_like_a_pickle = (0x280).to_bytes(8, "little") + header.ljust(0x280) + saved[8 + len(header) :]
-    (tmp_path / "x.safetensors").write_bytes(begins_like_a_pickle)
-    assert len(read_lora(tmp_path / "x.safetensors", "--lora_path").adapters) == 1
+    (tmp_path / "x.bin").write_bytes(begins_like_a_pickle)
+    assert len(read_lora(tmp_path / "x.bin", "--lora_path").adapters) == 1
 
 
 @pytest.mark.parametrize(("variant", "base"), [("5b", "CogVideoX-5b-I2V"), ("1.5", "CogVideoX1.5-5B-I2V")])

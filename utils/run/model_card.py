@@ -144,7 +144,7 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"---\n{_metadata(run, token)}\n---",
         f"# {title}",
         f"A {kind} for {base}, {TASKS[run.task].replace('-', ' ')}.",
-        f"The weights are the mean of those after {_text(run.average_of)} updates." if run.average_of else "",
+        _mean_of(run.average_of),
         f"The word `{token}` in a prompt calls the trained concept." if token else "",
         "## Use",
         *_usage(run, name, run.base or "path/to/the/base", files),
@@ -156,6 +156,13 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"![loss]({CURVES_FILE})" if run.losses else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _mean_of(steps: list[int]) -> str:
+    if not steps:
+        return ""
+    *others, last = map(str, steps)
+    return f"The weights are the mean of those after {', '.join(others)} and {last} updates."
 
 
 def _metadata(run: Publication, token: str) -> str:
