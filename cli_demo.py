@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from utils.checkpoint.lora_reader import lora_sources
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import flags_in_errors
-from utils.generation.args import DemoArgs, parse_demo, settings_of
+from utils.generation.args import DemoArgs, parse_demo, relative_paths, settings_of
 from utils.generation.checks import check, task_of, with_positions
 from utils.generation.comparison import save_picture, side_by_side
 from utils.generation.inputs import files_of, notes_of
@@ -44,13 +44,13 @@ from utils.generation.pipeline import (
 )
 from utils.generation.processes import num_processes, own_shard, start_processes
 from utils.generation.record import Record, differences, is_made, make_record, read_record, save_record
-from utils.generation.videos import videos_of
+from utils.generation.videos import Video, located, videos_of
 from utils.model import loading
 from utils.model.encoders import prompt_notes
 from utils.model.spec import ModelSpec, read_spec
 
-# Rows of the contact sheet.
-SHEET_ROWS = 40
+# Rows of the contact sheet, and names of videos in an error.
+SHEET_ROWS, MAX_NAMES = 40, 10
 
 
 def main() -> int:
@@ -62,19 +62,24 @@ def main() -> int:
     shard, processes = own_shard(), num_processes()
     if shard is None:
         print_notes(args, videos, resolutions, model_dir, spec)
-    exit_code = 0
+    failures: list[str] = []
+    jobs = list(zip(videos, resolutions, strict=True))
     if shard is None and processes > 1 and not args.is_single:
-        exit_code = start_processes(sys.argv[1:], processes)
+        failures = start_processes(sys.argv[1:], processes)
     else:
-        jobs = list(zip(videos, resolutions, strict=True))
         make_videos(args, jobs if shard is None else shard.select(jobs), model_dir, spec)
     if shard is None and len(videos) > 1:
         save_contact_sheet(videos)
-    return exit_code
+    if failures:
+        names = [str(video.output_path) for video, *_ in missing_videos(jobs, model_dir, spec)]
+        listed = ", ".join(names[:MAX_NAMES]) + (" and others" if len(names) > MAX_NAMES else "")
+        made = f"{len(names)} of {len(videos)} videos were not made: {listed}. " if names else ""
+        raise UserError(f"{' '.join(failures)} {made}Run the same command again; it makes only what is missing.")
+    return 0
 
 
 def print_notes(
-    args: DemoArgs, videos: list[DemoArgs], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
+    args: DemoArgs, videos: list[Video], resolutions: list[Resolution], model_dir: Path, spec: ModelSpec
 ) -> None:
     """Prints notes on models, prompts and videos, each once. Raises UserError with every file that cannot be read."""
     notes, report = loading.variant_notes(model_dir, args.variant), CheckReport()
@@ -104,18 +109,31 @@ def record_of(video: DemoArgs, resolution: Resolution, model_dir: Path, spec: Mo
     files |= {path: lora_sources(path, "--lora_path") for path in video.lora_path}
     if video.transformer_path is not None:
         files[video.transformer_path] = [find_transformer(video.transformer_path)]
-    return make_record(settings_of(video), resolved, model_dir, video.variant, files)
+    settings = settings_of(video)
+    is_relative = any(Path(path).exists() for _, path in relative_paths(settings))
+    return make_record(settings, resolved, model_dir, video.variant, files, is_relative)
 
 
-def make_videos(args: DemoArgs, jobs: list[tuple[DemoArgs, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
+def missing_videos(
+    jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec
+) -> list[tuple[Video, Resolution, Record]]:
+    """Returns the videos that do not exist yet with the same settings, each with its record."""
+    defaults = settings_of(DemoArgs())
+    found = ((video, resolution, record_of(video, resolution, model_dir, spec)) for video, resolution in jobs)
+    return [
+        (video, resolution, record)
+        for video, resolution, record in found
+        if video.output_path is None or not is_made(record, video.output_path, defaults)
+    ]
+
+
+def make_videos(args: DemoArgs, jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
     """Generates the videos that do not exist yet. Loads the models if there are any."""
-    missing, defaults = [], settings_of(DemoArgs())
-    for video, resolution in jobs:
-        record = record_of(video, resolution, model_dir, spec)
-        if video.output_path is not None and is_made(record, video.output_path, defaults):
+    missing = missing_videos(jobs, model_dir, spec)
+    missing_paths = {video.output_path for video, *_ in missing}
+    for video, _ in jobs:
+        if video.output_path not in missing_paths:
             print(f"{video.output_path} exists, made with the same settings")
-        else:
-            missing.append((video, resolution, record))
     if not missing:
         return
     texts = [text for video, *_ in missing for text in (video.prompt, video.negative_prompt) if text is not None]
@@ -125,7 +143,8 @@ def make_videos(args: DemoArgs, jobs: list[tuple[DemoArgs, Resolution]], model_d
         count = f"{number} of {len(missing)}: " if len(missing) > 1 else ""
         steps = f"{video.num_inference_steps} steps, seed {video.seed}"
         print(f"{count}Generating {task_of(video, spec)}, {resolution}, {steps}", flush=True)
-        make_video(pipeline, video, resolution, record, spec, embeddings)
+        with located(video):
+            make_video(pipeline, video, resolution, record, spec, embeddings)
 
 
 def make_video(
@@ -157,7 +176,7 @@ def make_video(
     print(f"{output}: {len(frames)} frames in {time.perf_counter() - started:.1f} s")
 
 
-def save_contact_sheet(videos: list[DemoArgs]) -> None:
+def save_contact_sheet(videos: Sequence[DemoArgs]) -> None:
     """Draws a row of frames of each video that exists; of at most `SHEET_ROWS`, evenly spaced."""
     made = [video for video in videos if video.output_path is not None and video.output_path.is_file()]
     if not made:
@@ -170,7 +189,7 @@ def save_contact_sheet(videos: list[DemoArgs]) -> None:
     print(f"{len(shown)} of {len(videos)} videos in {folder / 'contact_sheet.png'}")
 
 
-def sheet_rows(videos: list[DemoArgs]) -> Iterator[tuple[str, Image.Image | str]]:
+def sheet_rows(videos: Sequence[DemoArgs]) -> Iterator[tuple[str, Image.Image | str]]:
     """Yields the caption and the frames of each video, or why it cannot be read."""
     for video in videos:
         assert video.output_path is not None

@@ -15,9 +15,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import get_peft_model_state_dict
 
 import cli_demo
+from tests.fake_hub import fake_hub
 from tests.tiny_models import build
 from tests.warm_start import run_warm
 from utils.checkpoint.lora_files import lora_paths, save_lora
@@ -77,6 +79,16 @@ def validation(tmp_path: Path) -> Path:
     return shutil.copytree(
         ROOT / "examples" / "validation", tmp_path / "validation", ignore=shutil.ignore_patterns("latent")
     )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Returns a server that stands for the model hub, which this process then uses with a token."""
+    with fake_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        yield server
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ class Hub:
         repositories: name -> private; created by the client.
         files: path -> content of the last commit.
         requests: method and path of every request.
+        answers: path -> status and headers, in place of the usual answer.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Hub:
         self.repositories: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.answers: dict[str, tuple[int, dict[str, str]]] = {}
         self.refuses_commits = False
         self.url = ""
 
@@ -74,7 +76,7 @@ def fake_hub() -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -84,7 +86,10 @@ def fake_hub() -> Iterator[Hub]:
 
 
 def answer_request(hub: Hub, handler: Any, path: str, body: bytes) -> None:
-    if path == "/api/whoami-v2":
+    if path in hub.answers:
+        code, headers = hub.answers[path]
+        handler.answer(code, {}, **headers)
+    elif path == "/api/whoami-v2":
         handler.answer(401, {"error": "Invalid token"}) if hub.account is None else handler.answer(200, hub.account)
     elif "/auth-check" in path:
         name = "/".join(path.split("/")[3:5])

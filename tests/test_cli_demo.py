@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import imageio
+import numpy as np
 import pytest
+from PIL import Image
 
 import cli_demo
+from dataset.decoders import open_reader
 from dataset.video import probe
 from tests.conftest import FIRST_FRAME, ROOT, generate, run
 from utils.generation.args import DemoArgs
@@ -35,6 +39,16 @@ def test_videos_have_the_native_or_the_requested_size(tiny, tmp_path, variant, o
     generate("--model_path", str(tiny(variant)), *common, *options)
     info = probe(output)
     assert (info.frames, info.height, info.width, info.fps) == size
+
+
+def test_video_keeps_sizes_that_are_no_multiples_of_16(tmp_path, caplog):
+    picture = Image.new("RGB", (40, 24))
+    picture.paste((250, 20, 20), (0, 0, 20, 24))
+    loading.write_video([picture] * 9, tmp_path / "a.mp4", 8)
+    info = probe(tmp_path / "a.mp4")
+    assert (info.frames, info.height, info.width) == (9, 24, 40) and not caplog.text
+    for read in (lambda path: next(open_reader(path).read([8])), lambda path: imageio.mimread(path)[8]):
+        assert np.abs(read(tmp_path / "a.mp4").astype(int) - np.asarray(picture)).mean() < 5
 
 
 def test_native_clip_of_1_5_is_not_its_square_limit(tiny):

@@ -15,7 +15,11 @@ from utils.checkpoint.finetuned import find_transformer, trained_positions
 from utils.checkpoint.lora_reader import WEIGHTS_FILE
 from utils.common.errors import UserError
 from utils.config.args import parse_args
+from utils.generation.args import parse_demo
+from utils.generation.checks import check_transformer, with_positions
+from utils.generation.pipeline import load_pipeline
 from utils.model import loading
+from utils.model.spec import read_spec
 from utils.run.checks import check_init_lora
 from utils.run.preflight import fill_in_defaults
 
@@ -42,6 +46,28 @@ def test_merged_transformer_gives_the_output_of_the_adapters(trained, tmp_path, 
     if variant == "5b-i2v":
         in_comfyui.patch_embed.pos_embedding.copy_(merged.patch_embed.pos_embedding)
     assert torch.equal(predict(in_comfyui, spec), predict(merged, spec))
+    args = parse_demo(["--model_path", str(model_dir), "--prompt", "x", "--transformer_path", str(file)])
+    check_transformer(file, with_positions(args, spec))
+    in_demo = load_pipeline(args, model_dir, spec).transformer
+    assert all(torch.equal(weight, in_demo.state_dict()[name]) for name, weight in merged.state_dict().items())
+    torch.testing.assert_close(predict(in_demo, spec), predict(merged, spec), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("blocks.1.ff_out.bias"), r"1 tensors differ, such as transformer_blocks.1.ff.net.2.b"),
+        (lambda state: state.update(x=torch.ones(2)), "1 tensors differ, such as x, which is"),
+        (lambda state: state.update({"blocks.0.q.lora_A.weight": torch.ones(2, 2)}), "holds a LoRA; give it as --lora"),
+    ],
+)
+def test_wrong_comfyui_transformers_are_refused(tiny, tmp_path, change, message):
+    convert(tiny("5b"), "--format", "comfyui", "--output_path", tmp_path / "x.safetensors")
+    state = load_file(tmp_path / "x.safetensors")
+    change(state)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=rf"--transformer_path:? \S+x.safetensors .*{message}"):
+        check_transformer(tmp_path / "x.safetensors", read_spec(tiny("5b")))
 
 
 @pytest.mark.parametrize("choice", ["drop", "interpolate"])

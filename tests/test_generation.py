@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from tests.conftest import FIRST_FRAME, arguments, generate, succeed
 from utils.checkpoint.lora_files import lora_paths, save_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
+from utils.generation import processes
 from utils.generation.args import DemoArgs, parse_demo
+from utils.generation.checks import check
+from utils.generation.inputs import notes_of
 from utils.generation.record import read_record
 from utils.generation.videos import videos_of
 from utils.model import loading
@@ -153,7 +157,7 @@ def test_quantized_and_compiled_transformers_make_nearly_the_same_video(tiny, tm
 
 
 @pytest.mark.slow
-def test_processes_share_the_videos(tiny, tmp_path):
+def test_processes_share_the_videos(tiny, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a circle\na square\na triangle\n")
     flags = ["--model_path", tiny("5b"), *STEPS, "--prompt_file", tmp_path / "prompts.txt"]
     output = succeed("cli_demo.py", *map(str, [*flags, "--output_path", tmp_path / "two"]), processes=2)
@@ -162,6 +166,17 @@ def test_processes_share_the_videos(tiny, tmp_path):
     for number in range(3):
         one, two = (tmp_path / folder / f"00{number}.mp4" for folder in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+
+    (tmp_path / "one" / "002.mp4").write_bytes(b"")  # as if the first process was killed while it wrote the file
+    (tmp_path / "cli_demo.py").write_text(
+        "import os; os.environ['CLI_DEMO_SHARD'] == '0/2' and os.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setenv("NUM_PROCESSES", "2")
+    with pytest.raises(
+        UserError, match=rf"^Process 0 was killed, .* 1 of 3 videos were not made: {tmp_path}/one/002.mp4\."
+    ):
+        generate(*flags, "--output_path", tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +220,35 @@ def test_records_that_were_edited_are_checked(tmp_path, record, message):
         parse_demo(["--again", str(tmp_path / "a.mp4")])
 
 
+def test_relative_paths_of_a_record_start_where_the_video_was_made(tmp_path, monkeypatch):
+    made, other = tmp_path / "made", tmp_path / "other"
+    for folder in (made / "models" / "base", other):
+        folder.mkdir(parents=True)
+    (made / "a.safetensors").touch()
+    settings = {"prompt": "x", "model_path": "models/base", "lora_path": ["a.safetensors", "/b"], "last_image": None}
+    (made / "a.mp4").touch()
+
+    def parse(record, *flags):
+        (made / "a.json").write_text(json.dumps({"settings": settings} | record))
+        return parse_demo(["--again", str(made / "a.mp4"), *flags])
+
+    monkeypatch.chdir(other)
+    args = parse({"folder": str(made)})
+    assert (args.model_path, args.lora_path) == (str(made / "models/base"), (made / "a.safetensors", Path("/b")))
+    message = "its record names a.safetensors, a path relative to the folder where the video was made{}; there is no"
+    with pytest.raises(UserError, match=message.format("")):  # of an earlier version
+        parse({})
+    assert parse({}, "--lora_path", "b").model_path == "models/base"  # which may be a hub id
+    (made / "a.safetensors").unlink()
+    with pytest.raises(UserError, match=message.format(rf" \({made}\)")):
+        parse({"folder": str(made)})
+    (other / "a.safetensors").touch()  # moved
+    assert parse({"folder": str(made)}).lora_path[0] == Path("a.safetensors")
+    monkeypatch.chdir(made)
+    (made / "a.safetensors").touch()
+    assert parse({"folder": str(made)}).lora_path[0] == Path("a.safetensors")  # so that the record is the same
+
+
 def test_every_wrong_line_of_a_prompt_file_is_reported(tmp_path):
     lines = {
         '{"prompt": "x", "lora_path": "y"}': "lora_path cannot be set for one video",
@@ -234,8 +278,30 @@ def test_prompts_are_separated_by_line_ends_alone(tmp_path, name):
 
 
 def test_every_unreadable_image_is_reported(tiny, tmp_path):
+    """Under the line that names it; blank lines count, and several videos of a line are one error."""
     lines = [json.dumps({"prompt": "x", "image": f"{number}.png"}) for number in range(2)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n\n".join(lines))
+    flags = ["--model_path", tiny("5b-i2v"), "--prompt_file", file, "--num_videos", 2, "--output_path", tmp_path]
     with pytest.raises(UserError) as caught:
-        generate("--model_path", tiny("5b-i2v"), "--prompt_file", tmp_path / "prompts.jsonl", "--output_path", tmp_path)
-    assert len(caught.value.errors) == 2 and "1.png cannot be read" in caught.value.errors[1]
+        generate(*flags)
+    assert len(caught.value.errors) == 2
+    assert caught.value.errors[1].startswith(f"--prompt_file {file}, line 3: --image_or_video_path {tmp_path}/1.png ")
+    shutil.copy(FIRST_FRAME, tmp_path / "0.png")
+    file.write_text("\n".join([lines[0], '{"prompt": "x"}', lines[0][:-1] + ', "width": 100}']))
+    with pytest.raises(UserError) as caught:
+        generate(*flags)
+    two, three = caught.value.errors
+    assert two == f"--prompt_file {file}, line 2: i2v needs --image_or_video_path."
+    assert three.startswith(f"--prompt_file {file}, line 3: --num_frames x --height x --width 9x64x100: ")
+
+
+def test_shorter_source_clip_is_noted_and_not_printed_by_the_check(tiny, tmp_path, capsys):
+    loading.write_video([Image.new("RGB", (64, 64))] * 20, tmp_path / "clip.mp4", 8)
+    flags = ["--prompt", "x", "--generate_type", "v2v", "--image_or_video_path", tmp_path / "clip.mp4"]
+    args = parse_demo([str(flag) for flag in ["--model_path", tiny("5b"), *flags, "--num_frames", 49]])
+    spec, videos = read_spec(tiny("5b")), videos_of(args)
+    [resolution] = check(args, videos, spec)
+    assert resolution.frames == 17 and not capsys.readouterr().out
+    [note] = notes_of(videos[0], spec, resolution)
+    assert note.endswith("clip.mp4 has 20 frames at 8 fps; the video has 17 frames and not 49.")

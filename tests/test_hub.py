@@ -9,32 +9,34 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from tests.conftest import arguments, command, environment
-from tests.fake_hub import fake_hub
 from utils.commands import push_to_hub
 from utils.common.errors import UserError
 from utils.run.hub import check_hub
 from utils.run.model_card import Publication, model_card
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    with fake_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_token")
-        yield server
-
-
 def test_name_gets_its_user_and_may_be_that_of_an_organization(hub):
     assert check_hub("kitten") == "ada/kitten" and check_hub("lab/kitten") == "lab/kitten"
+    hub.account = fine_grained("repo.content.read", "repo.write")
+    assert check_hub("kitten") == "ada/kitten"
     assert not hub.repositories  # nothing is created before the upload
+
+
+def fine_grained(*permissions: str) -> dict[str, Any]:
+    """Returns the answer to whoami for a token with these permissions on what the user owns."""
+    scope = {"entity": {"type": "user", "name": "ada"}, "permissions": permissions}
+    token = {"role": "fineGrained", "fineGrained": {"global": ["discussion.write"], "scoped": [scope]}}
+    return {"name": "ada", "orgs": [{"name": "lab"}], "auth": {"accessToken": token}}
 
 
 @pytest.mark.parametrize(
     ("account", "name", "message"),
     [
         (None, "kitten", r"the hub refuses or cannot be reached .*[Ii]nvalid"),
-        ({"name": "ada", "auth": {"accessToken": {"role": "read"}}}, "kitten", "the token may only read"),
+        ({"name": "ada", "auth": {"accessToken": {"role": "read"}}}, "kitten", "the token may not write to ada/kitten"),
+        (fine_grained("repo.content.read"), "kitten", "the token may not write to ada/kitten; create one that may"),
+        (fine_grained("repo.write"), "lab/kitten", "the token may not write to lab/kitten"),
+        (fine_grained("repo.write"), "a/b/c", "the name is not valid"),
         ({"name": "ada"}, "lab/kitten", "ada cannot write there; it can write to ada"),
         ({"name": "ada", "orgs": [{"name": "lab", "roleInOrg": "read"}]}, "lab/kitten", "ada cannot write there"),
         ({"name": "ada"}, "a kitten", "the name is not valid"),
@@ -44,6 +46,27 @@ def test_what_cannot_be_published_is_refused_at_the_start(hub, account, name, me
     hub.account = account
     with pytest.raises(UserError, match=f"--push_to_hub {name}: {message}"):
         check_hub(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "message"),
+    [
+        (403, "", "ada may not write to ada/kitten."),
+        (403, "GatedRepo", "ada may not write to ada/kitten."),
+        (500, "", "the hub refuses or cannot be reached"),
+    ],
+)
+def test_command_ends_before_weights_are_read(hub, tmp_path, monkeypatch, code, kind, message):
+    """If the user may not write to a repository that exists."""
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "progress.json").write_text('{"step": 1}')
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    hub.answers["/api/models/ada/kitten/auth-check/write"] = (code, {"X_Error_Code": kind} if kind else {})
+    monkeypatch.setattr(push_to_hub, "push", None)
+    monkeypatch.setattr("sys.argv", ["push_to_hub", "--checkpoint", str(tmp_path), "--name", "kitten"])
+    with pytest.raises(UserError, match=f"^--name kitten: {message}") as caught:
+        push_to_hub.main()
+    assert len(caught.value.errors) == 1 and "\n" not in caught.value.errors[0]
 
 
 def test_hub_is_asked_for_and_needs_token_and_network(hub, monkeypatch):
@@ -99,7 +122,10 @@ def test_run_and_command_publish_a_checkpoint_with_its_card(hub, tiny, data, val
     push_to_hub.main()
     assert hub.repositories["lab/kitten"] is False
     hub.refuses_commits = True
-    with pytest.raises(UserError, match=r"the upload failed .*quota used up.* The checkpoint is complete; try again"):
+    with pytest.raises(
+        UserError,
+        match=r"^--name lab/kitten: the upload failed .*quota used up.* The checkpoint is complete; try again",
+    ):
         push_to_hub.main()
     for weight in weights:
         (out / "checkpoint-2" / weight).unlink()

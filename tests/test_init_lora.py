@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.conftest import arguments
+from tests.conftest import arguments, generate
 from tests.loras import load_base, predict
 from utils.checkpoint.adapters import start_from
-from utils.checkpoint.lora_reader import read_lora
+from utils.checkpoint.average import mean_lora
+from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
 from utils.common.errors import CheckReport, UserError
 from utils.config.args import parse_args
+from utils.model import loading
 from utils.model.spec import read_spec
 from utils.run.checks import check_init_lora
 from utils.run.preflight import BaseModel, check_initial_lora, fill_in_defaults
@@ -49,6 +52,26 @@ def test_lora_that_does_not_fit_the_run_is_refused(trained, tiny, data, tmp_path
     args = parse_args(arguments(model_dir, data, tmp_path, "--init_lora", folder, *options))
     with pytest.raises(UserError, match=message):
         check_init_lora(args, spec)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_values_that_are_not_finite_are_found_before_weights_are_read(trained, data, tmp_path, monkeypatch, value):
+    """In the checks of a run, dry or not, in those of the demo, and in a mean."""
+    model_dir, spec, _, folder = trained("5b", 4)
+    state = load_file(folder / WEIGHTS_FILE)
+    name = "transformer.transformer_blocks.1.attn1.to_v.lora_B.weight"
+    state[name][3, 2] = value
+    save_file(state, folder / WEIGHTS_FILE)
+    message = rf"{WEIGHTS_FILE}: {name.removeprefix('transformer.')} holds values that are not finite"
+    args = parse_args(arguments(model_dir, data, tmp_path, "--init_lora", folder))
+    with pytest.raises(UserError, match=f"--init_lora .*{message}"):
+        check_init_lora(args, spec)
+    monkeypatch.setattr(loading, "load_transformer", None)
+    monkeypatch.setattr(loading, "load_text_encoder", None)
+    with pytest.raises(UserError, match=f"--lora_path .*{message}"):
+        generate("--model_path", model_dir, "--prompt", "x", "--lora_path", folder)
+    with pytest.raises(UserError, match=message):
+        mean_lora([folder, folder], tmp_path / "mean")
 
 
 def test_resumed_run_needs_no_lora(tiny, data, tmp_path):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from tests import comfyui_reader
-from tests.conftest import LFS_POINTER, arguments
+from tests.conftest import LFS_POINTER, arguments, generate
 from tests.loras import load_base, load_lora, predict
 from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
 from utils.common.errors import UserError
@@ -185,7 +185,7 @@ def test_contents_of_files_are_named_truthfully(tiny, tmp_path):
         ({"lora_te1_text_model_encoder_layers_0_self_attn_k_proj.alpha": torch.ones(1)}, "of a text encoder"),
         (adapter | {f"diffusion_model.{name}": weight for name, weight in adapter.items()}, "to_q twice"),
         (convolution, "no matrices of a linear layer"),
-        ([adapter], "a dictionary of tensors is expected"),
+        ([adapter], "holds an object of type list; a dictionary of tensors is expected.$"),
         (adapter | {"run": Path("x")}, "holds objects of Python beside tensors"),
     ):
         torch.save(content, tmp_path / "x.pt")
@@ -193,6 +193,26 @@ def test_contents_of_files_are_named_truthfully(tiny, tmp_path):
             read_lora(tmp_path / "x.pt", "--lora_path")
     torch.save(adapter, tmp_path / "old.bin", _use_new_zipfile_serialization=False)  # as torch before 1.6
     assert len(read_lora(tmp_path / "old.bin", "--lora_path").adapters) == 1
+    torch.save(adapter, tmp_path / "old.bin", _use_new_zipfile_serialization=False, pickle_protocol=4)
+    with pytest.raises(UserError, match="is incomplete, or holds objects of Python"):
+        read_lora(tmp_path / "old.bin", "--lora_path")
+    saved = save(adapter)
+    header = saved[8 : 8 + int.from_bytes(saved[:8], "little")]
+    begins_like_a_pickle = (0x280).to_bytes(8, "little") + header.ljust(0x280) + saved[8 + len(header) :]
+    (tmp_path / "x.bin").write_bytes(begins_like_a_pickle)
+    assert len(read_lora(tmp_path / "x.bin", "--lora_path").adapters) == 1
+
+
+@pytest.mark.parametrize(("variant", "base"), [("5b", "CogVideoX-5b-I2V"), ("1.5", "CogVideoX1.5-5B-I2V")])
+def test_lora_for_image_to_video_names_the_base_that_it_needs(trained, tiny, variant, base):
+    """By the positions in the metadata, which 5b-I2V alone has, or by the input channels, which 1.5 can adapt."""
+    *_, folder = trained(f"{variant}-i2v", 4, "--target_modules", *ALL_LINEAR, *(["proj"] if variant == "1.5" else []))
+    if variant == "5b":
+        save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, {"learned_positions": "keep"})
+    flags = ["--model_path", tiny(variant), "--prompt", "x", "--lora_path", folder]
+    with pytest.raises(UserError, match=r"was trained for image to video, with 32 input channels; .* has 16") as caught:
+        generate(*flags)
+    assert len(caught.value.errors) == 1 and caught.value.errors[0].endswith(f"such as THUDM/{base}.")
 
 
 def test_strength_of_merged_files_of_kohya_is_that_of_the_layers(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint.finetuned import load_merged
+from utils.checkpoint.finetuned import load_without_config
 from utils.common.errors import UserError
 from utils.generation.checks import check_transformer
 from utils.model.spec import read_spec
@@ -37,7 +37,7 @@ def merged(tiny, tmp_path):
 def test_sharded_merge_is_loaded(merged):
     folder, spec = merged({})
     check_transformer(folder, spec)
-    transformer = load_merged(folder, spec.transformer, torch.bfloat16)
+    transformer = load_without_config(folder, spec.transformer, torch.bfloat16)
     assert {weight.dtype for weight in transformer.parameters()} == {torch.bfloat16}
 
 
@@ -64,7 +64,7 @@ def test_unexpected_names_and_shapes_are_refused(merged, changes, message):
 def test_missing_shards_and_nonfinite_values_are_refused(merged):
     folder, spec = merged({"norm_final.weight": torch.full((64,), torch.nan)})
     with pytest.raises(UserError, match=r"norm_final.weight holds values that are not finite"):
-        load_merged(folder, spec.transformer, torch.float32)
+        load_without_config(folder, spec.transformer, torch.float32)
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors is missing\); merge the checkpoint again"):
         check_transformer(folder, spec)

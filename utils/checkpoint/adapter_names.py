@@ -37,7 +37,7 @@ FOREIGN_FILES = (
         r"^((model\.)?diffusion_model\.)?(transformer\.)?"
         r"(transformer_blocks\.\d+\.attn1\.to_q|blocks\.\d+\.q|layers\.\d+\.attention\.query_key_value)\.weight$",
         "a whole transformer",
-        "It is no LoRA; cli_demo.py takes a transformer in the diffusers format, by its folder, as --transformer_path.",
+        "It is no LoRA; cli_demo.py takes a transformer in the format of diffusers or ComfyUI as --transformer_path.",
     ),
     (r"(double|single)(_transformer)?_blocks[._]", "adapters of Flux or HunyuanVideo", _OTHER_MODEL),
     (r"^(text_encoders?|lora_te\d?)[._]", "adapters of a text encoder", "CogVideoX is trained without them."),

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from utils.checkpoint.export import TransformerWeights, export, open_checkpoint
-from utils.checkpoint.lora_reader import WEIGHTS_FILE
-from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE
+from utils.checkpoint.lora_files import convert_lora, format_of, lora_paths
+from utils.checkpoint.lora_reader import Adapter, Lora, read_lora
+from utils.checkpoint.manager import ARGS_FILE, AVERAGE_OF, PROGRESS_FILE
 from utils.checkpoint.resume import FIXED_OPTIONS
-from utils.checkpoint.stored_weights import StoredTensor, read_safetensors
+from utils.checkpoint.saved_weights import lora_name
+from utils.checkpoint.stored_weights import StoredTensor
 from utils.common.errors import UserError
 from utils.common.filesystem import apply_umask, unreadable_in
 
@@ -51,12 +51,20 @@ class RunRecord:
 
 
 def read_record(checkpoint: Path) -> RunRecord:
-    """Reads args.json and progress.json of a checkpoint. Raises UserError if one is missing or damaged."""
+    """Reads args.json and progress.json of a checkpoint.
+
+    Raises:
+        UserError: one is missing or damaged, or the folder holds a mean.
+    """
     try:
         args, progress = (json.loads((checkpoint / name).read_text()) for name in (ARGS_FILE, PROGRESS_FILE))
+        if steps := progress.get(AVERAGE_OF):
+            raise UserError(f"{checkpoint} is the mean of the checkpoints {', '.join(map(str, steps))}; give those.")
         options = {(group, name): args[group][name] for group, name in SHARED_OPTIONS}
         return RunRecord(progress["step"], (progress["base"], progress.get("base_by_meaning", "")), options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = unreadable_in(checkpoint) or f"it is not the folder checkpoint-N of a training run ({error})"
         raise UserError(f"{checkpoint}: {reason}.") from error
 
@@ -82,13 +90,15 @@ def check_same_run(checkpoints: list[Path]) -> list[RunRecord]:
     return records
 
 
-def write_average(checkpoints: list[Path], folder: Path, is_lora: bool, dtype: torch.dtype) -> int:
+def write_average(checkpoints: list[Path], records: list[RunRecord], folder: Path, dtype: torch.dtype) -> int:
     """Writes the mean of checkpoints to a new folder, in the format of a checkpoint without its training state.
 
-    Full fine-tuning: one tensor of one checkpoint is in memory at a time, beside a shard of the mean.
+    One tensor of one checkpoint is in memory at a time, beside the mean, or a shard of it for full fine-tuning.
 
     Args:
-        folder: new folder; it gets pytorch_lora_weights.safetensors, or transformer/ in `dtype`, and args.json.
+        records: what the checkpoints say about their run.
+        folder: new folder. It gets the LoRA in the formats of the newest checkpoint, or transformer/ in `dtype`, and
+            args.json and progress.json of the newest checkpoint.
 
     Returns:
         the number of tensors.
@@ -96,42 +106,60 @@ def write_average(checkpoints: list[Path], folder: Path, is_lora: bool, dtype: t
     Raises:
         UserError: a checkpoint is damaged, holds values that are not finite, or differs in its tensors.
     """
-    tmp_dir = folder.with_name(f".{folder.name}.tmp")
+    newest, tmp_dir = checkpoints[_newest(records)], folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp_dir, ignore_errors=True)
     try:
         tmp_dir.mkdir(parents=True)
-        if is_lora:
-            weights = mean([read_lora(checkpoint) for checkpoint in checkpoints], checkpoints)
-            with safe_open(checkpoints[0] / WEIGHTS_FILE, framework="pt") as file:
-                metadata = file.metadata()
-            tensors = {name: tensor.read() for name, tensor in weights.items()}
-            if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-                raise UserError(f"The mean of {damaged[0]} is not finite; one of the checkpoints is damaged.")
-            save_file(tensors, tmp_dir / WEIGHTS_FILE, metadata)
-            apply_umask(tmp_dir / WEIGHTS_FILE)
+        if records[0].is_lora:
+            paths = lora_paths(tmp_dir, format_of(newest), lora_name(folder))
+            lora = mean_lora(checkpoints, folder)
+            convert_lora(lora, paths)
+            apply_umask(*paths.values())
+            count = 2 * len(lora.adapters)
         else:
             opened = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
             weights = mean([dict(weights.tensors) for weights in opened], checkpoints)
-            export(TransformerWeights(weights, opened[0].config_file, "checkpoints"), tmp_dir / "transformer", dtype)
-        shutil.copyfile(checkpoints[-1] / ARGS_FILE, tmp_dir / ARGS_FILE)
+            export(TransformerWeights(weights, opened[0].config_file, "The mean"), tmp_dir / "transformer", dtype)
+            count = len(weights)
+        shutil.copyfile(newest / ARGS_FILE, tmp_dir / ARGS_FILE)
+        progress = json.loads((newest / PROGRESS_FILE).read_text())
+        progress[AVERAGE_OF] = sorted(record.step for record in records)
+        (tmp_dir / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
         tmp_dir.rename(folder)
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
-    return len(weights)
+    return count
 
 
-def read_lora(checkpoint: Path) -> dict[str, StoredTensor]:
-    """Opens the adapters of a checkpoint. Raises UserError if they are missing or damaged."""
-    file = checkpoint / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(
-            f"{file} is missing. If the run had --lora_format comfyui, write it with python -m utils.commands.export "
-            f"--checkpoint {checkpoint}."
-        )
-    try:
-        return read_safetensors([file])
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: {unreadable_in(checkpoint) or f'it is damaged ({error})'}.") from error
+def _newest(records: list[RunRecord]) -> int:
+    return max(range(len(records)), key=lambda number: records[number].step)
+
+
+def mean_lora(checkpoints: list[Path], folder: Path) -> Lora:
+    """Returns the mean of LoRAs in any of a run's formats. Its tensors are computed when they are read.
+
+    Args:
+        folder: of the mean, for messages.
+    """
+    loras = [read_lora(checkpoint, "The checkpoint") for checkpoint in checkpoints]
+    for lora in loras:
+        lora.check_finite()
+    means = mean([_matrices(lora) for lora in loras], checkpoints)
+    adapters = {layer: Adapter(means[f"{layer}.A"], means[f"{layer}.B"], 1.0) for layer in loras[0].adapters}
+    return Lora(folder, "The mean", adapters, loras[0].metadata, [])
+
+
+def _matrices(lora: Lora) -> dict[str, StoredTensor]:
+    """Returns the A and B of each layer. The strength is folded into B."""
+    matrices = {}
+    for layer, adapter in lora.adapters.items():
+        matrices[f"{layer}.A"] = adapter.a
+        matrices[f"{layer}.B"] = StoredTensor(adapter.b.shape, partial(_strong, adapter))
+    return matrices
+
+
+def _strong(adapter: Adapter) -> torch.Tensor:
+    return adapter.b.read().float() * adapter.strength
 
 
 def mean(weights: list[dict[str, StoredTensor]], checkpoints: list[Path]) -> Mapping[str, StoredTensor]:

@@ -28,6 +28,13 @@ def lora_paths(folder: Path, choice: str, name: str) -> dict[str, Path]:
     return {format: path for format, path in paths.items() if choice in (format, "both")}
 
 
+def format_of(folder: Path) -> str:
+    """Returns the formats of the LoRA in a checkpoint folder: "diffusers", "comfyui" or "both"."""
+    if not any(folder.glob(f"*{COMFYUI_SUFFIX}")):
+        return "diffusers"
+    return "both" if (folder / WEIGHTS_FILE).is_file() else "comfyui"
+
+
 def save_lora(
     state: dict[str, torch.Tensor], config: LoraConfig, paths: Mapping[str, Path], stated: Mapping[str, str]
 ) -> None:

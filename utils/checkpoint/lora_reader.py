@@ -11,16 +11,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from utils.checkpoint.adapter_names import Part, describe_foreign, parse_name, sat_adapters
-from utils.checkpoint.stored_weights import StoredTensor, read_safetensors
+from utils.checkpoint.stored_weights import StoredTensor, open_weights
 from utils.common.errors import UserError
 from utils.common.filesystem import unreadable
 from utils.training.trainable import linear_layers
@@ -29,16 +27,6 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_SUFFIX = "-comfyui.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # of diffusers: config of the adapters, in the file's metadata
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Entries of a .bin or .pt file that hold its tensors.
-_NESTED = ("module", "state_dict", "model")
-# The beginning of a file of torch.save: a zip archive, or a pickle of torch before 1.6.
-_SAVED, _SAVED_BY_OLD_TORCH = b"PK\x03\x04", b"\x80\x02"
-# DeepSpeed's files, which SAT writes, hold numpy's random state. numpy 2 has renamed the module of its function.
-_RECONSTRUCT = np.zeros(0).__reduce__()[0]
-_RANDOM_STATE: list[Any] = [
-    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *(np.ndarray, np.dtype, type(np.dtype("uint32"))),
-]
 _MAX_NAMES = 3
 
 
@@ -101,8 +89,32 @@ class Lora:
             raise UserError(f"{self.flag} {self.file}: {not_finite[0]} holds values that are not finite.")
         return tensors
 
+    def check_finite(self) -> None:
+        """Reads all values. Takes 0.1 s per 500 MB that the system has in memory.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        for layer, adapter in self.adapters.items():
+            for name, tensor in (("A", adapter.a), ("B", adapter.b)):
+                smallest, largest = tensor.read().float().aminmax()  # both are NaN if a value is; faster than isfinite
+                if not (smallest.isfinite() and largest.isfinite()):
+                    subject = f"{self.flag} {self.file}: {layer}.lora_{name}.weight"
+                    raise UserError(f"{subject} holds values that are not finite.")
+
     def check_fits(self, config: dict[str, Any]) -> None:
-        """Raises UserError if an adapter does not fit its layer of a transformer with this config. Reads no weights."""
+        """Checks that the adapters fit the layers of a transformer with this config. Reads no weights.
+
+        Raises:
+            UserError: one does not, or the LoRA is one for image to video and the transformer is not.
+        """
+        channels, image_channels = config["in_channels"], 2 * config["out_channels"]
+        if channels != image_channels and (base := self._image_to_video_base(config)):
+            raise UserError(
+                f"{self.flag} {self.file} was trained for image to video, with {image_channels} input channels; this "
+                f"transformer has {channels}, for text to video. Give the base that it was trained on as --model_path, "
+                f"such as THUDM/{base}."
+            )
         layers = linear_layers(config)
         wrong = []
         for name, adapter in self.adapters.items():
@@ -117,6 +129,16 @@ class Lora:
                 f"{self.flag} {self.file}: {len(wrong)} of {len(self.adapters)} adapters do not fit this transformer, "
                 f"such as that of {wrong[0]}. Was it trained on another checkpoint?"
             )
+
+    def _image_to_video_base(self, config: dict[str, Any]) -> str | None:
+        """Returns the name of the base, if the file shows that it is one for image to video; None otherwise."""
+        if "learned_positions" in self.metadata:  # only this model has them
+            return "CogVideoX-5b-I2V"
+        projection = self.adapters.get("patch_embed.proj")  # a linear layer in CogVideoX1.5 alone
+        pixels = config["patch_size"] ** 2 * (config["patch_size_t"] or 1)
+        if projection is not None and projection.a.shape[1] == 2 * config["out_channels"] * pixels:
+            return "CogVideoX1.5-5B-I2V"
+        return None
 
 
 def lora_in(folder: Path) -> Path | None:
@@ -180,7 +202,7 @@ def read_lora(path: Path, flag: str, config: dict[str, Any] | None = None) -> Lo
         UserError: there is no such file, or it holds something else, is incomplete, or does not fit.
     """
     file = find_lora(path, flag)
-    tensors, metadata = _open(file, flag)
+    tensors, metadata = open_weights(file, flag)
     is_sat = bool(sat := sat_adapters(tensors))
     layers = _by_layer({name: tensors[name] for name in sat or tensors}, f"{flag} {file}")
     strength_of = _strengths(file, metadata, flag)
@@ -212,45 +234,6 @@ def read_lora(path: Path, flag: str, config: dict[str, Any] | None = None) -> Lo
     if config is not None:
         lora.check_fits(config)
     return lora
-
-
-def _open(file: Path, flag: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Returns the tensors of a safetensors or torch.save file, and its metadata. Raises UserError if it is damaged."""
-    if reason := unreadable(file):
-        raise UserError(f"{flag} {file}: {reason}.")
-    try:
-        with file.open("rb") as content:
-            start = content.read(4)
-        if start == _SAVED or start[:2] == _SAVED_BY_OLD_TORCH:
-            return _read_pickle(file, start == _SAVED), {}
-        with safe_open(file, framework="pt") as weights:
-            metadata = weights.metadata() or {}
-        return read_safetensors([file]), metadata
-    except UnpicklingError as error:
-        raise UserError(
-            f"{flag} {file} holds objects of Python beside tensors, which are not loaded since they may run code; save "
-            "its tensors alone."
-        ) from error
-    except Exception as error:  # whatever the readers of pickle and safetensors files raise
-        kind = "safetensors" if isinstance(error, SafetensorError | OSError) else "weights"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{flag} {file} cannot be read as {kind} ({reason}); is it complete?") from error
-
-
-def _read_pickle(file: Path, is_zip: bool) -> dict[str, StoredTensor]:
-    """Returns the tensors of a file of torch.save, memory-mapped if possible. Runs no code that the file may hold."""
-    with torch.serialization.safe_globals(_RANDOM_STATE):
-        content = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
-    if not isinstance(content, dict):
-        raise TypeError("a dictionary of tensors is expected")
-    for name in _NESTED:
-        if isinstance(content.get(name), dict):
-            content = content[name]
-    return {
-        str(name): StoredTensor(tuple(tensor.shape), tensor.detach)
-        for name, tensor in content.items()
-        if torch.is_tensor(tensor)
-    }
 
 
 def _by_layer(tensors: Mapping[str, StoredTensor], subject: str) -> dict[str, dict[Part, StoredTensor]]:

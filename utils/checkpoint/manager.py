@@ -56,6 +56,8 @@ from utils.training.weight_average import WeightAverage
 
 ARGS_FILE = "args.json"
 PROGRESS_FILE = "progress.json"
+# Entry of progress.json beside the mean of checkpoints: their steps. Such a folder has no training state.
+AVERAGE_OF = "average_of"
 
 
 @dataclass

@@ -10,7 +10,14 @@ from typing import Any
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE, Progress, damaged_zero_files, find_checkpoints
+from utils.checkpoint.manager import (
+    ARGS_FILE,
+    AVERAGE_OF,
+    PROGRESS_FILE,
+    Progress,
+    damaged_zero_files,
+    find_checkpoints,
+)
 from utils.checkpoint.saved_weights import ADAPTERS_AS_TRAINED, TRAINING_STATE
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user, unreadable, unreadable_in
@@ -87,13 +94,18 @@ def read_progress(args: Args, folder: Path, current: Progress) -> Progress:
         )
     try:
         saved = json.loads((folder / ARGS_FILE).read_text())
-        progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+        stored = json.loads((folder / PROGRESS_FILE).read_text())
+        if AVERAGE_OF in stored:
+            raise UserError(f"{flag}: {folder} is a mean, which has no optimizer states; use a checkpoint. {available}")
+        progress = Progress(**stored)
         # earlier versions kept the learned positions, in models that have them
         saved["model"].setdefault("learned_positions", args.model.learned_positions and "keep")
         trained_with = {(group, name): saved[group][name] for group, name in FIXED_OPTIONS}
         precision = saved["training"]["mixed_precision"]
         if not all(isinstance(count, int) for name, count in asdict(progress).items() if name not in NOT_COUNTS):
             raise ValueError(f"{PROGRESS_FILE} has counts that are not integers")
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         if reason := unreadable_in(folder):
             raise UserError(f"{flag}: {reason}.") from error

@@ -2,7 +2,7 @@
 
 Supported formats: safetensors (diffusers, `zero_to_fp32.py --safe_serialization`), the .bin files that
 `zero_to_fp32.py` writes by default, and unmerged checkpoints of DeepSpeed ZeRO-1, 2 and 3, whose float32 weights are
-divided among the files of all ranks.
+divided among the files of all ranks. LoRAs of other tools are single files, of safetensors or of `torch.save`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,34 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from utils.common.errors import UserError
+from utils.common.filesystem import unreadable
 
 LATEST = "latest"
 MERGED_NAMES = ("model.safetensors", "pytorch_model.bin")
+# Entries of a .bin or .pt file that hold its tensors.
+_NESTED = ("module", "state_dict", "model")
+# The beginning of a file of torch.save: a zip archive, or a pickle of torch before 1.6. A safetensors file begins with
+# 8 bytes that may be equal to these, the length of its JSON header.
+_ZIP, _PICKLE, _HEADER = b"PK\x03\x04", b"\x80", b"{"
+# DeepSpeed's files, which SAT writes, hold numpy's random state. numpy 2 has renamed the module of its function.
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_RANDOM_STATE: list[Any] = [
+    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(np.ndarray, np.dtype, type(np.dtype("uint32"))),
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,49 @@ def read_safetensors(files: list[Path]) -> dict[str, StoredTensor]:
             shape = tuple(weights.get_slice(name).get_shape())
             tensors[name] = StoredTensor(shape, partial(weights.get_tensor, name))
     return tensors
+
+
+def open_weights(file: Path, flag: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Returns the tensors of a safetensors or torch.save file, and its metadata. Raises UserError if it is damaged."""
+    if reason := unreadable(file):
+        raise UserError(f"{flag} {file}: {reason}.")
+    try:
+        with file.open("rb") as content:
+            start = content.read(9)
+        if start.startswith((_ZIP, _PICKLE)) and not start.endswith(_HEADER):
+            return _read_pickle(file, flag, start.startswith(_ZIP)), {}
+        with safe_open(file, framework="pt") as weights:
+            metadata = weights.metadata() or {}
+        return read_safetensors([file]), metadata
+    except UserError:
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"{flag} {file} is incomplete, or holds objects of Python beside tensors, which are not loaded since they "
+            "may run code; save its tensors alone."
+        ) from error
+    except Exception as error:  # whatever the readers of pickle and safetensors files raise
+        kind = "safetensors" if isinstance(error, SafetensorError | OSError) else "weights"
+        reason = re.split(r"\.\s+(?=[A-Z])|\n", str(error))[0] or type(error).__name__  # torch adds advice
+        raise UserError(f"{flag} {file} cannot be read as {kind} ({reason}); is it complete?") from error
+
+
+def _read_pickle(file: Path, flag: str, is_zip: bool) -> dict[str, StoredTensor]:
+    """Returns the tensors of a file of torch.save, memory-mapped if possible. Runs no code that the file may hold."""
+    with torch.serialization.safe_globals(_RANDOM_STATE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other protocols and of TorchScript, which end in an error
+        content = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise UserError(f"{flag} {file} holds an object of type {found}; a dictionary of tensors is expected.")
+    for name in _NESTED:
+        if isinstance(content.get(name), dict):
+            content = content[name]
+    return {
+        str(name): StoredTensor(tuple(tensor.shape), tensor.detach)
+        for name, tensor in content.items()
+        if torch.is_tensor(tensor)
+    }
 
 
 def read_bins(files: list[Path]) -> dict[str, StoredTensor]:

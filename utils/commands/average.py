@@ -56,7 +56,7 @@ def main() -> None:
     check_writable(target.parent, "--output_path")
     print_losses(checkpoints)
     with flags_in_errors({"--output_path": target.parent}):
-        count = write_average(checkpoints, target, records[0].is_lora, DTYPES[args.dtype])
+        count = write_average(checkpoints, records, target, DTYPES[args.dtype])
     print(f"{target}: mean of {len(checkpoints)} checkpoints, {count} tensors")
 
 

@@ -31,7 +31,8 @@ def main() -> None:
     )
     read_publication(args.checkpoint)
     find_weights(args.checkpoint)
-    print(f"Published {push(args.checkpoint, check_hub(args.name, '--name'), args.private)}")
+    name = check_hub(args.name, "--name")
+    print(f"Published {push(args.checkpoint, name, args.private, '--name')}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from utils.config.options import (
     require_text,
 )
 from utils.generation.record import read_record
+from utils.model.loading import is_hub_id
 
 # The record is an argument of ffmpeg, which Linux limits to 128 KiB; characters that JSON escapes count twice.
 MAX_PROMPT_BYTES = 30_000
@@ -63,7 +64,9 @@ class DemoArgs:
         (1.0,), help="strength of the LoRAs, one for all or one per file; 1.0: as trained; 0: base model"
     )
     transformer_path: Path | None = option(
-        None, help="folder checkpoint-N of a full fine-tuning run, a transformer/, or the output of zero_to_fp32.py"
+        None,
+        help="folder checkpoint-N of a full fine-tuning run, a transformer/, the output of zero_to_fp32.py, or a file "
+        "for ComfyUI",
     )
     learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
         None,
@@ -158,6 +161,7 @@ class DemoArgs:
 
 
 PATHS = {"image_or_video_path", "last_image", "prefix_video"}
+PATH_SETTINGS = ("model_path", "lora_path", "transformer_path", *sorted(PATHS))
 # The flags that say which videos to make and where, and not how a video looks.
 NOT_SETTINGS = ("prompt_file", "num_videos", "output_path", "again")
 
@@ -170,18 +174,65 @@ def parse_demo(argv: list[str] | None = None) -> DemoArgs:
     """
     parser = make_parser("Generates videos with CogVideoX, fine-tuned or not.")
     add_options(parser, DemoArgs)
-    args = collect(vars(parser.parse_args(argv)), DemoArgs)
-    if args.again is not None:
+    args, errors = collect(vars(parser.parse_args(argv)), DemoArgs), []
+    if (video := args.again) is not None:
         try:
-            recorded = parser.parse_args(flags_of(read_record(args.again)["settings"]))
+            record = read_record(video)
+            settings = with_folder(record)
+            recorded = parser.parse_args(flags_of(settings))
         except UserError as error:
-            raise UserError(f"--again {args.again}: {message}" for message in error.errors) from error
+            raise UserError(f"--again {video}: {message}" for message in error.errors) from error
         args = collect(vars(parser.parse_args(argv, recorded)), DemoArgs)
+        errors += [f"--again {video}: {message}" for message in missing_paths(args, settings, record.get("folder"))]
         if args.output_path is None:
-            args = replace(args, output_path=args.again.with_name(f"{args.again.stem}-again.mp4"))
-    if errors := list(args.errors()):
+            args = replace(args, output_path=video.with_name(f"{video.stem}-again.mp4"))
+    if errors := [*errors, *args.errors()]:
         raise UserError(errors)
     return args
+
+
+def relative_paths(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns setting, path for each path in the settings of a record that is relative. The base may be a hub id."""
+    values = {name: settings.get(name) for name in PATH_SETTINGS}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [
+        (name, path)
+        for name, paths in lists.items()
+        for path in paths
+        if isinstance(path, str) and path and not Path(path).is_absolute()
+    ]
+
+
+def with_folder(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a record. Relative paths start at the folder where the video was made, if they exist."""
+    settings, folder = dict(record["settings"]), Path(record.get("folder", "."))
+    if folder.absolute() == Path.cwd():
+        return settings
+    for name, path in relative_paths(settings):
+        if (found := folder / path).exists():
+            value = settings[name]
+            settings[name] = (
+                [str(found) if item == path else item for item in value] if isinstance(value, list) else str(found)
+            )
+    return settings
+
+
+def missing_paths(args: DemoArgs, settings: dict[str, Any], folder: str | None) -> Iterator[str]:
+    """Yields an error for each relative path of a record that exists neither here nor where the video was made.
+
+    Args:
+        args: the flags; a path of the record may be replaced.
+        settings: as returned by `with_folder`.
+        folder: where the video was made; unknown in records of earlier versions.
+    """
+    used = settings_of(args)
+    where = f" ({folder})" if folder else ""
+    for name, path in relative_paths(settings):
+        if used[name] == settings[name] and not Path(path).exists() and not (name == "model_path" and is_hub_id(path)):
+            yield (
+                f"its record names {path}, a path relative to the folder where the video was made{where}; there is no "
+                f"such file here. Run the command in that folder, or give --{name}."
+            )
 
 
 def settings_of(args: DemoArgs) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from dataset.containers import ClipError
 from dataset.video import Resolution, frames_available, probe
 from utils.checkpoint.adapters import scales_for
-from utils.checkpoint.finetuned import find_transformer, trained_positions
+from utils.checkpoint.export import POSITIONS
+from utils.checkpoint.finetuned import find_transformer, read_without_config, trained_positions
 from utils.checkpoint.lora_reader import Lora, read_lora
-from utils.checkpoint.stored_weights import read_merged
 from utils.common.errors import CheckReport, UserError
 from utils.common.filesystem import check_writable, unreadable
 from utils.generation.args import PATHS, DemoArgs
+from utils.generation.videos import Video, located
 from utils.model import loading
 from utils.model.positions import choose_positions
 from utils.model.spec import LEARNED, ModelSpec
@@ -60,28 +61,19 @@ def choose_resolution(args: DemoArgs, spec: ModelSpec) -> Resolution:
     usable = (min(frames, available) - remainder) // 8 * 8 + remainder
     if usable < 8:
         raise UserError(f"--image_or_video_path {args.image_or_video_path}: {available} frames are too few for v2v.")
-    if usable != frames:
-        print(f"v2v: {usable} frames ({frames} requested; the clip has {available} at {args.fps or spec.fps:g} fps)")
     return Resolution(usable, resolution.height, resolution.width)
 
 
-def check(args: DemoArgs, videos: list[DemoArgs], spec: ModelSpec) -> list[Resolution]:
+def check(args: DemoArgs, videos: list[Video], spec: ModelSpec) -> list[Resolution]:
     """Checks the models and all videos. Returns the size of each video. Raises UserError with all errors."""
     report = CheckReport()
     check_models(args, spec, report)
     for folder in {video.output_path.parent for video in videos if video.output_path is not None}:
         report.run(check_writable, folder, "--output_path")
-    resolutions = []
-    for video in videos:
-        before = len(report.errors)
-        if (resolution := report.run(choose_resolution, video, spec)) is not None:
-            check_video(video, spec, resolution, report)
-            resolutions.append(resolution)
-        if len(videos) > 1:
-            report.errors[before:] = [f"{video.output_path}: {error}" for error in report.errors[before:]]
+    resolutions = [report.run(check_video, video, spec) for video in videos]
     if report.errors:
         raise UserError(dict.fromkeys(report.errors))
-    return resolutions
+    return [resolution for resolution in resolutions if resolution is not None]
 
 
 def check_models(args: DemoArgs, spec: ModelSpec, report: CheckReport) -> None:
@@ -96,35 +88,43 @@ def check_models(args: DemoArgs, spec: ModelSpec, report: CheckReport) -> None:
         report.errors.append(
             "--lora_path and --transformer_path cannot be combined; adapters fit only the base they were trained on."
         )
-    report.run(read_loras, args, spec)
+    for lora, _ in report.run(read_loras, args, spec) or []:
+        report.run(lora.check_finite)
     if args.transformer_path is not None:
         report.run(check_transformer, args.transformer_path, spec)
     if args.compile and (error := compile_error()):
         report.errors.append(f"--compile: torch.compile fails on this machine ({error}).")
 
 
-def check_video(video: DemoArgs, spec: ModelSpec, resolution: Resolution, report: CheckReport) -> None:
-    """Adds the errors of one video: its size, its image or clip, its file."""
-    errors, task = report.errors, task_of(video, spec)
-    errors += spec.resolution_errors(resolution, "--num_frames x --height x --width")
+def check_video(video: Video, spec: ModelSpec) -> Resolution:
+    """Returns the size of one video. Raises UserError with all errors of its size, its image or clip, and its file."""
+    with located(video):
+        resolution = choose_resolution(video, spec)
+        if errors := list(video_errors(video, spec, resolution)):
+            raise UserError(errors)
+    return resolution
+
+
+def video_errors(video: DemoArgs, spec: ModelSpec, resolution: Resolution) -> Iterator[str]:
+    """Yields what is wrong with the flags of one video."""
+    task = task_of(video, spec)
+    yield from spec.resolution_errors(resolution, "--num_frames x --height x --width")
     if task != "v2v" and resolution.frames % 8 != 1:
-        errors.append(f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49.")
+        yield f"--num_frames {resolution.frames}: the number must be 8N+1, such as 49."
     if task == "v2v" and int(video.num_inference_steps * video.strength) == 0:
-        errors.append(
-            f"--strength {video.strength} of --num_inference_steps {video.num_inference_steps} leaves no step."
-        )
+        yield f"--strength {video.strength} of --num_inference_steps {video.num_inference_steps} leaves no step."
     if task != "t2v" and video.image_or_video_path is None and video.prefix_video is None:
-        errors.append(f"{task} needs --image_or_video_path.")
+        yield f"{task} needs --image_or_video_path."
     for flag in ("last_image", "prefix_video"):
         if task != "i2v" and getattr(video, flag) is not None:
-            errors.append(f"--{flag} is for image to video (i2v); this is {task}.")
+            yield f"--{flag} is for image to video (i2v); this is {task}."
     if task == "t2v" and video.image_or_video_path is not None:
-        errors.append("--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path.")
+        yield "--image_or_video_path is given, but t2v takes none; add --generate_type v2v or omit the path."
     if video.output_path is not None and video.output_path.is_dir():
-        errors.append(f"--output_path {video.output_path} is a folder; give the name of an .mp4 file.")
+        yield f"--output_path {video.output_path} is a folder; give the name of an .mp4 file."
     sources = (path for name in PATHS if (path := getattr(video, name)) is not None)
     if video.output_path is not None and video.output_path.resolve() in [path.resolve() for path in sources]:
-        errors.append(f"--output_path {video.output_path} would overwrite the clip that the video starts from.")
+        yield f"--output_path {video.output_path} would overwrite the clip that the video starts from."
 
 
 def read_loras(args: DemoArgs, spec: ModelSpec) -> list[tuple[Lora, float]]:
@@ -144,10 +144,15 @@ def check_transformer(path: Path, spec: ModelSpec) -> None:
     model_class = loading.CogVideoXTransformer3DModel
     if not (folder / "config.json").is_file():
         try:
-            shapes = {name: list(stored.shape) for name, stored in read_merged(folder).items()}
+            stored = read_without_config(folder, spec.transformer)
+        except UserError:
+            raise
         except Exception as error:  # whatever the readers of zip, pickle and safetensors files raise
             raise UserError(f"{flag} {folder} is damaged ({error}); merge the checkpoint again.") from error
-        check_shapes(shapes, folder, flag, model_class, spec.transformer, strict=True)
+        shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+        # the base has the learned positions that a file for ComfyUI lacks
+        expected = spec.transformer | {LEARNED: POSITIONS in shapes}
+        check_shapes(shapes, folder, flag, model_class, expected, strict=True)
         return
     config = read_config(folder / "config.json", model_class, flag)
     for name, expected in spec.transformer.items():

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from utils.common.contact_sheet import contact_sheet, evenly_spaced, strip
 
-# Height of the titles above a video, in pixels; encoders need multiples of 16.
+# Height of the titles above a video, in pixels; encoders need an even height.
 TITLE_HEIGHT = 16
 
 

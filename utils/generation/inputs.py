@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_a
 from utils.common.errors import UserError
 from utils.generation.args import PATHS, DemoArgs
 from utils.generation.checks import as_user_error, task_of
+from utils.generation.videos import Video, located
 from utils.model.conditioned_pipeline import Condition
 from utils.model.encoders import to_model_range
 from utils.model.spec import ModelSpec
@@ -25,14 +27,20 @@ def files_of(args: DemoArgs) -> dict[str, Path]:
     return {f"--{name}": path for name in sorted(PATHS) if (path := getattr(args, name)) is not None}
 
 
-def notes_of(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> list[str]:
-    """Returns notes on a length that the model was not trained for, and on images and clips that are stretched.
+def notes_of(video: Video, spec: ModelSpec, resolution: Resolution) -> list[str]:
+    """Returns notes on the length of a video, and on images and clips that are stretched.
 
     Raises:
         UserError: an image or a clip cannot be read, or a clip to continue does not suit the length.
     """
-    task = task_of(args, spec)
-    notes = [] if task == "v2v" else spec.frames_notes(resolution.frames)
+    with located(video):
+        return list(_notes(video, spec, resolution))
+
+
+def _notes(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> Iterator[str]:
+    task, rate = task_of(args, spec), args.fps or spec.fps
+    if task != "v2v":
+        yield from spec.frames_notes(resolution.frames)
     for flag, path in files_of(args).items():
         is_image = flag == "--last_image" or (flag == "--image_or_video_path" and task == "i2v")
         info = (
@@ -42,12 +50,14 @@ def notes_of(args: DemoArgs, spec: ModelSpec, resolution: Resolution) -> list[st
         )
         change = stretch(info, resolution)
         if args.resize_mode == "stretch" and change > REPORTED_CHANGE:
-            notes.append(f"{path} is stretched by {change:.0%}; --resize_mode crop keeps its shape.")
+            yield f"{path} is stretched by {change:.0%}; --resize_mode crop keeps its shape."
+        requested = args.num_frames or spec.native.frames
+        if task == "v2v" and resolution.frames != requested:
+            clip = f"{path} has {frames_available(info, rate)} frames at {rate:g} fps"
+            yield f"{clip}; the video has {resolution.frames} frames and not {requested}."
     if args.prefix_video is not None:
         count, available = prefix_length(args, spec, resolution, args.prefix_video)
-        rate = f"{args.fps or spec.fps:g} fps"
-        notes.append(f"the last {count} of {available} frames at {rate} of {args.prefix_video} are the first frames.")
-    return notes
+        yield (f"the last {count} of {available} frames at {rate:g} fps of {args.prefix_video} are the first frames.")
 
 
 def prefix_length(args: DemoArgs, spec: ModelSpec, resolution: Resolution, path: Path) -> tuple[int, int]:

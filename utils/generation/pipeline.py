@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dataset.video import Resolution
 from utils.checkpoint.adapters import add_loras, scales_for
-from utils.checkpoint.finetuned import find_transformer, load_merged
+from utils.checkpoint.finetuned import find_transformer, load_without_config
 from utils.generation.args import DemoArgs
 from utils.generation.checks import read_loras, task_of
 from utils.generation.inputs import read_condition, read_task_inputs
@@ -23,6 +23,7 @@ from utils.memory.quantized_linear import quantize_blocks
 from utils.model import encoders, loading
 from utils.model.positions import set_learned_positions
 from utils.model.spec import ModelSpec
+from utils.model.weight_files import weight_files
 
 
 def device_here() -> torch.device:
@@ -59,7 +60,7 @@ def load_pipeline(args: DemoArgs, model_dir: Path, spec: ModelSpec) -> Any:
     if (weights / "config.json").is_file():
         transformer = loading.load_transformer(weights, dtype, variant=None if args.transformer_path else variant)
     else:
-        transformer = load_merged(weights, spec.transformer, dtype)
+        transformer = load_without_config(weights, spec.transformer, dtype, weight_files(base, variant))
     set_learned_positions(transformer, spec)
     if args.lora_path:
         loras, scales = zip(*read_loras(args, spec), strict=True)

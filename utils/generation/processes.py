@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import TypeVar
@@ -34,8 +35,12 @@ def own_shard() -> RankShard | None:
     return None if shard is None else RankShard(*map(int, shard.split("/")))
 
 
-def start_processes(argv: list[str], count: int) -> int:
-    """Runs the command in several processes, each with its own GPU if there are any. Returns the largest exit code."""
+def start_processes(argv: list[str], count: int) -> list[str]:
+    """Runs the command in several processes, each with its own GPU if there are any.
+
+    Returns:
+        a sentence for each process that failed. A failure does not end the others.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     started = []
@@ -46,8 +51,18 @@ def start_processes(argv: list[str], count: int) -> int:
         command = [sys.executable, str(ROOT / "cli_demo.py"), *argv]
         started.append(subprocess.Popen(command, env=os.environ | variables))
     try:
-        return max(abs(process.wait()) for process in started)
+        ends = [_describe_end(process.wait()) for process in started]
     finally:  # of an interruption too
         for process in started:
             process.terminate()
             process.wait()
+    return [f"Process {number} {end}." for number, end in enumerate(ends) if end]
+
+
+def _describe_end(exit_code: int) -> str:
+    """Returns how a process has failed; empty if it has not."""
+    if exit_code == -signal.SIGKILL:
+        return "was killed, as the system does when the host memory does not suffice"
+    if exit_code < 0:
+        return f"was ended by signal {-exit_code}"
+    return f"ended with exit code {exit_code}" if exit_code else ""

@@ -1,6 +1,7 @@
 """The record of a video: everything that made it, as JSON beside the file and in its metadata.
 
 {"settings":   the flags and their values
+ "folder":     where the command ran, if paths in the settings are relative to it
  "resolved":   task, size and length, frames per second, dtype and device
  "base":       fingerprint of the base checkpoint
  "files":      path, as in the settings -> digest of the LoRA, transformer, image or clip
@@ -32,16 +33,23 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "imageio-ffmpeg")
 
 
 def make_record(
-    settings: Record, resolved: Record, model_dir: Path, variant: str | None, files: Mapping[Path, list[Path]]
+    settings: Record,
+    resolved: Record,
+    model_dir: Path,
+    variant: str | None,
+    files: Mapping[Path, list[Path]],
+    is_relative: bool,
 ) -> Record:
     """Returns the record of a video.
 
     Args:
         settings: the flags as JSON values.
         files: path in the settings -> files or folders that are read, without the base.
+        is_relative: whether paths in the settings are relative.
     """
     return {
         "settings": settings,
+        **({"folder": str(Path.cwd())} if is_relative else {}),
         "resolved": resolved,
         "base": base_fingerprint(model_dir, variant),
         "files": {str(path): " ".join(map(fingerprint, sources)) for path, sources in files.items()},
@@ -114,7 +122,7 @@ def parse_record(text: str) -> Record | None:
         return None
     groups = ("settings", "resolved", "files", "versions")
     is_record = isinstance(value, dict) and all(isinstance(value.get(group, {}), dict) for group in groups)
-    return value if is_record and "settings" in value else None
+    return value if is_record and "settings" in value and isinstance(value.get("folder", ""), str) else None
 
 
 def differences(recorded: Record, current: Record) -> list[str]:

@@ -1,13 +1,15 @@
 """The videos that a command line of `cli_demo.py` asks for.
 
-`--prompt_file` and `--num_videos` ask for several videos. Each is described by a `DemoArgs` of its own, so a line of
-the file may hold any flag of `PER_VIDEO`.
+`--prompt_file` and `--num_videos` ask for several videos. Each is described by flags of its own, so a line of the file
+may hold any flag of `PER_VIDEO`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,36 @@ ALIASES = {"image": "image_or_video_path", "video": "image_or_video_path"}
 ONE_VIDEO: dict[str, Any] = {"prompt_file": None, "num_videos": 1, "output_path": None}
 
 
-def videos_of(args: DemoArgs) -> list[DemoArgs]:
-    """Returns one `DemoArgs` for each video, with its prompt, seed and output file.
+@dataclass(frozen=True)
+class Video(DemoArgs):
+    """The flags of one video.
+
+    Attributes:
+        source: the line of the prompt file that describes it, for messages; empty without such a file.
+    """
+
+    source: str = ""
+
+
+@contextmanager
+def located(video: Video) -> Iterator[None]:
+    """Adds the line of the prompt file that describes a video to the errors of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{video.source}: {text}" if video.source else text for text in error.errors) from error
+
+
+def videos_of(args: DemoArgs) -> list[Video]:
+    """Returns the videos, each with its prompt, seed and output file.
 
     Raises:
         UserError: lists all errors of the prompt file, or the seeds of --num_videos that are too large.
     """
     if args.is_single:
-        return [replace(args, output_path=args.output_path or Path("output.mp4"))]
+        return [Video(**vars(args) | {"output_path": args.output_path or Path("output.mp4")})]
     folder = args.output_path or Path("videos")
-    prompts = [args] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
+    prompts = [Video(**vars(args))] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
     names = [f"{number:03d}" for number in range(len(prompts))]
     videos = [
         replace(
@@ -55,7 +77,7 @@ def videos_of(args: DemoArgs) -> list[DemoArgs]:
     return videos
 
 
-def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
+def read_prompt_file(args: DemoArgs, file: Path) -> list[Video]:
     """Reads the lines of a prompt file as flags that replace those of the command line. Skips blank lines.
 
     Relative paths start at the folder of the file.
@@ -76,16 +98,18 @@ def read_prompt_file(args: DemoArgs, file: Path) -> list[DemoArgs]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        source = f"--prompt_file {file}, line {number}"
         try:
             values: dict[str, Any] = parse_object(line) if is_json else {"prompt": line.strip()}
             for name in PATHS & values.keys():
                 values[name] = file.parent / expand_user(str(values[name]))
             flags = [f"--{name}={value}" for name, value in values.items()]
-            video = replace(collect(vars(parser.parse_args(flags)), DemoArgs), **ONE_VIDEO)
-            errors += [f"--prompt_file {file}, line {number}: {error}" for error in video.errors()]
+            values = vars(collect(vars(parser.parse_args(flags)), DemoArgs))
+            video = Video(**values | ONE_VIDEO, source=source)
+            errors += [f"{source}: {error}" for error in video.errors()]
             videos.append(video)
         except UserError as error:
-            errors += [f"--prompt_file {file}, line {number}: {message}" for message in error.errors]
+            errors += [f"{source}: {message}" for message in error.errors]
     if not videos and not errors:
         errors = [f"--prompt_file {file} holds no prompt."]
     if errors:

@@ -48,14 +48,18 @@ _TOKENIZER_FILES = (
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def is_hub_id(model_path: str) -> bool:
+    """Whether `--model_path` has the form of a model hub id, which a folder may have too."""
+    return model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
+
+
 def resolve_model_dir(model_path: str) -> Path:
     """Returns the folder of a checkpoint. Downloads a model hub id to the hub's cache if it is not there yet.
 
     Raises:
         UserError: the download fails.
     """
-    is_hub_id = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
-    if Path(model_path).is_dir() or not is_hub_id:
+    if Path(model_path).is_dir() or not is_hub_id(model_path):
         return expand_user(model_path)
     try:
         return Path(snapshot_download(model_path, allow_patterns=[f"{name}/*" for name in COMPONENTS]))
@@ -215,7 +219,10 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler:
 def write_video(frames: list[Image.Image], path: Path, fps: float, comment: str = "") -> None:
     """Writes an mp4 file with the settings of diffusers' `export_to_video`. Equal arguments give equal bytes.
 
+    Sizes that are no multiples of 16 are kept, which diffusers rounds up.
+
     Args:
+        frames: of even height and width, which the encoder needs.
         comment: text for the metadata.
 
     Raises:
@@ -224,7 +231,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: float, comment: str 
     path.unlink(missing_ok=True)
     metadata = ["-metadata", f"comment={comment}"] if comment else []
     try:
-        with imageio.get_writer(path, fps=fps, quality=5.0, macro_block_size=16, output_params=metadata) as writer:
+        with imageio.get_writer(path, fps=fps, quality=5.0, macro_block_size=2, output_params=metadata) as writer:
             for frame in frames:
                 writer.append_data(np.asarray(frame))
     except OSError:  # without a number if ffmpeg has ended early

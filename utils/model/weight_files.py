@@ -193,7 +193,7 @@ def check_weights(
         check_shapes(shapes, folder, flag, model_class, config)
 
 
-def _expected_shapes(model_class: Any, config: dict[str, Any]) -> dict[str, list[int]]:
+def expected_shapes(model_class: Any, config: dict[str, Any]) -> dict[str, list[int]]:
     """Returns the shapes of the tensors of a model, without those that transformers ties to others."""
     with init_empty_weights(include_buffers=True):
         is_t5 = model_class is T5EncoderModel
@@ -220,7 +220,7 @@ def check_shapes(
         UserError: a tensor is missing, has another shape or, with `strict`, is unexpected.
     """
     try:
-        expected = _expected_shapes(model_class, config)
+        expected = expected_shapes(model_class, config)
     except Exception as error:  # whatever the constructors of diffusers and transformers raise
         reason = " ".join(str(error).split())  # transformers writes several lines
         raise UserError(f"{flag}: {folder} has a config of another kind ({reason}).") from error

@@ -83,12 +83,14 @@ def check_init_lora(args: Args, spec: ModelSpec) -> list[str]:
     """Returns notes on the LoRA that a run starts from.
 
     Raises:
-        UserError: it cannot be read, or does not fit the transformer, `--rank` or `--target_modules`.
+        UserError: it cannot be read, does not fit the transformer, `--rank` or `--target_modules`, or holds a value
+            that is not finite.
     """
     assert args.lora.init_lora is not None
     lora = read_lora(args.lora.init_lora, "--init_lora", spec.transformer)
     if errors := init_lora_errors(lora, spec.transformer, args):
         raise UserError(errors)
+    lora.check_finite()
     return [*lora.notes, f"the adapters start from --init_lora {lora.file}."]
 
 

@@ -5,11 +5,11 @@ Nothing is sent unless the user asks for it.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, WEIGHTS_FILE
@@ -37,14 +37,20 @@ def check_hub(name: str, flag: str = "--push_to_hub") -> str:
         full_name = name if "/" in name else f"{account['name']}/{name}"
         validate_repo_id(full_name)
         writable = [account["name"]]
-        writable += [org["name"] for org in account.get("orgs", []) if org.get("roleInOrg", "write") in _WRITERS]
-        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise UserError(f"{flag} {name}: the token may only read; create one that may write.")
+        writable += [org["name"] for org in account.get("orgs") or [] if org.get("roleInOrg", "write") in _WRITERS]
+        if not _token_may_write(account, full_name):
+            raise UserError(f"{flag} {name}: the token may not write to {full_name}; create one that may.")
         if full_name.partition("/")[0] not in writable:
             names = ", ".join(writable)
             raise UserError(f"{flag} {name}: {account['name']} cannot write there; it can write to {names}.")
-        with suppress(RepositoryNotFoundError):  # it will be created
+        try:
             api.auth_check(full_name, write=True)
+        except HfHubHTTPError as error:
+            is_missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+            if not is_missing and error.response.status_code in (401, 403):
+                raise UserError(f"{flag} {name}: {account['name']} may not write to {full_name}.") from error
+            if not is_missing:  # otherwise it will be created
+                raise
         return full_name
     except HFValidationError as error:
         raise UserError(f"{flag} {name}: the name is not valid: {_first_line(error)}") from error
@@ -54,7 +60,25 @@ def check_hub(name: str, flag: str = "--push_to_hub") -> str:
         raise UserError(f"{flag} {name}: the hub refuses or cannot be reached ({_first_line(error)}).") from error
 
 
-def push(checkpoint: Path, name: str, private: bool) -> str:
+def _token_may_write(account: dict[str, Any], name: str) -> bool:
+    """Whether the token may write to a repository. A token with an unknown role is assumed to.
+
+    Args:
+        account: answer of the hub to whoami; it lists the permissions of a fine-grained token by user, organization or
+            repository.
+    """
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    permissions = token.get("fineGrained")
+    if token.get("role") != "fineGrained" or permissions is None:
+        return token.get("role") != "read"
+    granted = list(permissions.get("global") or [])
+    for scope in permissions.get("scoped") or []:
+        if scope.get("entity", {}).get("name") in (name, name.partition("/")[0]):
+            granted += scope.get("permissions", [])
+    return "repo.write" in granted
+
+
+def push(checkpoint: Path, name: str, private: bool, flag: str = "--push_to_hub") -> str:
     """Uploads a checkpoint and its model card in one commit. Returns the address of the repository.
 
     Args:
@@ -80,7 +104,7 @@ def push(checkpoint: Path, name: str, private: bool) -> str:
         api.create_commit(name, operations, commit_message=f"{checkpoint.name}: weights and model card")
     except Exception as error:  # as above
         raise UserError(
-            f"--push_to_hub {name}: the upload failed ({_first_line(error)}). The checkpoint is complete; try again: "
+            f"{flag} {name}: the upload failed ({_first_line(error)}). The checkpoint is complete; try again: "
             f"python -m utils.commands.push_to_hub --checkpoint {checkpoint} --name {name}"
             + ("" if private else " --private false"),
             on_every_rank=False,

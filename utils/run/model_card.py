@@ -6,14 +6,14 @@ The card names no folder of this machine.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, WEIGHTS_FILE
-from utils.checkpoint.manager import ARGS_FILE, PROGRESS_FILE
+from utils.checkpoint.manager import ARGS_FILE, AVERAGE_OF, PROGRESS_FILE
 from utils.common.errors import UserError
 from utils.training.metrics import read_metrics
 
@@ -55,8 +55,9 @@ class Publication:
 
     Attributes:
         args: the groups of args.json.
+        average_of: steps of the checkpoints whose mean this is; empty if it is no mean.
         losses, held_out: (update, loss).
-        samples: video of the last validation up to this checkpoint -> prompt.
+        samples: video of the last validation up to this checkpoint -> prompt; empty for a mean, which made none.
     """
 
     checkpoint: Path
@@ -66,6 +67,7 @@ class Publication:
     losses: list[tuple[int, float]]
     held_out: list[tuple[int, float]]
     samples: dict[Path, str]
+    average_of: list[int] = field(default_factory=list)
 
     @property
     def is_lora(self) -> bool:
@@ -92,7 +94,7 @@ def read_publication(checkpoint: Path) -> Publication:
     try:
         args = json.loads((checkpoint / ARGS_FILE).read_text())
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
-        step = progress["step"]
+        step, average_of = progress["step"], progress.get(AVERAGE_OF, [])
         lines = [line for line in read_metrics(checkpoint.parent) if line["step"] <= step]
         return Publication(
             checkpoint,
@@ -101,9 +103,10 @@ def read_publication(checkpoint: Path) -> Publication:
             progress.get("num_samples", 0),
             [(int(line["step"]), line["loss"]) for line in lines if "loss" in line],
             [(int(line["step"]), line["held_out_loss"]) for line in lines if "held_out_loss" in line],
-            _last_samples(checkpoint.parent, step),
+            {} if average_of else _last_samples(checkpoint.parent, step),
+            average_of,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--checkpoint {checkpoint} is not the folder checkpoint-N of a run ({error}).") from error
 
 
@@ -141,6 +144,7 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"---\n{_metadata(run, token)}\n---",
         f"# {title}",
         f"A {kind} for {base}, {TASKS[run.task].replace('-', ' ')}.",
+        _mean_of(run.average_of),
         f"The word `{token}` in a prompt calls the trained concept." if token else "",
         "## Use",
         *_usage(run, name, run.base or "path/to/the/base", files),
@@ -152,6 +156,13 @@ def model_card(run: Publication, name: str, files: list[str]) -> str:
         f"![loss]({CURVES_FILE})" if run.losses else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _mean_of(steps: list[int]) -> str:
+    if not steps:
+        return ""
+    *others, last = map(str, steps)
+    return f"The weights are the mean of those after {', '.join(others)} and {last} updates."
 
 
 def _metadata(run: Publication, token: str) -> str:
