@@ -26,7 +26,8 @@ OUTPUT_ARGS=(
 )
 
 DATA_ARGS=(
-    --data_root "data"                      # data folder with the line files below and the clips
+    --data_root "data"                      # data folder with the line files below and the clips; several folders,
+                                            # such as "data" "more", are mixed; docs/data.md
     --caption_column "prompts.txt"          # one caption per line
     --video_column "videos.txt"             # one clip per line, relative to the data folder
     --id_token ""                           # a rare word to put before every caption; helps to learn a new concept

@@ -75,7 +75,7 @@ def select_clip_samples(
         info = facts[path].info
         chosen = choose_bucket(info, policy if sample.video else replace(policy, pad_short_clips=True))
         if chosen is None:
-            errors.append(f"{path} (line {sample.line}) {_too_short(info, policy)}.")
+            errors.append(f"{path} ({sample.place}) {_too_short(info, policy)}.")
             continue
         signature = combine_signatures(facts[path].signature for path in sample.files)
         clip_samples += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,23 @@ class ScanResult:
 def scan_and_sample(
     samples: list[Sample],
     validation: list[Sample],
-    index: FileIndex,
+    indexes: Sequence[tuple[FileIndex, list[Sample], bool]],
     policy: SamplingPolicy,
     num_workers: int,
     timeout: float,
-    save_index: bool,
 ) -> ScanResult:
     """Scans all files and selects clip samples; a validation clip gives one sample.
 
     Args:
-        index, num_workers, timeout, save_index: as in `scan_files`.
+        indexes: each index, the samples whose files it holds, and whether to write it.
+        num_workers, timeout: as in `scan_files`.
     """
-    facts, file_errors = scan_files(samples + validation, index, num_workers, timeout, save_index)
+    facts: dict[str, FileFacts] = {}
+    file_errors: dict[str, str] = {}
+    for index, part, save_index in indexes:
+        found, errors = scan_files(part, index, num_workers, timeout, save_index)
+        facts |= found
+        file_errors |= errors
     unusable: list[str] = []
     clips = {sample.video for sample in samples + validation}
 
@@ -135,9 +140,9 @@ def split_readable(
     """
     readable, errors = [], []
     for sample in samples:
-        unusable = [f"{path} (line {sample.line}) {file_errors[path]}." for path in sample.files if path in file_errors]
+        unusable = [f"{path} ({sample.place}) {file_errors[path]}." for path in sample.files if path in file_errors]
         if sample.image in clips and sample.image is not None and not unusable:
-            unusable = [f"{sample.image} (line {sample.line}) is listed as an image, but is a video."]
+            unusable = [f"{sample.image} ({sample.place}) is listed as an image, but is a video."]
         errors += unusable
         if not unusable:
             readable.append(sample)

@@ -14,7 +14,10 @@ from utils.config.options import option, require_positive, require_text, require
 
 @dataclass(frozen=True)
 class DataArgs:
-    data_root: Path = option(help="data folder: line files with one sample per line, and the clips")
+    data_root: tuple[Path, ...] = option(
+        help="data folder: line files with one sample per line, and the clips; several folders are mixed, and "
+        "folder.toml in each sets its repeats, loss_weight, id_token, caption_dropout and flip"
+    )
     caption_column: str = option("prompts.txt", help="file in --data_root with one caption per line")
     video_column: str = option("videos.txt", help="file in --data_root with one clip per line, relative to --data_root")
     image_column: str | None = option(
@@ -46,7 +49,9 @@ class DataArgs:
     )
     skip_bad_samples: bool = option(False, help="continue without unusable clips instead of stopping")
     clip_timeout: float = option(120.0, help="maximum number of seconds to decode one clip")
-    cache_dir: Path | None = option(None, help="latent cache; default: latent/ in the folder of the clips")
+    cache_dir: Path | None = option(
+        None, help="latent cache; default: latent/ in the folder of the clips of each data folder"
+    )
     precompute_only: bool = option(False, help="fill the latent cache and stop")
     caption_dropout: float = option(0.0, help="share of samples trained with the empty prompt")
     image_dropout: float = option(0.0, help="i2v: share of samples trained without the condition image")

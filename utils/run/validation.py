@@ -24,7 +24,6 @@ from PIL import Image
 from dataset.bucketing import ClipSample
 from dataset.condition_frames import LAST, select_frames
 from dataset.images import load_image
-from dataset.latent_cache import LatentCache
 from dataset.precompute import RankShard
 from dataset.video import Resolution, decode
 from utils.common.errors import describe_system_error
@@ -152,7 +151,7 @@ def read_items(plan: RunPlan, shard: RankShard) -> list[ValidationItem]:
 
 
 def read_item(plan: RunPlan, number: int, is_padding: bool) -> ValidationItem:
-    cache, clip_sample, keys = LatentCache(plan.cache_dir), plan.validation[number], plan.validation_keys[number]
+    cache, clip_sample, keys = plan.cache, plan.validation[number], plan.validation_keys[number]
     prompt_embeds, moments = cache.read(keys.prompt)[None], None
     if keys.video:
         moments = {"video": cache.read(keys.video[0])[None], "prompt": prompt_embeds}
