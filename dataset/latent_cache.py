@@ -227,7 +227,7 @@ class EncoderSettings:
                 image.append(self._pixels_name("image", facts[sample.image], image_selection, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
                 image.append(self._pixels_name("image", facts[sample.video], selection, noise=self.image_noise))
-            if sample.video is not None:
+            if sample.video is not None and selection.resolution.frames > 1:  # one frame has no further ones
                 settings = {"noise": self.image_noise, "frames": selection.resolution.frames}
                 for addition in additions:
                     name = self._pixels_name("image", facts[sample.video], selection, condition=addition, **settings)

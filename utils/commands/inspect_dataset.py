@@ -27,8 +27,9 @@ from tqdm import tqdm
 from dataset.bucketing import ClipSample
 from dataset.images import load_image
 from dataset.latent_cache import EncoderSettings, LatentCache
+from dataset.precompute import decode_sample
 from dataset.scan import ScanResult, summarize
-from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
+from dataset.video import NATIVE_STRIDE, cropped, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.contact_sheet import THUMBNAILS, contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
@@ -155,8 +156,7 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
             clip_sample.sample.line,
             clip_sample.sample.clip,
             selection.resolution,
-            f"{start_s:.2f}",
-            f"{end_s:.2f}",
+            *(("", "") if clip_sample.is_image else (f"{start_s:.2f}", f"{end_s:.2f}")),
             change,
             clip_sample.sample.prompt,
         )
@@ -186,7 +186,7 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
     """Decodes one sample in a worker process and draws its row. The job is (row number, sample)."""
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
-    decode(Path(job[1].sample.clip), job[1].selection, pixels)
+    decode_sample(job[1], job[1].selection, pixels)
     pictures = [pixels[frame] for frame in evenly_spaced(size.frames)]
     if job[1].sample.image is not None:
         pictures.insert(0, load_image(Path(job[1].sample.image), size, job[1].selection.mode))

@@ -19,7 +19,9 @@ class DataArgs:
         "folder.toml in each sets its repeats, loss_weight, id_token, caption_dropout and flip"
     )
     caption_column: str = option("prompts.txt", help="file in --data_root with one caption per line")
-    video_column: str = option("videos.txt", help="file in --data_root with one clip per line, relative to --data_root")
+    video_column: str = option(
+        "videos.txt", help="file in --data_root with one clip or image per line, relative to --data_root"
+    )
     image_column: str | None = option(
         None, help="i2v: file in --data_root with one image per line; default: the first frame of each clip is used"
     )
@@ -32,7 +34,7 @@ class DataArgs:
     train_resolution: tuple[Resolution, ...] = option(
         (Resolution(49, 480, 720),),
         help="FxHxW: frames (8N+1), height, width; with several, each clip uses the resolution that preserves most of "
-        "it",
+        "it; images use those of one frame, by default 1xHxW for each height and width",
     )
     resize_mode: Literal["stretch", "crop"] = option(
         "stretch", help="stretch: resize to the exact size; crop: keep the aspect ratio and crop the centre"
@@ -76,7 +78,7 @@ class DataArgs:
                 )
         if len(set(self.train_resolution)) < len(self.train_resolution):
             yield f"--train_resolution {' '.join(map(str, self.train_resolution))}: a resolution is listed twice."
-        shortest = min(resolution.frames for resolution in self.train_resolution)
+        shortest = min((size.frames for size in self.train_resolution if size.frames > 1), default=1)
         for condition in self.condition_frames:
             if condition.prefix >= shortest:
                 yield (

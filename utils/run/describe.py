@@ -33,7 +33,7 @@ def describe(plan: RunPlan) -> str:
         *folder_lines(plan),
         *plan.clip_summary,
     ]
-    for resolution in args.data.train_resolution:
+    for resolution in dict.fromkeys((*args.data.train_resolution, *(sample.resolution for sample in plan.samples))):
         video_tokens, text_tokens = spec.tokens(resolution)
         lines.append(f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens")
     lines += [
@@ -96,5 +96,9 @@ def bucket_notes(plan: RunPlan) -> list[str]:
         for bucket, count in counts.items()
         if count * plan.num_epochs < plan.samples_per_step
     ]
-    empty = [f"Note: no clip fits {bucket} best." for bucket in plan.args.data.train_resolution if bucket not in counts]
+    empty = [
+        f"Note: no {'image' if bucket.frames == 1 else 'clip'} fits {bucket} best."
+        for bucket in plan.args.data.train_resolution
+        if bucket not in counts
+    ]
     return small + empty

@@ -83,6 +83,8 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     check_prompts(report, model, samples + validation)
     cache_dirs = find_cache_dirs(args.data, samples)
     scan = scan_samples(report, args, samples, validation, cache_dirs)
+    if any(clip_sample.resolution not in args.data.train_resolution for clip_sample in scan.samples):  # of images
+        report.notes += model.spec.frames_notes(1)
     if context is None or progress is None or not scan.samples:
         raise UserError(report.errors)
     plan = make_plan(context, model.folder, scan, cache_dirs, resume_from, progress, report.notes)
