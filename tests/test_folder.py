@@ -98,6 +98,7 @@ def test_folders_keep_their_entries_and_share_the_epoch(tiny, two, tmp_path):
     alone = [plan_of(model, out, root) for root in two]
     plan = plan_of(model, out, first, second)
     assert plan.keys == alone[0].keys + alone[1].keys
+    assert [len(names.video) for names in plan.keys] == [1] * 8 + [2] * 3
     assert list(plan.encoders) == [alone[0].cache_dir, alone[1].cache_dir] == [root / "videos/latent" for root in two]
     shared = plan.keys[0].video[0]
     assert shared == plan.keys[8].video[0] and plan.cache.folder_of(shared) == alone[0].cache_dir

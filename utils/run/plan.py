@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class RunPlan:
         """Data folder of each sample."""
         return [clip_sample.sample.folder for clip_sample in self.samples]
 
-    @property
+    @cached_property
     def samples_per_epoch(self) -> int:
         return sum(folder.repeats for folder in self.folders)
 
