@@ -178,6 +178,10 @@ class SampleKeys:
         """Names of all entries that the VAE encodes."""
         return chain(self.video, self.image, *self.additions.values())
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        return *self.pixels, self.prompt
+
 
 @dataclass(frozen=True)
 class EncoderSettings:

@@ -103,7 +103,7 @@ def test_folders_keep_their_entries_and_share_the_epoch(tiny, two, tmp_path):
     shared = plan.keys[0].video[0]
     assert shared == plan.keys[8].video[0] and plan.cache.folder_of(shared) == alone[0].cache_dir
     for number, names in enumerate(plan.keys):
-        for name in {*names.pixels, names.prompt} - {shared}:
+        for name in {*names.all} - {shared}:
             assert plan.cache.folder_of(name) == alone[number >= 8].cache_dir
     assert plan.missing_entries() == alone[0].missing_entries() | alone[1].missing_entries()
     missing = [each.missing_entries() for each in alone]

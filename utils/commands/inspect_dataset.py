@@ -214,7 +214,7 @@ def maintain_cache(
     for folder, part in groupby(scan.samples, lambda clip_sample: clip_sample.sample.folder):
         all_keys += encoding.keys(list(part), scan.facts, folder.flip, data.additions)
     all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
-    used = {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
+    used = {name for keys in all_keys for name in keys.all} | {encoding.prompt_key("")}
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:
         names = sorted(filter(cache.has, used & existing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, groupby
@@ -33,7 +33,7 @@ class RunPlan:
         clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
-        cache_dirs: latent cache of each data folder. The first one also holds the validation folder's entries.
+        cache_dirs: latent cache of each data folder. New entries of the validation folder are in the first one.
         elsewhere: folder of each entry that is not in the first latent cache.
         encoders: latent cache -> lines to add to the encoders that it knows.
         resume_from: checkpoint to resume from; None for a new run.
@@ -147,7 +147,7 @@ class RunPlan:
         ) -> tuple[list[ClipSample], list[SampleKeys]]:
             pairs = []
             for clip_sample, keys in zip(clip_samples, all_keys, strict=True):
-                reasons = [failed[name] for name in (*keys.pixels, keys.prompt) if name in failed]
+                reasons = [failed[name] for name in keys.all if name in failed]
                 unusable.extend(f"{clip_sample} {reason}." for reason in dict.fromkeys(reasons))
                 if not reasons:
                     pairs.append((clip_sample, keys))
@@ -187,12 +187,13 @@ def make_plan(
         prompts[names.prompt] = clip_sample.sample.prompt
     elsewhere: dict[str, Path] = {}
     if len(caches) > 1:
-        needs = [(caches[0], names) for names in validation_keys]
+        shared = (main.prompt_key(""), *(name for names in validation_keys for name in names.all))
+        needs = [(cache_dir, shared) for cache_dir in caches]
         needs += [
-            (cache_dirs[clip_sample.sample.folder], names)
+            (cache_dirs[clip_sample.sample.folder], names.all)
             for clip_sample, names in zip(scan.samples, keys, strict=True)
         ]
-        elsewhere = place_entries(needs, caches, main.prompt_key(""))
+        elsewhere = place_entries(needs)
     common_cache = caches[0] if len(caches) == 1 else args.data.cache_dir
     return RunPlan(
         context=replace(context, args=replace(args, data=replace(args.data, cache_dir=common_cache))),
@@ -214,24 +215,22 @@ def make_plan(
     )
 
 
-def place_entries(needs: Iterable[tuple[Path, SampleKeys]], caches: list[Path], empty_prompt: str) -> dict[str, Path]:
+def place_entries(needs: Sequence[tuple[Path, Iterable[str]]]) -> dict[str, Path]:
     """Returns the latent cache of each entry that is not in the first one.
 
     An entry is in the cache of its data folder, so that the folder can be trained alone too. An entry that several data
     folders need is in the first of their caches that has it, otherwise in the first one.
 
     Args:
-        needs: cache of a data folder, and entries that one of its samples needs.
-        caches: all latent caches; each may hold the empty prompt.
+        needs: latent caches, the first one before all others, and entries that may be in them.
     """
-    handles = {cache: LatentCache(cache) for cache in caches}
+    handles = {cache: LatentCache(cache) for cache in {cache for cache, _ in needs}}
     placed: dict[str, Path] = {}
-    entries = ((cache, name) for cache, keys in needs for name in (*keys.pixels, keys.prompt))
-    for cache, name in chain(entries, ((cache, empty_prompt) for cache in caches)):
+    for cache, name in ((cache, name) for cache, names in needs for name in names):
         first = placed.setdefault(name, cache)
         if first != cache and not handles[first].has(name) and handles[cache].has(name):
             placed[name] = cache
-    return {name: cache for name, cache in placed.items() if cache != caches[0]}
+    return {name: cache for name, cache in placed.items() if cache != needs[0][0]}
 
 
 def encoder_settings(
