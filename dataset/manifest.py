@@ -26,7 +26,7 @@ class Sample:
     Attributes:
         line: line number, starting at 1, for messages.
         prompt: the caption, with the identifier token.
-        video: path of the clip; None for a validation prompt without a clip.
+        video: path of the clip or of an image in its place; None for a validation prompt without a clip.
         image: path of the condition image for i2v; None if the first frame of the clip is used.
         last_image: path of the last frame to give in validation; None if that of the clip is used.
         folder: the data folder and its settings.

@@ -26,6 +26,7 @@ from dataset.scan import scan_and_sample, summarize
 from dataset.video import NATIVE_STRIDE, ClipInfo, Resolution
 from tests.conftest import FIRST_FRAME, ROOT
 from utils.model.spec import read_spec
+from utils.run.data import common_folder
 from utils.training.step import DenoisingObjective
 
 WIDE, TALL, LONG = Resolution(49, 480, 720), Resolution(49, 720, 480), Resolution(81, 480, 720)
@@ -55,6 +56,12 @@ def test_images_and_clips_have_buckets_of_their_own():
     resolutions, [error] = select((TALL,), image, replace(clip, line=4))
     assert resolutions == [TALL] and error.startswith("a.png (line 1) is 800 pixels wide and 480 high, and 1x720x480")
     assert error.endswith("--train_resolution 49x720x480 1x720x480 1x448x768.")
+
+
+def test_images_beside_clips_do_not_move_the_cache(tmp_path):
+    clips, images = Sample(1, "", f"{tmp_path}/videos/a.mp4", None), Sample(2, "", f"{tmp_path}/pictures/b.png", None)
+    assert common_folder([clips, images], tmp_path) == common_folder([clips], tmp_path) == tmp_path / "videos"
+    assert common_folder([images], tmp_path) == tmp_path / "pictures"
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 from dataset.bucketing import SamplingPolicy
 from dataset.file_index import FileIndex
 from dataset.folder import DataFolder, folder_set_errors, read_folder
+from dataset.images import is_image_file
 from dataset.manifest import Sample, Table, find_table, read_manifest, resolve
 from dataset.scan import ScanResult, scan_and_sample
 from utils.common.errors import CheckReport, UserError
@@ -31,8 +32,13 @@ def find_cache_dirs(data: DataArgs, samples: list[Sample]) -> dict[DataFolder, P
 
 
 def common_folder(samples: list[Sample], root: Path) -> Path:
-    """Returns the common folder of all clips, or `root` if they are in several folders that are not all below it."""
-    folders = {Path(folder).absolute() for folder in {os.path.dirname(sample.clip) for sample in samples}}  # noqa: PTH120
+    """Returns the common folder of all clips, or `root` if they are in several folders that are not all below it.
+
+    Images count only if there is no clip, so the cache stays where it is when images are added to clips.
+    """
+    paths = [sample.clip for sample in samples]
+    paths = [path for path in paths if not is_image_file(path)] or paths
+    folders = {Path(folder).absolute() for folder in {os.path.dirname(path) for path in paths}}  # noqa: PTH120
     common = Path(os.path.commonpath(folders))
     return common if len(folders) == 1 or common.is_relative_to(root.absolute()) else root
 
