@@ -23,7 +23,6 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from dataset.cached_dataset import CachedDataset, batches
-from dataset.latent_cache import LatentCache
 from dataset.sampler import SampleStream
 from utils.checkpoint.adapters import start_from
 from utils.checkpoint.lora_reader import read_lora
@@ -48,6 +47,7 @@ from utils.run.plan import RunPlan
 from utils.run.preflight import preflight
 from utils.run.validation import validate
 from utils.training.divergence import OverflowGuard, check_gradients, check_losses
+from utils.training.loss import weighted_mean
 from utils.training.metrics import Metrics, peak_memory, quarter_means, reset_peak_memory
 from utils.training.optimizer import make_lr_scheduler, make_optimizer
 from utils.training.profiling import UpdateProfiler
@@ -77,7 +77,7 @@ def main() -> None:
             print("\n".join(describe_prediction(run_in_subprocess(predict, plan.context), plan.context)))
             print(json.dumps(plan.args.as_dict(), indent=2))
         return
-    with flags_in_errors({"--output_dir": plan.args.output.output_dir, "--cache_dir": plan.cache_dir}):
+    with flags_in_errors({"--output_dir": plan.args.output.output_dir, "--cache_dir": tuple(plan.encoders)}):
         run(processes, heartbeat, plan)
 
 
@@ -166,10 +166,11 @@ def train(plan: RunPlan) -> None:
     # ---- data: one endless stream of samples, entered at the position of the checkpoint
     if progress.data not in ("", plan.data_digest):
         accelerator.print(
-            "Note: the samples, the seed or the samples per update have changed, so the sample order is new."
+            "Note: the samples, their repeats, the seed or the samples per update have changed, so the sample order "
+            "is new."
         )
     progress.data, progress.num_samples = plan.data_digest, len(plan.samples)
-    dataset = CachedDataset(LatentCache(plan.cache_dir), plan.keys, plan.empty_prompt, args.data.caption_dropout, seed)
+    dataset = CachedDataset(plan.cache, plan.keys, plan.empty_prompt, plan.folders, seed)
     stream = SampleStream(
         [clip_sample.resolution for clip_sample in plan.samples],
         training.batch_size,
@@ -178,6 +179,7 @@ def train(plan: RunPlan) -> None:
         accelerator.num_processes,
         seed,
         progress.samples_seen,
+        [folder.repeats for folder in plan.folders],
     )
     loader = batches(dataset, stream, args.system.pin_memory)
 
@@ -203,7 +205,7 @@ def train(plan: RunPlan) -> None:
         with accelerator.accumulate(model):
             losses, timesteps = objective(model, batch, [seed_for(DRAWS, seed, number) for number in batch["number"]])
             check_losses(losses, timesteps, [plan.samples[index] for index in batch["index"]], progress.step)
-            strategy.backward(losses.mean(), progress.step)
+            strategy.backward(weighted_mean(losses, batch["loss_weight"]), progress.step)
             timer.mark(MODEL)
             if accelerator.sync_gradients:
                 grad_norm = strategy.clip_gradients()

@@ -30,9 +30,10 @@ OUTPUT_ARGS=(
 )
 
 DATA_ARGS=(
-    --data_root "data"                      # data folder with the line files below and the clips
+    --data_root "data"                      # data folder with the line files below and the clips; several folders,
+                                            # such as "data" "more", are mixed; docs/data.md
     --caption_column "prompts.txt"          # one caption per line
-    --video_column "videos.txt"             # one clip per line, relative to the data folder
+    --video_column "videos.txt"             # one clip or image per line, relative to the data folder
     # --image_column "images.txt"           # one image per line; default: the first frame of each clip
     # --condition_frames first first_last   # also learns to take last frames (or prefix:9: first 9 frames); docs/training.md
     --id_token ""                           # a rare word to put before every caption; helps to learn a new concept

@@ -29,9 +29,10 @@ OUTPUT_ARGS=(
 )
 
 DATA_ARGS=(
-    --data_root "data"                      # data folder with the line files below and the clips
+    --data_root "data"                      # data folder with the line files below and the clips; several folders,
+                                            # such as "data" "more", are mixed; docs/data.md
     --caption_column "prompts.txt"          # one caption per line
-    --video_column "videos.txt"             # one clip per line, relative to the data folder
+    --video_column "videos.txt"             # one clip or image per line, relative to the data folder
     --id_token ""                           # a rare word to put before every caption; helps to learn a new concept
     --train_resolution "49x480x720"         # frames x height x width; 81x768x1360 for CogVideoX1.5-5B
                                             # with several, such as "49x480x720" "49x720x480", each clip uses the

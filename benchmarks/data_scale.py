@@ -79,7 +79,7 @@ def start(model: Path, folder: Path, fill: bool) -> None:
     print(f"manifest and checks {check_s:.1f} s, cache lookup {lookup_s:.1f} s for {len(plan.samples)} samples")
     print(f"peak memory {peak_mib():.0f} MiB")
     started = time.perf_counter()
-    dataset = CachedDataset(cache, plan.keys, plan.empty_prompt, 0.0, 42)
+    dataset = CachedDataset(cache, plan.keys, plan.empty_prompt, plan.folders, 42)
     stream = SampleStream([clip_sample.resolution for clip_sample in plan.samples], 1, 1, 0, 1, 42, 0)
     next(batches(dataset, stream, False))
     first_batch_s = time.perf_counter() - started

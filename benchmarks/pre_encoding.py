@@ -29,6 +29,7 @@ from safetensors import safe_open
 from dataset.bucketing import SamplingPolicy
 from dataset.cached_dataset import CachedDataset, batches
 from dataset.file_index import FileIndex
+from dataset.folder import NO_SETTINGS
 from dataset.latent_cache import EncoderSettings, LatentCache, SampleKeys
 from dataset.manifest import Sample
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips
@@ -137,7 +138,7 @@ def decord_in_processes(clips: list[str], count: int) -> None:
 
 def scan_clips(clips: list[str], index: FileIndex, resolution: Resolution = SIZE) -> ScanResult:
     samples = [Sample(number, "", clip, None) for number, clip in enumerate(clips)]
-    return scan_and_sample(samples, [], index, SamplingPolicy((resolution,), 8.0, "stretch"), 1, 60, False)
+    return scan_and_sample(samples, [], [(index, samples, False)], SamplingPolicy((resolution,), 8.0, "stretch"), 1, 60)
 
 
 @contextmanager
@@ -213,7 +214,9 @@ def measure_loader(report: Report, folder: Path, count: int = 64) -> None:
 
     read_s = report.seconds("plain safetensors reads of a sample (latents and prompt)", read, count)
     loader = batches(
-        CachedDataset(cache, keys, names[0][1], 0.0, 42), SampleStream(["one"] * count, 1, 1, 0, 1, 42, 0), False
+        CachedDataset(cache, keys, names[0][1], [NO_SETTINGS] * count, 42),
+        SampleStream(["one"] * count, 1, 1, 0, 1, 42, 0),
+        False,
     )
     next(loader)  # starts the thread
 

@@ -1,4 +1,4 @@
-"""Selects the resolution and the frames of each training sample."""
+"""Selects the resolution and the frames of each training sample. An image is a sample of one frame."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from functools import lru_cache
 from itertools import pairwise
 
 from dataset.file_index import FileFacts, combine_signatures
+from dataset.images import is_image_file
 from dataset.manifest import Sample
 from dataset.video import NATIVE_STRIDE, ClipInfo, FrameSelection, Rate, Resolution, frames_available, stretch
+
+# Images that every bucket would distort by more than this are refused. The user can give them a resolution.
+MAX_STRETCH = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,17 @@ class SamplingPolicy:
     clips_per_video: int = 1
     pad_short_clips: bool = False
 
+    def for_clips(self) -> SamplingPolicy:
+        """Returns the policy for clips, which use buckets of one frame only if there are no others."""
+        longer = tuple(bucket for bucket in self.buckets if bucket.frames > 1)
+        return replace(self, buckets=longer or self.buckets)
+
+    def for_images(self) -> SamplingPolicy:
+        """Returns the policy for images. Without buckets of one frame, images have the sizes of the others."""
+        given = tuple(bucket for bucket in self.buckets if bucket.frames == 1)
+        sizes = tuple(dict.fromkeys(replace(bucket, frames=1) for bucket in self.buckets))
+        return SamplingPolicy(given or sizes, NATIVE_STRIDE, self.mode)
+
 
 @dataclass(frozen=True, slots=True)
 class ClipSample:
@@ -47,6 +62,11 @@ class ClipSample:
     def resolution(self) -> Resolution:
         return self.selection.resolution
 
+    @property
+    def is_image(self) -> bool:
+        """Whether the sample is an image in the place of a clip."""
+        return self.sample.video is not None and is_image_file(self.sample.video)
+
     def selections(self, flip: bool) -> Iterator[FrameSelection]:
         """Yields the frame selections to encode: the sample and, with `flip`, its mirror image."""
         yield self.selection
@@ -60,12 +80,14 @@ class ClipSample:
 def select_clip_samples(
     samples: list[Sample], facts: Mapping[str, FileFacts], policy: SamplingPolicy
 ) -> tuple[list[ClipSample], list[str]]:
-    """Returns the clip samples of all samples, and an error for each clip that is too short.
+    """Returns the clip samples of all samples, and an error for each clip that is too short, and for each image that
+    has another shape than all buckets.
 
     Args:
         facts: path -> facts, for every file of the samples.
     """
     clip_samples, errors = [], []
+    images, policy = policy.for_images(), policy.for_clips()
     for sample in samples:
         path = sample.video or sample.image
         if path is None:  # a validation prompt
@@ -73,14 +95,17 @@ def select_clip_samples(
             clip_samples.append(ClipSample(sample, _selection(policy, bucket, 0, bucket.frames), 0))
             continue
         info = facts[path].info
-        chosen = choose_bucket(info, policy if sample.video else replace(policy, pad_short_clips=True))
+        used = images if sample.video and is_image_file(path) else policy
+        chosen = choose_bucket(info, used if sample.video else replace(used, pad_short_clips=True))
         if chosen is None:
-            errors.append(f"{path} (line {sample.line}) {_too_short(info, policy)}.")
+            errors.append(f"{path} ({sample.place}) {_too_short(info, policy)}.")
+            continue
+        if used is images and stretch(info, chosen) > MAX_STRETCH:
+            errors.append(f"{path} ({sample.place}) {_other_shape(info, chosen, policy, images)}.")
             continue
         signature = combine_signatures(facts[path].signature for path in sample.files)
         clip_samples += [
-            ClipSample(sample, _selection(policy, chosen, *window), signature)
-            for window in windows(info, chosen, policy)
+            ClipSample(sample, _selection(used, chosen, *window), signature) for window in windows(info, chosen, used)
         ]
     return clip_samples, errors
 
@@ -124,6 +149,16 @@ def windows(info: ClipInfo, bucket: Resolution, policy: SamplingPolicy) -> list[
 def _selection(policy: SamplingPolicy, bucket: Resolution, first: int, span: int) -> FrameSelection:
     # cached, because many samples share an equal selection
     return FrameSelection(bucket, policy.rate, policy.mode, first, span)
+
+
+def _other_shape(info: ClipInfo, nearest: Resolution, clips: SamplingPolicy, images: SamplingPolicy) -> str:
+    area = nearest.height * nearest.width
+    height = max(round((area * info.height / info.width) ** 0.5 / 16), 1) * 16
+    buckets = [*clips.buckets, *images.buckets, Resolution(1, height, max(round(area / height / 16), 1) * 16)]
+    return (
+        f"is {info.width} pixels wide and {info.height} high, and {nearest} would cut off or stretch half of it; crop "
+        f"it, or add a resolution of its shape: --train_resolution {' '.join(map(str, dict.fromkeys(buckets)))}"
+    )
 
 
 def _too_short(info: ClipInfo, policy: SamplingPolicy) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataset.folder import DataFolder
 from dataset.latent_cache import DamagedEntry, LatentCache, SampleKeys
 from dataset.prefetch import prefetch
 from dataset.sampler import StreamPosition
@@ -27,13 +28,14 @@ class CachedDataset:
 
     Args:
         empty_prompt: name of the cache entry that caption dropout uses in place of the sample's prompt.
+        folders: data folder of each sample, with its share of caption dropout and its loss weight.
     """
 
     def __init__(
-        self, cache: LatentCache, keys: list[SampleKeys], empty_prompt: str, caption_dropout: float, seed: int
+        self, cache: LatentCache, keys: list[SampleKeys], empty_prompt: str, folders: list[DataFolder], seed: int
     ) -> None:
         self.cache, self.keys, self.empty_prompt = cache, keys, empty_prompt
-        self.caption_dropout, self.seed = caption_dropout, seed
+        self.folders, self.seed = folders, seed
 
     def read(self, position: StreamPosition) -> dict[str, Any]:
         """Reads one sample.
@@ -41,10 +43,11 @@ class CachedDataset:
         Raises:
             DamagedEntry: a cache entry is missing, truncated or altered.
         """
-        keys = self.keys[position.index]
-        dropped = self._draw(CAPTION_DROPOUT, position) < self.caption_dropout
+        keys, folder = self.keys[position.index], self.folders[position.index]
+        dropped = self._draw(CAPTION_DROPOUT, position) < folder.caption_dropout
         mirrored = len(keys.video) > 1 and self._draw(FLIP, position) < 0.5
         item: dict[str, Any] = {"number": position.number, "index": position.index}
+        item["loss_weight"] = folder.loss_weight
         item["video"] = self.cache.read(keys.video[mirrored])
         item["prompt"] = self.cache.read(self.empty_prompt if dropped else keys.prompt)
         if keys.image:
@@ -62,8 +65,8 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """Yields a batch for each item of the stream, in the dtypes of the encoders. A thread reads the batches ahead.
 
-    A batch holds `number` and `index` (lists), `video` [B, 2C, F, H, W], `prompt` [B, S, D] and, for i2v, `image`
-    [B, K, 2C, 1, H, W] with K noise draws, and further condition frames by name [B, K, 2C, F, H, W].
+    A batch holds `number`, `index` and `loss_weight` (lists), `video` [B, 2C, F, H, W], `prompt` [B, S, D] and, for
+    i2v, `image` [B, K, 2C, 1, H, W] with K noise draws, and further condition frames by name [B, K, 2C, F, H, W].
 
     Args:
         pin_memory: whether to use pinned memory if there is a GPU.
@@ -84,8 +87,8 @@ def batches(
     except DamagedEntry as error:
         dataset.cache.remove(str(error))
         raise UserError(
-            f"{dataset.cache.folder}: the entry {error} was damaged or removed during training. Run the same "
-            "command again to encode it again.",
+            f"{dataset.cache.folder_of(str(error))}: the entry {error} was damaged or removed during training. Run the "
+            "same command again to encode it again.",
             on_every_rank=False,
         ) from error
     except (MemoryError, RuntimeError) as error:

@@ -40,7 +40,7 @@ def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream, Vi
     with container:
         name = container.format.name
         if name in _IMAGES or name.endswith("_pipe"):
-            raise ClipError(f"is an image and not a video; if it moves, {CONVERT} converts it")
+            raise ClipError(f"is an image under the name of a video; rename it, or, if it moves, {CONVERT} converts it")
         if name in _PLAYLISTS:  # the index would not notice changes of the listed files
             raise ClipError("is a list of other files and not a video")
         stream, codec = choose_stream(path, container)

@@ -12,9 +12,31 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.containers import EMPTY, ClipError
+from dataset.containers import CONVERT, EMPTY, ClipError
 from dataset.stream_info import HDR_TRANSFERS
 from dataset.video import Resolution, resize
+
+# A file with one of these suffixes in the place of a clip is an image.
+_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+# Formats whose further pictures are an animation, and not pages or previews.
+_ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
+
+
+def is_image_file(path: str) -> bool:
+    """Returns whether a file that is listed as a clip is an image, by its suffix."""
+    return path.lower().endswith(_SUFFIXES)
+
+
+def check_is_still(path: Path) -> None:
+    """Raises ClipError if an image file is an animation. A file that cannot be read passes."""
+    pictures = 1
+    with suppress(Exception), Image.open(path) as file:
+        pictures = getattr(file, "n_frames", 1) if file.format in _ANIMATED else 1
+    if pictures > 1:
+        raise ClipError(f"is an animation and not a still image; {CONVERT} converts it")
 
 
 def load_image(path: Path, resolution: Resolution, mode: str) -> torch.Tensor:

@@ -40,17 +40,24 @@ class DamagedEntry(Exception):
 
 
 class LatentCache:
-    """The entries of one folder, addressed by the names in `SampleKeys`."""
+    """The entries of one folder, addressed by the names in `SampleKeys`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        elsewhere: folder of each entry that is in another folder, for runs on several data folders.
+    """
+
+    def __init__(self, folder: Path, elsewhere: Mapping[str, Path] | None = None) -> None:
+        self.folder, self.elsewhere = folder, elsewhere or {}
+
+    def folder_of(self, name: str) -> Path:
+        return self.elsewhere.get(name, self.folder)
 
     def path(self, name: str) -> Path:
-        return self.folder / f"{name}{SUFFIX}"
+        return self.folder_of(name) / f"{name}{SUFFIX}"
 
     def has(self, name: str) -> bool:
         """Returns whether an entry exists, intact or not."""
-        return os.path.exists(f"{self.folder}{os.sep}{name}{SUFFIX}")  # noqa: PTH110 - 100,000 Path objects cost memory
+        return os.path.exists(f"{self.folder_of(name)}{os.sep}{name}{SUFFIX}")  # noqa: PTH110 - 100,000 Path objects cost memory
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a tensor atomically; the last writer wins.
@@ -65,7 +72,8 @@ class LatentCache:
                 set_mtime_nanoseconds(tmp_path, _mtime_marker(name, tmp_path.stat().st_size))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"--cache_dir {self.folder}: {name} cannot be written ({error}). Entries already encoded are kept.",
+                f"--cache_dir {self.folder_of(name)}: {name} cannot be written ({error}). Entries already encoded are "
+                "kept.",
                 on_every_rank=False,
             ) from error
 
@@ -170,6 +178,10 @@ class SampleKeys:
         """Names of all entries that the VAE encodes."""
         return chain(self.video, self.image, *self.additions.values())
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        return *self.pixels, self.prompt
+
 
 @dataclass(frozen=True)
 class EncoderSettings:
@@ -219,7 +231,7 @@ class EncoderSettings:
                 image.append(self._pixels_name("image", facts[sample.image], image_selection, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
                 image.append(self._pixels_name("image", facts[sample.video], selection, noise=self.image_noise))
-            if sample.video is not None:
+            if sample.video is not None and selection.resolution.frames > 1:  # one frame has no further ones
                 settings = {"noise": self.image_noise, "frames": selection.resolution.frames}
                 for addition in additions:
                     name = self._pixels_name("image", facts[sample.video], selection, condition=addition, **settings)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dataset.folder import NO_SETTINGS, DataFolder
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user, unreadable
 
@@ -25,9 +26,10 @@ class Sample:
     Attributes:
         line: line number, starting at 1, for messages.
         prompt: the caption, with the identifier token.
-        video: path of the clip; None for a validation prompt without a clip.
+        video: path of the clip or of an image in its place; None for a validation prompt without a clip.
         image: path of the condition image for i2v; None if the first frame of the clip is used.
         last_image: path of the last frame to give in validation; None if that of the clip is used.
+        folder: the data folder and its settings.
     """
 
     line: int
@@ -35,6 +37,7 @@ class Sample:
     video: str | None  # a Path takes ten times the memory, which matters for 100,000 samples
     image: str | None
     last_image: str | None = None
+    folder: DataFolder = NO_SETTINGS
 
     @property
     def clip(self) -> str:
@@ -46,8 +49,13 @@ class Sample:
     def files(self) -> list[str]:
         return [path for path in (self.video, self.image, self.last_image) if path is not None]
 
+    @property
+    def place(self) -> str:
+        """The line for messages, with the data folder if there are several."""
+        return f"line {self.line}" + (f" of {self.folder.label}" if self.folder.label else "")
+
     def __str__(self) -> str:
-        return f"{self.video or self.image or repr(self.prompt)} (line {self.line})"
+        return f"{self.video or self.image or repr(self.prompt)} ({self.place})"
 
 
 def with_id_token(prompt: str, id_token: str) -> str:
@@ -104,6 +112,7 @@ def read_manifest(
     flag: str = "--data_root",
     table: Table | None = None,
     last_images: str | None = None,
+    folder: DataFolder = NO_SETTINGS,
 ) -> list[Sample]:
     """Reads the samples of a data folder.
 
@@ -113,6 +122,7 @@ def read_manifest(
         id_token: identifier to put before every prompt.
         flag: the option that names the folder, for messages.
         table: read in place of the line files.
+        folder: settings of the samples, for later parts of the run.
 
     Raises:
         UserError: lists all errors: a missing folder, missing files, different numbers of lines, empty lines.
@@ -147,7 +157,10 @@ def read_manifest(
         return (str(resolve(root, text)) for text in columns[name].texts)
 
     rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), paths("last_image"), strict=True)
-    return [Sample(line, with_id_token(prompt, id_token), *files) for line, prompt, *files in rows]
+    return [
+        Sample(line, with_id_token(prompt, id_token), video, image, last_image, folder)
+        for line, prompt, video, image, last_image in rows
+    ]
 
 
 def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> dict[str, _Column]:

@@ -189,7 +189,7 @@ def _decode(job: _Job, buffer: torch.Tensor) -> str:
             if job.needs_clip
             else replace(job.selection, resolution=replace(job.selection.resolution, frames=1))
         )
-        decode(Path(sample.clip), selection, pixels)
+        decode_sample(job.clip_sample, selection, pixels)
     if image is not None and sample.image is not None:
         try:
             loaded = load_image(Path(sample.image), job.selection.resolution, job.selection.mode)
@@ -200,6 +200,21 @@ def _decode(job: _Job, buffer: torch.Tensor) -> str:
     if combine_signatures(map(stat_signature, sample.files)) != job.clip_sample.signature:
         raise ClipError("was changed during the run; run the same command again")
     return image_error
+
+
+def decode_sample(clip_sample: ClipSample, selection: FrameSelection, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Decodes the selected frames of a clip, or an image in its place: uint8 [F, H, W, C].
+
+    Raises:
+        ClipError: the file cannot be decoded.
+    """
+    path = Path(clip_sample.sample.clip)
+    if not clip_sample.is_image:
+        return decode(path, selection, out)
+    image = load_image(path, selection.resolution, selection.mode)[None]
+    if selection.flipped:
+        image = image.flip(2)
+    return image if out is None else out.copy_(image)
 
 
 def _split_buffer(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -1,9 +1,10 @@
 """The endless sample stream and its division among ranks and micro-batches.
 
-The stream is the dataset in a new random order per epoch, one epoch after another. Sample n of the stream takes its
-order, noise and timestep from (seed, n) alone. An update takes the next samples of one resolution: each bucket collects
-samples as the stream passes, and the first full bucket becomes the next update. Every sample therefore gets the same
-noise, however an update is divided among ranks and micro-batches, and wherever a run is resumed.
+The stream is the dataset in a new random order per epoch, one epoch after another. Samples of a folder with repeats
+occur several times per epoch. Sample n of the stream takes its order, noise and timestep from (seed, n) alone. An
+update takes the next samples of one resolution: each bucket collects samples as the stream passes, and the first full
+bucket becomes the next update. Every sample therefore gets the same noise, however an update is divided among ranks
+and micro-batches, and wherever a run is resumed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class SampleStream:
         batch_size: samples per rank and micro-batch.
         samples_per_update: samples per update, over all ranks and micro-batches.
         start: number of samples of the stream that earlier runs trained on.
+        repeats: number of times that each sample occurs in an epoch; once by default.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class SampleStream:
         world_size: int,
         seed: int,
         start: int,
+        repeats: Sequence[int] | None = None,
     ) -> None:
+        indices = np.arange(len(buckets))
+        self.indices = indices if repeats is None else np.repeat(indices, repeats)  # of the samples of an epoch
         self.buckets, self.batch_size, self.samples_per_update = buckets, batch_size, samples_per_update
         self.rank, self.world_size, self.seed, self.start = rank, world_size, seed, start
 
@@ -75,7 +80,7 @@ class SampleStream:
         """Yields (number, index) without end."""
         number = 0
         while True:
-            epoch = number // len(self.buckets)
-            order = np.random.default_rng(seed_for(ORDER, self.seed, epoch)).permutation(len(self.buckets))
-            yield from enumerate(order.tolist(), number)
-            number += len(self.buckets)
+            epoch = number // len(self.indices)
+            order = np.random.default_rng(seed_for(ORDER, self.seed, epoch)).permutation(len(self.indices))
+            yield from enumerate(self.indices[order].tolist(), number)
+            number += len(self.indices)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from dataset.bucketing import ClipSample, SamplingPolicy, select_clip_samples
 from dataset.containers import ClipError
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
-from dataset.images import image_size
+from dataset.images import check_is_still, image_size, is_image_file
 from dataset.manifest import Sample
 from dataset.stream_info import DEINTERLACE
 from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
@@ -44,18 +45,23 @@ class ScanResult:
 def scan_and_sample(
     samples: list[Sample],
     validation: list[Sample],
-    index: FileIndex,
+    indexes: Sequence[tuple[FileIndex, list[Sample], bool]],
     policy: SamplingPolicy,
     num_workers: int,
     timeout: float,
-    save_index: bool,
 ) -> ScanResult:
     """Scans all files and selects clip samples; a validation clip gives one sample.
 
     Args:
-        index, num_workers, timeout, save_index: as in `scan_files`.
+        indexes: each index, the samples whose files it holds, and whether to write it.
+        num_workers, timeout: as in `scan_files`.
     """
-    facts, file_errors = scan_files(samples + validation, index, num_workers, timeout, save_index)
+    facts: dict[str, FileFacts] = {}
+    file_errors: dict[str, str] = {}
+    for index, part, save_index in indexes:
+        found, errors = scan_files(part, index, num_workers, timeout, save_index)
+        facts |= found
+        file_errors |= errors
     unusable: list[str] = []
     clips = {sample.video for sample in samples + validation}
 
@@ -112,12 +118,17 @@ def scan_files(
 
 
 def _scan_file(job: tuple[str, bool, FileFacts | None], buffer: Any) -> FileFacts:
-    """Scans one file in a worker process. The job is (path, whether it is an image, facts of an earlier version)."""
-    path, is_image, known = Path(job[0]), *job[1:]
+    """Scans one file in a worker process.
+
+    The job is (path, whether it is only listed as a condition image, facts of an earlier version).
+    """
+    path, is_condition, known = Path(job[0]), *job[1:]
     if not os.access(path, os.R_OK, effective_ids=True):
         raise ClipError("cannot be read: this user has no permission")
     signature = stat_signature(job[0])
-    if is_image:
+    if is_condition or is_image_file(job[0]):
+        if not is_condition:
+            check_is_still(path)
         height, width = image_size(path)
         info = ClipInfo(1, 1.0, 0.0, height, width)
     else:
@@ -135,9 +146,9 @@ def split_readable(
     """
     readable, errors = [], []
     for sample in samples:
-        unusable = [f"{path} (line {sample.line}) {file_errors[path]}." for path in sample.files if path in file_errors]
-        if sample.image in clips and sample.image is not None and not unusable:
-            unusable = [f"{sample.image} (line {sample.line}) is listed as an image, but is a video."]
+        unusable = [f"{path} ({sample.place}) {file_errors[path]}." for path in sample.files if path in file_errors]
+        if sample.image in clips and sample.image is not None and not is_image_file(sample.image) and not unusable:
+            unusable = [f"{sample.image} ({sample.place}) is listed as an image, but is a video."]
         errors += unusable
         if not unusable:
             readable.append(sample)
@@ -146,7 +157,7 @@ def split_readable(
 
 @dataclass
 class _BucketStats:
-    """Statistics of the clips of one bucket, or of all condition images.
+    """Statistics of the clips or the images of one bucket, or of all condition images.
 
     A change is the share by which a clip is cropped or stretched.
 
@@ -173,66 +184,108 @@ class _BucketStats:
 
 
 def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
-    """Returns log lines that describe the clips and how much of them each bucket uses.
+    """Returns log lines that describe the clips and images, and how much of them each bucket uses.
 
     Args:
         clip_samples: samples of one clip must be adjacent.
         mode: resize mode.
         rate: sampling rate.
     """
-    sizes: Counter[str] = Counter()
-    stats_by_bucket: defaultdict[Resolution, _BucketStats] = defaultdict(_BucketStats)
-    images = _BucketStats()
-    num_slower, last_sample = 0, None
-    interlaced: list[str] = []
-    lossy: list[str] = []
+    kinds: dict[bool, list[ClipSample]] = {False: [], True: []}
     for clip_sample in clip_samples:
-        sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
-        stats.num_samples += 1
-        if sample is last_sample:  # another sample of the same clip
-            continue
-        last_sample, info = sample, facts[sample.clip].info
-        sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
-        num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
-        if info.interlaced:
-            interlaced.append(sample.clip)
-        if info.lost_frames:
-            lossy.append(f"{sample.clip} ({info.lost_frames} of {info.frames + info.lost_frames})")
-        stats.seconds += info.seconds
-        stats.count(info, clip_sample.resolution, mode, sample.clip)
-        if sample.image is not None:
-            images.count(facts[sample.image].info, clip_sample.resolution, mode, sample.image)
-    listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
-    more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
-    verb = "cropped" if mode == "crop" else "stretched"
-    total_seconds = sum(stats.seconds for stats in stats_by_bucket.values())
-    lines = [f"Clips: {listed}{more}; {total_seconds:.0f} s in total"]
-    for bucket, stats in stats_by_bucket.items():
-        used = 1.0 if rate == NATIVE_STRIDE else min(stats.num_samples * bucket.frames / rate / stats.seconds, 1)
+        kinds[clip_sample.is_image].append(clip_sample)
+    clips, images = kinds[False], kinds[True]
+    lines = _summarize_clips(clips, facts, mode, rate) if clips else []
+    lines += _summarize_images(images, facts, mode) if images else []
+    lines += _condition_images(clip_samples, facts, mode)
+    lines += _clip_notes(clips, facts, rate)
+    if images and not clips:
         lines.append(
-            f"  {bucket}: {stats.num_samples} samples from {stats.num_clips} clips, {used:.0%} of their duration; "
-            + _describe_change(stats, verb)
-        )
-    if images.num_clips:
-        lines.append(f"  Condition images: {images.num_clips}; {_describe_change(images, verb)}")
-    if interlaced:
-        lines.append(
-            f"Note: {len(interlaced)} of {sizes.total()} clips are interlaced, such as {interlaced[0]}. The model "
-            f"would learn combed edges; deinterlace the clips: {DEINTERLACE}"
-        )
-    if lossy:
-        lines.append(
-            f"Note: {len(lossy)} of {sizes.total()} clips lack frames, such as {lossy[0]}: their times have gaps. "
-            "The motion jumps there; after damage, pictures may be wrong up to the next key frame."
-        )
-    if num_slower:
-        lines.append(
-            f"Note: {num_slower} of {sizes.total()} clips have a lower frame rate than {rate:g} fps, so frames repeat."
+            "Note: all samples are images. A model that is trained on images alone makes static videos; mix clips in."
         )
     return lines
 
 
-def _describe_change(stats: _BucketStats, verb: str) -> str:
+def _first_samples(clip_samples: list[ClipSample]) -> list[ClipSample]:
+    """Returns the first sample of each clip."""
+    return [first for _, (first, *_) in groupby(clip_samples, lambda clip_sample: id(clip_sample.sample))]
+
+
+def _summarize_clips(clips: list[ClipSample], facts: Mapping[str, FileFacts], mode: str, rate: Rate) -> list[str]:
+    stats_by_bucket: defaultdict[Resolution, _BucketStats] = defaultdict(_BucketStats)
+    sizes: Counter[str] = Counter()
+    for clip_sample in clips:
+        stats_by_bucket[clip_sample.resolution].num_samples += 1
+    for clip_sample in _first_samples(clips):
+        info, stats = facts[clip_sample.sample.clip].info, stats_by_bucket[clip_sample.resolution]
+        sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
+        stats.seconds += info.seconds
+        stats.count(info, clip_sample.resolution, mode, clip_sample.sample.clip)
+    total_seconds = sum(stats.seconds for stats in stats_by_bucket.values())
+    lines = [f"Clips: {_list_sizes(sizes)}; {total_seconds:.0f} s in total"]
+    for bucket, stats in stats_by_bucket.items():
+        used = 1.0 if rate == NATIVE_STRIDE else min(stats.num_samples * bucket.frames / rate / stats.seconds, 1)
+        lines.append(
+            f"  {bucket}: {stats.num_samples} samples from {stats.num_clips} clips, {used:.0%} of their duration; "
+            + _describe_change(stats, mode)
+        )
+    return lines
+
+
+def _summarize_images(images: list[ClipSample], facts: Mapping[str, FileFacts], mode: str) -> list[str]:
+    stats_by_bucket: defaultdict[Resolution, _BucketStats] = defaultdict(_BucketStats)
+    sizes: Counter[str] = Counter()
+    for clip_sample in images:
+        info = facts[clip_sample.sample.clip].info
+        sizes[f"{info.width}x{info.height}"] += 1
+        stats_by_bucket[clip_sample.resolution].count(info, clip_sample.resolution, mode, clip_sample.sample.clip)
+    return [f"Images: {_list_sizes(sizes)}"] + [
+        f"  {bucket}: {stats.num_clips} images; {_describe_change(stats, mode)}"
+        for bucket, stats in stats_by_bucket.items()
+    ]
+
+
+def _condition_images(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mode: str) -> list[str]:
+    stats = _BucketStats()
+    for clip_sample in _first_samples(clip_samples):
+        if (image := clip_sample.sample.image) is not None:
+            stats.count(facts[image].info, clip_sample.resolution, mode, image)
+    return [f"  Condition images: {stats.num_clips}; {_describe_change(stats, mode)}"] if stats.num_clips else []
+
+
+def _clip_notes(clips: list[ClipSample], facts: Mapping[str, FileFacts], rate: Rate) -> list[str]:
+    """Returns notes on clips that are interlaced, lack frames or have a low rate."""
+    infos = [(first.sample.clip, facts[first.sample.clip].info) for first in _first_samples(clips)]
+    interlaced = [path for path, info in infos if info.interlaced]
+    lossy = [
+        f"{path} ({info.lost_frames} of {info.frames + info.lost_frames})" for path, info in infos if info.lost_frames
+    ]
+    num_slower = sum(info.fps < rate - 0.5 for _, info in infos) if rate != NATIVE_STRIDE else 0
+    lines = []
+    if interlaced:
+        lines.append(
+            f"Note: {len(interlaced)} of {len(infos)} clips are interlaced, such as {interlaced[0]}. The model "
+            f"would learn combed edges; deinterlace the clips: {DEINTERLACE}"
+        )
+    if lossy:
+        lines.append(
+            f"Note: {len(lossy)} of {len(infos)} clips lack frames, such as {lossy[0]}: their times have gaps. "
+            "The motion jumps there; after damage, pictures may be wrong up to the next key frame."
+        )
+    if num_slower:
+        lines.append(
+            f"Note: {num_slower} of {len(infos)} clips have a lower frame rate than {rate:g} fps, so frames repeat."
+        )
+    return lines
+
+
+def _list_sizes(sizes: Counter[str]) -> str:
+    listed = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
+    return listed + (f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else "")
+
+
+def _describe_change(stats: _BucketStats, mode: str) -> str:
+    verb = "cropped" if mode == "crop" else "stretched"
     if not stats.num_changed:
         return f"none {verb} by more than {REPORTED_CHANGE:.0%}"
     amount, path = stats.worst

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dataset.cached_dataset import PREFETCHED_BATCHES, CachedDataset, batches
+from dataset.folder import DataFolder
 from dataset.latent_cache import LatentCache, SampleKeys
 from dataset.prefetch import prefetch
 from dataset.sampler import SampleStream
@@ -34,7 +35,7 @@ def make_dataset(folder: Path, num_samples: int = NUM_SAMPLES) -> CachedDataset:
             cache.write(name, torch.randn(4, 32, 1, 8, 8).half())
         cache.write(f"prompt-{number}", torch.randn(26, 32))
     cache.write("prompt-empty", torch.zeros(26, 32))
-    return CachedDataset(cache, keys, "prompt-empty", 0.3, 42)
+    return CachedDataset(cache, keys, "prompt-empty", [DataFolder(caption_dropout=0.3)] * num_samples, 42)
 
 
 def make_stream(num_samples: int = NUM_SAMPLES) -> SampleStream:
@@ -49,7 +50,7 @@ def test_batches_equal_a_plain_loop(tmp_path):
     dataset = make_dataset(tmp_path)
     for batch, positions in islice(zip(batches(dataset, make_stream(), True), make_stream(), strict=False), 20):
         items = [dataset.read(position) for position in positions]
-        assert batch.keys() == {"number", "index", "video", "prompt", "image"}
+        assert batch.keys() == {"number", "index", "loss_weight", "video", "prompt", "image"}
         for name, value in batch.items():
             expected = [item[name] for item in items]
             if torch.is_tensor(value):
@@ -165,13 +166,14 @@ from unittest.mock import Mock
 import torch
 
 from dataset.cached_dataset import CachedDataset, batches
+from dataset.folder import NO_SETTINGS
 from dataset.latent_cache import LatentCache, SampleKeys
 from dataset.sampler import SampleStream
 
 cache = LatentCache(Path(sys.argv[1]))
 cache.write("video", torch.randn(32, 21, 96, 170).bfloat16())
 cache.write("prompt", torch.randn(226, 4096).bfloat16())
-dataset = CachedDataset(cache, [SampleKeys(("video",), (), "prompt")], "prompt", 0.0, 42)
+dataset = CachedDataset(cache, [SampleKeys(("video",), (), "prompt")], "prompt", [NO_SETTINGS], 42)
 for batch in islice(batches(dataset, SampleStream(["one"], 2, 2, 0, 1, 42, 0), True), 8):
     {NO_SHARED_MEMORY}
 print(batch["video"].nbytes >> 20)

@@ -14,6 +14,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import psutil
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, arguments, command, environment, read_metrics, run, succeed
 from tests.warm_start import run_warm, start_warm
@@ -43,8 +44,18 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_run_with_buckets_is_the_same_on_two_processes_and_after_resuming(tiny, mixed, tmp_path):
+    """Clips in three buckets, and images of another folder with repeats and a weight."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = [{"video": f"{number}.webp", "prompt": f"image {number}"} for number in range(3)]
+    for row in rows:
+        Image.effect_noise((96, 64), 60).convert("RGB").save(images / row["video"])
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (images / "folder.toml").write_text("repeats = 2\nloss_weight = 1e-6\n")
+
     def train(out: str, steps: int, accumulation: int, processes: int) -> str:
-        options = [*BUCKETS, "--clips_per_video", 2, "--flip", "--resize_mode", "crop", "--caption_dropout", 0.3]
+        options = ["--data_root", mixed, images]
+        options += [*BUCKETS, "--clips_per_video", 2, "--flip", "--resize_mode", "crop", "--caption_dropout", 0.3]
         options += ["--train_steps", steps, "--gradient_accumulation_steps", accumulation]
         options += ["--resume_from_checkpoint", "latest"]
         args = arguments(tiny("5b", (17, 96, 96)), mixed, tmp_path / out, *options)
@@ -55,12 +66,17 @@ def test_run_with_buckets_is_the_same_on_two_processes_and_after_resuming(tiny, 
         "9x64x96: 5 samples from 4 clips",
         "17x96x64: 4 samples from 4 clips",
         "9x64x64: 4 samples from 3 clips",
+        "1x64x96: 3 images; none",
+        "3 samples x 2, 32% of an epoch, loss_weight 1e-06",
     ):
         assert line in output
     train("two", 4, 2, 2)
     train("two", 8, 2, 2)
     losses = [[line["loss"] for line in read_metrics(tmp_path / out)] for out in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 8
+    # the metrics show losses without their weights, the gradients have them
+    of_images = [line["grad_norm"] < 1e-5 for line in read_metrics(tmp_path / "one")]
+    assert set(of_images) == {True, False} and min(losses[0]) > 1e-3
 
 
 def test_bad_clips_stop_the_run_unless_they_are_skipped(tiny, data, tmp_path):

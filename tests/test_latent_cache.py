@@ -47,14 +47,15 @@ def scan(data: Path, **policy: Any) -> ScanResult:
     """Scans a data folder, by default at the resolution of the tests."""
     samples = read_manifest(data, "prompts.txt", "videos.txt", None)
     default = SamplingPolicy((SIZE,), 8.0, "stretch")
-    return scan_and_sample(samples, [], FileIndex(data / "latent"), replace(default, **policy), 1, 60, True)
+    indexes = [(FileIndex(data / "latent"), samples, True)]
+    return scan_and_sample(samples, [], indexes, replace(default, **policy), 1, 60)
 
 
 def test_clip_is_refused_as_an_image(data):
     first, second, *others = read_manifest(data, "prompts.txt", "videos.txt", None)
     samples = [replace(first, image=second.video), second, *others]
     policy = SamplingPolicy((SIZE,), 8.0, "stretch")
-    scanned = scan_and_sample(samples, [], FileIndex(data / "latent"), policy, 1, 60, True)
+    scanned = scan_and_sample(samples, [], [(FileIndex(data / "latent"), samples, True)], policy, 1, 60)
     assert scanned.unusable == [f"{second.video} (line 1) is listed as an image, but is a video."]
     assert len(scanned.samples) == len(samples) - 1
 
@@ -190,7 +191,7 @@ def test_cache_and_checkpoint_stay_valid_for_another_release_of_the_model(tiny, 
     model = shutil.copytree(tiny("5b"), tmp_path / "model")
     args = parse_args(arguments(model, data, tmp_path / "out", "--resume_from_checkpoint", "latest"))
     plan = preflight(args, 1)
-    LatentCache(plan.cache_dir).add_encoders(plan.encoders)
+    LatentCache(plan.cache_dir).add_encoders(plan.encoders[plan.cache_dir])
     progress = json.dumps(asdict(plan.progress) | {"step": 1})
     for component in ("vae", "text_encoder", "transformer"):
         edit_config(model / component, _diffusers_version="9.0", transformers_version="9.0")

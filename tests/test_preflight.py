@@ -389,7 +389,7 @@ def test_images_of_another_shape_are_reported(tiny, data, tmp_path, mode, change
 def test_paths_may_start_with_a_tilde(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse_args(arguments(tiny("2b"), Path("~/data"), Path("~/out"), "--cache_dir=~/cache"))
-    folders = (args.data.data_root, args.output.output_dir, args.data.cache_dir)
+    folders = (*args.data.data_root, args.output.output_dir, args.data.cache_dir)
     assert folders == (tmp_path / "data", tmp_path / "out", tmp_path / "cache")
 
 

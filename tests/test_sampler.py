@@ -59,6 +59,19 @@ def test_each_update_has_one_bucket_and_each_epoch_every_sample(batch_size, worl
     )
 
 
+def test_repeats_expand_the_epoch():
+    """The stream is that of a dataset that lists each sample as often as it occurs, on all ranks and after resuming."""
+    repeats = [1, 3, 2, 1, 2, 1, 1, 4, 1, 1, 2]
+    expanded = [index for index, count in enumerate(repeats) for _ in range(count)]
+    listed = SampleStream([THREE_BUCKETS[index] for index in expanded], 2, 4, 0, 1, 3, 0)
+    expected = [(position.number, expanded[position.index]) for batch in islice(listed, 40) for position in batch]
+    ranks = [islice(SampleStream(THREE_BUCKETS, 2, 4, rank, 2, 3, 8, repeats), 18) for rank in range(2)]
+    flat = [position for step in zip(*ranks, strict=True) for batch in step for position in batch]
+    assert [(position.number, position.index) for position in flat] == expected[8:]
+    first_epoch = [index for number, index in expected if number < len(expanded)]
+    assert sorted(first_epoch) == expanded
+
+
 def test_changed_update_size_continues_with_the_remaining_samples():
     before = [position for batch in positions(3, 0, 1, count=4, buckets=ONE_BUCKET) for position in batch]
     after = [position for batch in positions(2, 0, 1, start=12, count=4, buckets=ONE_BUCKET) for position in batch]

@@ -71,7 +71,7 @@ class Progress:
         samples_seen: position in the sample stream, over all ranks.
         zero_stage: ZeRO stage of the training state; 0 for DDP.
         num_processes: number of processes that share the training state.
-        num_samples: number of samples of an epoch; 0 in checkpoints of earlier versions.
+        num_samples: number of samples, without repeats; 0 in checkpoints of earlier versions.
         objective: what `read_objective` returns for the base; empty in checkpoints of earlier versions.
         data: digest of the samples. With the same data, a resumed run continues in the same order.
     """

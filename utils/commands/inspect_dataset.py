@@ -1,6 +1,7 @@
 """Shows the samples that training will use from a data folder, and maintains its latent cache.
 
     python -m utils.commands.inspect_dataset data --train_resolution 49x480x720 49x720x480
+    python -m utils.commands.inspect_dataset clips more_clips
     python -m utils.commands.inspect_dataset data --model_path THUDM/CogVideoX-5b --verify_cache
     python -m utils.commands.inspect_dataset data --model_path THUDM/CogVideoX-5b --prune_cache
 
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +26,10 @@ from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
 from dataset.images import load_image
-from dataset.latent_cache import LatentCache
+from dataset.latent_cache import EncoderSettings, LatentCache
+from dataset.precompute import decode_sample
 from dataset.scan import ScanResult, summarize
-from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
+from dataset.video import NATIVE_STRIDE, cropped, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.contact_sheet import THUMBNAILS, contact_sheet, evenly_spaced, strip
 from utils.common.errors import CheckReport, UserError, exit_on_user_error
@@ -36,7 +39,7 @@ from utils.config.data_args import DataArgs
 from utils.config.options import add_options, collect, make_parser, option
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
-from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
+from utils.run.data import find_cache_dirs, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import encoder_settings
 
 COLUMNS = ("line", "video", "resolution", "from_s", "to_s", "left_out", "prompt")
@@ -73,19 +76,25 @@ def main() -> None:
     task = spec.task if spec else ("i2v" if data.image_column else "t2v")
     samples = read_training_samples(data, task)
     validation = read_validation_samples(data, replace(validation_args, do_validation=True), task)
-    cache_dir = find_cache_dir(data, samples)
-    scan = scan_data(data, samples, validation, cache_dir, save_index=cache_dir.is_dir())
+    cache_dirs = find_cache_dirs(data, samples)
+    scan = scan_data(data, samples, validation, cache_dirs, save_index=Path.is_dir)
     with flags_in_errors({"--inspect_dir": options.inspect_dir}):
         show_samples(data, scan, options.inspect_dir)
-    if spec is not None and model_dir is not None and cache_dir.is_dir():
-        maintain_cache(options, data, scan, LatentCache(cache_dir), model_dir, spec)
+    if spec is None or model_dir is None:
+        return
+    caches = [LatentCache(cache_dir) for cache_dir in dict.fromkeys(cache_dirs.values()) if cache_dir.is_dir()]
+    existing = {name for cache in caches for name in cache.names()}  # data folders share entries
+    for cache in caches:
+        part = [clip_sample for clip_sample in scan.samples if cache_dirs[clip_sample.sample.folder] == cache.folder]
+        encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
+        maintain_cache(options, data, replace(scan, samples=part), cache, encoding, existing)
 
 
 def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
-    """Parses the command line, whose first argument may be the data folder without its flag."""
+    """Parses the command line, whose first arguments may be the data folders without their flag."""
     parser = make_parser(
-        "Shows the samples that training will use, and maintains their latent cache. The first argument may be the "
-        "data folder, in place of --data_root. All data and validation flags of train.py are accepted, so that those "
+        "Shows the samples that training will use, and maintains their latent cache. The first arguments may be the "
+        "data folders, in place of --data_root. All data and validation flags of train.py are accepted, so that those "
         "of a run can be pasted; some have no effect here.",
         prog="python -m utils.commands.inspect_dataset",
     )
@@ -147,8 +156,7 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
             clip_sample.sample.line,
             clip_sample.sample.clip,
             selection.resolution,
-            f"{start_s:.2f}",
-            f"{end_s:.2f}",
+            *(("", "") if clip_sample.is_image else (f"{start_s:.2f}", f"{end_s:.2f}")),
             change,
             clip_sample.sample.prompt,
         )
@@ -178,7 +186,7 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
     """Decodes one sample in a worker process and draws its row. The job is (row number, sample)."""
     size = job[1].resolution
     pixels = buffer[: size.frames * size.height * size.width * 3].view(size.frames, size.height, size.width, 3)
-    decode(Path(job[1].sample.clip), job[1].selection, pixels)
+    decode_sample(job[1], job[1].selection, pixels)
     pictures = [pixels[frame] for frame in evenly_spaced(size.frames)]
     if job[1].sample.image is not None:
         pictures.insert(0, load_image(Path(job[1].sample.image), size, job[1].selection.mode))
@@ -186,21 +194,30 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
 
 
 def maintain_cache(
-    options: InspectArgs, data: DataArgs, scan: ScanResult, cache: LatentCache, model_dir: Path, spec: ModelSpec
+    options: InspectArgs,
+    data: DataArgs,
+    scan: ScanResult,
+    cache: LatentCache,
+    encoding: EncoderSettings,
+    existing: set[str],
 ) -> None:
-    """Prints how much of the cache the samples use; verifies and prunes it on request.
+    """Prints how much of a latent cache the samples use; verifies and prunes it on request.
+
+    Args:
+        scan: with the samples of the data folders of this cache.
+        existing: entries in all latent caches of the run.
 
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
-    all_keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
+    all_keys = []
+    for folder, part in groupby(scan.samples, lambda clip_sample: clip_sample.sample.folder):
+        all_keys += encoding.keys(list(part), scan.facts, folder.flip, data.additions)
     all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
-    used = {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
-    existing = set(cache.names())
+    used = {name for keys in all_keys for name in keys.all} | {encoding.prompt_key("")}
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:
-        names = sorted(used & existing)
+        names = sorted(filter(cache.has, used & existing))
         with ThreadPoolExecutor() as pool:
             results = pool.map(partial(cache.verify, read=True), names)
             results = tqdm(results, "Reading entries", len(names), unit="entry")
@@ -212,7 +229,7 @@ def maintain_cache(
             print(f"{len(kept)} entries, such as {kept[0]}, cannot be read, or are damaged and cannot be removed")
         if not damaged:
             print("All entries are intact")
-    unused = existing - used
+    unused = set(cache.names()) - used
     if options.prune_cache and (scan.unusable or not scan.samples):
         raise UserError(
             "--prune_cache: some lines of the data are unusable, and their entries may still be needed; fix or remove "

@@ -115,11 +115,11 @@ def lock_folder(folder: Path, flag: str) -> None:
 
 
 @contextmanager
-def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
+def flags_in_errors(folders: Mapping[str, Path | tuple[Path, ...]]) -> Iterator[None]:
     """Adds the flag of a folder to system errors that concern the folder, such as a full disk.
 
     Args:
-        folders: flag -> folder.
+        folders: flag -> folder, or all of its folders.
 
     Raises:
         UserError: an error in `SYSTEM_ERRORS` was raised in the block.
@@ -131,12 +131,18 @@ def flags_in_errors(folders: Mapping[str, Path]) -> Iterator[None]:
             raise
         number, path = details_of(error)
 
+        pairs = [
+            (flag, folder)
+            for flag, value in folders.items()
+            for folder in (value if isinstance(value, tuple) else (value,))
+        ]
+
         def concerns(folder: Path) -> bool:
             if path is not None:
                 return Path(path).is_relative_to(folder)
-            return number in DISK_FULL and (len(folders) == 1 or disk_is_full(folder))
+            return number in DISK_FULL and (len(pairs) == 1 or disk_is_full(folder))
 
-        for flag, folder in sorted(folders.items(), key=lambda item: -len(item[1].parts)):  # the innermost first
+        for flag, folder in sorted(pairs, key=lambda item: -len(item[1].parts)):  # the innermost first
             if concerns(folder):
                 message = f"{flag} {folder}: {message[0].lower()}{message[1:]}"
                 break

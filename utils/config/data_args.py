@@ -14,9 +14,14 @@ from utils.config.options import option, require_positive, require_text, require
 
 @dataclass(frozen=True)
 class DataArgs:
-    data_root: Path = option(help="data folder: line files with one sample per line, and the clips")
+    data_root: tuple[Path, ...] = option(
+        help="data folder: line files with one sample per line, and the clips; several folders are mixed, and "
+        "folder.toml in each sets its repeats, loss_weight, id_token, caption_dropout and flip"
+    )
     caption_column: str = option("prompts.txt", help="file in --data_root with one caption per line")
-    video_column: str = option("videos.txt", help="file in --data_root with one clip per line, relative to --data_root")
+    video_column: str = option(
+        "videos.txt", help="file in --data_root with one clip or image per line, relative to --data_root"
+    )
     image_column: str | None = option(
         None, help="i2v: file in --data_root with one image per line; default: the first frame of each clip is used"
     )
@@ -29,7 +34,7 @@ class DataArgs:
     train_resolution: tuple[Resolution, ...] = option(
         (Resolution(49, 480, 720),),
         help="FxHxW: frames (8N+1), height, width; with several, each clip uses the resolution that preserves most of "
-        "it",
+        "it; images use those of one frame, by default 1xHxW for each height and width",
     )
     resize_mode: Literal["stretch", "crop"] = option(
         "stretch", help="stretch: resize to the exact size; crop: keep the aspect ratio and crop the centre"
@@ -46,7 +51,9 @@ class DataArgs:
     )
     skip_bad_samples: bool = option(False, help="continue without unusable clips instead of stopping")
     clip_timeout: float = option(120.0, help="maximum number of seconds to decode one clip")
-    cache_dir: Path | None = option(None, help="latent cache; default: latent/ in the folder of the clips")
+    cache_dir: Path | None = option(
+        None, help="latent cache; default: latent/ in the folder of the clips of each data folder"
+    )
     precompute_only: bool = option(False, help="fill the latent cache and stop")
     caption_dropout: float = option(0.0, help="share of samples trained with the empty prompt")
     image_dropout: float = option(0.0, help="i2v: share of samples trained without the condition image")
@@ -71,7 +78,7 @@ class DataArgs:
                 )
         if len(set(self.train_resolution)) < len(self.train_resolution):
             yield f"--train_resolution {' '.join(map(str, self.train_resolution))}: a resolution is listed twice."
-        shortest = min(resolution.frames for resolution in self.train_resolution)
+        shortest = min((size.frames for size in self.train_resolution if size.frames > 1), default=1)
         for condition in self.condition_frames:
             if condition.prefix >= shortest:
                 yield (

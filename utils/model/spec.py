@@ -165,8 +165,9 @@ class ModelSpec:
         """Returns a note if diffusers would replace the learned positions with computed ones, else an empty list."""
         if self.learned_positions != "keep" or frames == self.largest.frames:
             return []
+        length = f"{frames} frames" if frames > 1 else "images"
         return [
-            f"this checkpoint has learned positions for {self.largest.frames} frames; with {frames} frames, training "
+            f"this checkpoint has learned positions for {self.largest.frames} frames; with {length}, training "
             "and sampling use computed positions instead. --learned_positions interpolate keeps the learned ones."
         ]
 

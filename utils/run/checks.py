@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
@@ -149,8 +150,11 @@ def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
         sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
         for addition, names in keys.additions.items():
             sizes |= dict.fromkeys(names, moments * IMAGE_NOISE_DRAWS * latent_frames(addition))
-    cache_size = 4 * sum(sizes[name] for name in missing)  # float32 at most
-    needs = [("the latent cache", "--cache_dir", plan.cache_dir, cache_size)]
+    cache_sizes: Counter[Path] = Counter()
+    cache = plan.cache
+    for name in missing:
+        cache_sizes[cache.folder_of(name)] += 4 * sizes[name]  # float32 at most
+    needs = [("the latent cache", "--cache_dir", folder, size) for folder, size in cache_sizes.items()]
     if not (plan.args.data.precompute_only or plan.is_finished):
         num_trained = count_trained(plan.spec.transformer, plan.args)
         size = checkpoint_bytes(plan.args, num_trained, plan.zero is not None)

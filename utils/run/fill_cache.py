@@ -28,10 +28,11 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
         UserError: some samples are unusable, and --skip_bad_samples is off. All other samples are encoded by then.
     """
     args, device = plan.args, processes.device
-    cache, shard = LatentCache(plan.cache_dir), RankShard(processes.process_index, processes.num_processes)
+    cache, shard = plan.cache, RankShard(processes.process_index, processes.num_processes)
     if processes.is_main_process:
-        remove_stale_temporaries(plan.cache_dir)
-        cache.add_encoders(plan.encoders)
+        for cache_dir, known in plan.encoders.items():
+            remove_stale_temporaries(cache_dir)
+            LatentCache(cache_dir).add_encoders(known)
     load_prompt_encoder = partial(
         encoders.prompt_encoder,
         plan.model_dir,

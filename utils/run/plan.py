@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from dataset.bucketing import ClipSample
+from dataset.folder import DataFolder
 from dataset.latent_cache import EncoderSettings, LatentCache, SampleKeys
 from dataset.scan import ScanResult, summarize
 from utils.checkpoint.manager import Progress
@@ -31,7 +33,9 @@ class RunPlan:
         clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
-        encoders: lines to add to the encoders that the cache knows.
+        cache_dirs: latent cache of each data folder. New entries of the validation folder are in the first one.
+        elsewhere: folder of each entry that is not in the first latent cache.
+        encoders: latent cache -> lines to add to the encoders that it knows.
         resume_from: checkpoint to resume from; None for a new run.
         progress: progress at the start of this run.
         notes: facts that the user should know but that do not stop the run.
@@ -47,8 +51,9 @@ class RunPlan:
     validation_keys: list[SampleKeys]
     prompts: dict[str, str]
     empty_prompt: str
-    cache_dir: Path
-    encoders: dict[str, str]
+    cache_dirs: dict[DataFolder, Path]
+    elsewhere: dict[str, Path]
+    encoders: dict[Path, dict[str, str]]
     resume_from: Path | None
     progress: Progress
     notes: list[str]
@@ -71,6 +76,29 @@ class RunPlan:
         return self.context.num_processes
 
     @property
+    def cache_dir(self) -> Path:
+        """The first latent cache."""
+        return next(iter(self.cache_dirs.values()))
+
+    @property
+    def cache(self) -> LatentCache:
+        """All latent caches."""
+        return LatentCache(self.cache_dir, self.elsewhere)
+
+    @property
+    def folders(self) -> list[DataFolder]:
+        """Data folder of each sample."""
+        return [clip_sample.sample.folder for clip_sample in self.samples]
+
+    @cached_property
+    def samples_per_epoch(self) -> int:
+        return sum(folder.repeats for folder in self.folders)
+
+    @property
+    def num_epochs(self) -> float:
+        return self.total_steps * self.samples_per_step / self.samples_per_epoch
+
+    @property
     def samples_per_step(self) -> int:
         training = self.args.training
         return training.batch_size * training.gradient_accumulation_steps * self.num_processes
@@ -78,7 +106,7 @@ class RunPlan:
     @property
     def total_steps(self) -> int:
         training = self.args.training
-        return total_updates(training.train_steps, training.train_epochs, len(self.samples), self.samples_per_step)
+        return total_updates(training.train_steps, training.train_epochs, self.samples_per_epoch, self.samples_per_step)
 
     @property
     def is_finished(self) -> bool:
@@ -96,12 +124,14 @@ class RunPlan:
         digest = hashlib.blake2b(f"{self.args.training.seed} {self.samples_per_step}".encode(), digest_size=16)
         for clip_sample, names in zip(self.samples, self.keys, strict=True):
             digest.update(f"{clip_sample.resolution} {names}".encode())
+            if (repeats := clip_sample.sample.folder.repeats) != 1:
+                digest.update(f" {repeats}".encode())
         return digest.hexdigest()
 
     def missing_entries(self) -> set[str]:
         """Names of the entries that the cache does not hold yet."""
         clips = (name for keys in self.keys + self.validation_keys for name in keys.pixels)
-        cache = LatentCache(self.cache_dir)
+        cache = self.cache
         return {name for name in chain(clips, self.prompts) if not cache.has(name)}
 
     def without(self, failed: dict[str, str]) -> RunPlan:
@@ -117,7 +147,7 @@ class RunPlan:
         ) -> tuple[list[ClipSample], list[SampleKeys]]:
             pairs = []
             for clip_sample, keys in zip(clip_samples, all_keys, strict=True):
-                reasons = [failed[name] for name in (*keys.pixels, keys.prompt) if name in failed]
+                reasons = [failed[name] for name in keys.all if name in failed]
                 unusable.extend(f"{clip_sample} {reason}." for reason in dict.fromkeys(reasons))
                 if not reasons:
                     pairs.append((clip_sample, keys))
@@ -134,23 +164,39 @@ def make_plan(
     context: RunContext,
     model_dir: Path,
     scan: ScanResult,
-    cache_dir: Path,
+    cache_dirs: dict[DataFolder, Path],
     resume_from: Path | None,
     progress: Progress,
     notes: list[str],
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
-    encoding, encoders = encoder_settings(
-        model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir), args.model.variant
-    )
-    keys = encoding.keys(scan.samples, scan.facts, args.data.flip, args.data.additions)
-    validation_keys = encoding.keys(scan.validation, scan.facts, additions=args.data.additions)
-    prompts = {encoding.prompt_key(""): ""}
+    caches = list(dict.fromkeys(cache_dirs.values()))
+    encodings, encoders = {}, {}
+    for cache_dir in caches:
+        encodings[cache_dir], encoders[cache_dir] = encoder_settings(
+            model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir), args.model.variant
+        )
+    main = encodings[caches[0]]
+    keys: list[SampleKeys] = []
+    for folder, part in groupby(scan.samples, lambda clip_sample: clip_sample.sample.folder):
+        keys += encodings[cache_dirs[folder]].keys(list(part), scan.facts, folder.flip, args.data.additions)
+    validation_keys = main.keys(scan.validation, scan.facts, additions=args.data.additions)
+    prompts = {main.prompt_key(""): ""}
     for clip_sample, names in zip(scan.samples + scan.validation, keys + validation_keys, strict=True):
         prompts[names.prompt] = clip_sample.sample.prompt
+    elsewhere: dict[str, Path] = {}
+    if len(caches) > 1:
+        shared = (main.prompt_key(""), *(name for names in validation_keys for name in names.all))
+        needs = [(cache_dir, shared) for cache_dir in caches]
+        needs += [
+            (cache_dirs[clip_sample.sample.folder], names.all)
+            for clip_sample, names in zip(scan.samples, keys, strict=True)
+        ]
+        elsewhere = place_entries(needs)
+    common_cache = caches[0] if len(caches) == 1 else args.data.cache_dir
     return RunPlan(
-        context=replace(context, args=replace(args, data=replace(args.data, cache_dir=cache_dir))),
+        context=replace(context, args=replace(args, data=replace(args.data, cache_dir=common_cache))),
         model_dir=model_dir,
         samples=scan.samples,
         unusable=scan.unusable,
@@ -159,13 +205,32 @@ def make_plan(
         validation=scan.validation,
         validation_keys=validation_keys,
         prompts=prompts,
-        empty_prompt=encoding.prompt_key(""),
-        cache_dir=cache_dir,
+        empty_prompt=main.prompt_key(""),
+        cache_dirs=cache_dirs,
+        elsewhere=elsewhere,
         encoders=encoders,
         resume_from=resume_from,
         progress=progress,
         notes=notes,
     )
+
+
+def place_entries(needs: Sequence[tuple[Path, Iterable[str]]]) -> dict[str, Path]:
+    """Returns the latent cache of each entry that is not in the first one.
+
+    An entry is in the cache of its data folder, so that the folder can be trained alone too. An entry that several data
+    folders need is in the first of their caches that has it, otherwise in the first one.
+
+    Args:
+        needs: latent caches, the first one before all others, and entries that may be in them.
+    """
+    handles = {cache: LatentCache(cache) for cache in {cache for cache, _ in needs}}
+    placed: dict[str, Path] = {}
+    for cache, name in ((cache, name) for cache, names in needs for name in names):
+        first = placed.setdefault(name, cache)
+        if first != cache and not handles[first].has(name) and handles[cache].has(name):
+            placed[name] = cache
+    return {name: cache for name, cache in placed.items() if cache != needs[0][0]}
 
 
 def encoder_settings(

@@ -6,12 +6,14 @@ The errors of all stages are raised together. Without errors, the result is the 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from dataset.folder import DataFolder
 from dataset.manifest import Sample
 from dataset.scan import ScanResult
 from utils.checkpoint.manager import Progress
@@ -34,7 +36,7 @@ from utils.run.checks import (
     model_errors,
     tracker_errors,
 )
-from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
+from utils.run.data import find_cache_dirs, read_training_samples, read_validation_samples, scan_data
 from utils.run.hub import check_hub
 from utils.run.plan import RunPlan, make_plan
 from utils.training.trainable import compile_error, needs_autocast
@@ -79,11 +81,13 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     if not samples or not values_are_valid:
         raise UserError(report.errors)
     check_prompts(report, model, samples + validation)
-    cache_dir = find_cache_dir(args.data, samples)
-    scan = scan_samples(report, args, samples, validation, cache_dir)
+    cache_dirs = find_cache_dirs(args.data, samples)
+    scan = scan_samples(report, args, samples, validation, cache_dirs)
+    if any(clip_sample.resolution not in args.data.train_resolution for clip_sample in scan.samples):  # of images
+        report.notes += model.spec.frames_notes(1)
     if context is None or progress is None or not scan.samples:
         raise UserError(report.errors)
-    plan = make_plan(context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
+    plan = make_plan(context, model.folder, scan, cache_dirs, resume_from, progress, report.notes)
     check_cache(report, plan)
     if report.errors:
         raise UserError(report.errors)
@@ -244,12 +248,16 @@ def check_prompts(report: CheckReport, model: BaseModel, samples: list[Sample]) 
 
 
 def scan_samples(
-    report: CheckReport, args: Args, samples: list[Sample], validation: list[Sample], cache_dir: Path
+    report: CheckReport,
+    args: Args,
+    samples: list[Sample],
+    validation: list[Sample],
+    cache_dirs: Mapping[DataFolder, Path],
 ) -> ScanResult:
     """Scans all clips. Unusable clips are errors in a dry run, and in any run that has no usable sample."""
     if report.errors and len(samples) > MAX_CLIPS_SCANNED_AFTER_ERRORS:
         raise UserError(report.errors)
-    scan = scan_data(args.data, samples, validation, cache_dir, not args.output.dry_run)
+    scan = scan_data(args.data, samples, validation, cache_dirs, lambda cache_dir: not args.output.dry_run)
     if (args.output.dry_run and not args.data.skip_bad_samples) or not scan.samples:
         report.errors += scan.unusable
     return scan
@@ -257,6 +265,7 @@ def scan_samples(
 
 def check_cache(report: CheckReport, plan: RunPlan) -> None:
     """Checks that the missing cache entries can be written, and that they and a checkpoint fit the disk."""
-    if missing := plan.missing_entries():
-        report.run(check_writable, plan.cache_dir, "--cache_dir")
+    missing, cache = plan.missing_entries(), plan.cache
+    for cache_dir in sorted({cache.folder_of(name) for name in missing}):
+        report.run(check_writable, cache_dir, "--cache_dir")
     report.run(check_disk_space, plan, missing)

@@ -24,9 +24,8 @@ from PIL import Image
 from dataset.bucketing import ClipSample
 from dataset.condition_frames import LAST, select_frames
 from dataset.images import load_image
-from dataset.latent_cache import LatentCache
-from dataset.precompute import RankShard
-from dataset.video import Resolution, decode
+from dataset.precompute import RankShard, decode_sample
+from dataset.video import Resolution
 from utils.common.errors import describe_system_error
 from utils.common.seeds import HELD_OUT, seed_for
 from utils.model import loading
@@ -152,7 +151,7 @@ def read_items(plan: RunPlan, shard: RankShard) -> list[ValidationItem]:
 
 
 def read_item(plan: RunPlan, number: int, is_padding: bool) -> ValidationItem:
-    cache, clip_sample, keys = LatentCache(plan.cache_dir), plan.validation[number], plan.validation_keys[number]
+    cache, clip_sample, keys = plan.cache, plan.validation[number], plan.validation_keys[number]
     prompt_embeds, moments = cache.read(keys.prompt)[None], None
     if keys.video:
         moments = {"video": cache.read(keys.video[0])[None], "prompt": prompt_embeds}
@@ -254,17 +253,17 @@ def condition_image(clip_sample: ClipSample) -> Image.Image:
     if clip_sample.sample.image is not None:
         pixels = load_image(Path(clip_sample.sample.image), selection.resolution, selection.mode)
     else:
-        pixels = decode(Path(clip_sample.sample.clip), selection)[0]
+        pixels = decode_sample(clip_sample, selection)[0]
     return Image.fromarray(pixels.numpy())
 
 
 def further_condition(plan: RunPlan, clip_sample: ClipSample) -> Condition | None:
     """Returns the condition frames besides the image that the first value of `--condition_frames` asks for."""
     addition, selection = plan.args.data.condition_frames[0].addition, clip_sample.selection
-    if addition is None:
+    if addition is None or selection.resolution.frames == 1:
         return None
     if addition == LAST and clip_sample.sample.last_image is not None:
         frames = load_image(Path(clip_sample.sample.last_image), selection.resolution, selection.mode)[None]
     else:
-        frames = select_frames(decode(Path(clip_sample.sample.clip), selection), addition)
+        frames = select_frames(decode_sample(clip_sample, selection), addition)
     return Condition(plan.spec, addition, to_model_range(frames)[None])

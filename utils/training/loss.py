@@ -43,6 +43,15 @@ def velocity_loss(
     return (predict(noisy, timesteps).to(velocity.dtype) - velocity).square().flatten(1).mean(1)
 
 
+def weighted_mean(losses: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Returns the mean of losses [B] times their weights.
+
+    It is not divided by the sum of the weights, so an update has the same gradient however it is divided among ranks
+    and micro-batches.
+    """
+    return (losses * losses.new_tensor(weights)).mean()
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """Random inputs of one training step.

@@ -54,7 +54,8 @@ class DenoisingObjective:
         Returns:
             Losses float32 [B] and timesteps int64 [B].
         """
-        drawn = [self._draw_addition(seed) for seed in seeds]
+        is_image = batch["video"].shape[2] == 1
+        drawn = [None if is_image else self._draw_addition(seed) for seed in seeds]  # one frame has no further ones
         on_device = {
             name: batch[name].to(self.alphas_cumprod.device, non_blocking=True)
             for name in ("video", "image", "prompt", *dict.fromkeys(filter(None, drawn)))
