@@ -1,6 +1,7 @@
 """Measures that fine-tuning works with every tiny model and that injected faults show in the results.
 
-    python -m examples.proof runs       the quick start with every trained model, and full fine-tuning under ZeRO-2
+    python -m examples.proof runs       the quick start with every trained model, but 600 updates, and full fine-tuning
+                                        under ZeRO-2
     python -m examples.proof faults     the same training with injected faults; run it after `runs`
 
 Each row is saved once it is measured. Prints a Markdown table with shares of clips in per cent.
@@ -23,6 +24,8 @@ from typing import Any
 from utils.checkpoint.manager import find_checkpoints
 
 TOKEN = "SKS"
+# Updates and learning rate of all LoRA runs. Some faults need more updates to show than the quick start takes.
+STEPS, RATE = "600", "2e-3"
 COLUMNS = ("colour, shape and direction", "colour and ground", "direction", "first frame is the image")
 OUT = Path("outputs/proof")
 
@@ -40,7 +43,8 @@ def run(*command: str | Path, **environment: str) -> None:
 
 
 def quick_start(model: str) -> dict[str, Any]:
-    run("bash", "examples/quickstart.sh", model, QUICKSTART_DIR=str(OUT / model))
+    variables = {"QUICKSTART_DIR": str(OUT / model), "QUICKSTART_STEPS": STEPS, "QUICKSTART_RATE": RATE}
+    run("bash", "examples/quickstart.sh", model, **variables)
     return read_result(OUT / model)
 
 

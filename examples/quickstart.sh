@@ -10,7 +10,8 @@ ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$ROOT"
 source examples/environment.sh
 
-NAME=${1:-t2v} TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30} STEPS=${QUICKSTART_STEPS:-600}
+NAME=${1:-t2v} TOKEN=SKS OUT=${QUICKSTART_DIR:-outputs/quickstart} CLIPS=${QUICKSTART_CLIPS:-30} STEPS=${QUICKSTART_STEPS:-200}
+RATE=${QUICKSTART_RATE:-4e-3}
 MODEL=examples/tiny/$NAME IMAGE=()
 if [[ $NAME == i2v* ]]; then IMAGE=(--image_or_video_path "$OUT/data/validation/first_frame.png"); fi
 rm -rf "$OUT"
@@ -22,7 +23,7 @@ bash "train_ddp_${NAME%-1.5}.sh" \
     --model_path "$MODEL" --data_root "$OUT/data" --output_dir "$OUT/lora" --id_token "$TOKEN" \
     --train_resolution 9x64x64 --fps 8 --train_steps "$STEPS" --batch_size 8 --mixed_precision no --gradient_checkpointing false \
     --rank 32 --target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 \
-    --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20 --num_workers 1 --checkpointing_steps $((STEPS / 2)) \
+    --learning_rate "$RATE" --lr_scheduler cosine --lr_warmup_steps 20 --num_workers 1 --checkpointing_steps $((STEPS / 2)) \
     --do_validation true --validation_dir "$OUT/data/validation" --validation_steps $((STEPS / 2)) --num_inference_steps 20
 
 LORA=$OUT/lora/checkpoint-$STEPS
