@@ -17,6 +17,8 @@ from dataset.containers import ClipError
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import image_size
 from dataset.manifest import Sample
+from dataset.part_frames import probe_parts
+from dataset.parts import Part
 from dataset.stream_info import DEINTERLACE
 from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
@@ -84,20 +86,22 @@ def scan_files(
     Returns:
         Path -> facts of each readable file, and path -> error of each other file.
     """
+    wanted = wanted_parts(samples)
     images = (path for sample in samples for path in (sample.image, sample.last_image) if path is not None)
     is_image = dict.fromkeys(images, True)
     is_image |= {sample.video: False for sample in samples if sample.video is not None}
     facts, errors, new = {}, {}, []
     for path in is_image:
         known, is_current = index.get(path)
-        if known is not None and is_current:
+        missing = [part for part in wanted[path] if known is None or part not in (known.parts or {})]
+        if known is not None and is_current and not missing:
             facts[path] = known
         else:
-            new.append((path, is_image[path], known))
+            new.append(_ScanJob(path, is_image[path], known, is_current, missing))
     scans = run_in_workers(_scan_file, new, num_workers, timeout)
     last_save = time.monotonic()
     for scan in tqdm(scans, "Scanning files", len(new), unit="file", delay=3, leave=False):
-        path = scan.job[0]
+        path = scan.job.path
         if isinstance(scan.outcome, Failure):
             errors[path] = scan.outcome.reason
             continue
@@ -111,18 +115,49 @@ def scan_files(
     return facts, errors
 
 
-def _scan_file(job: tuple[str, bool, FileFacts | None], buffer: Any) -> FileFacts:
-    """Scans one file in a worker process. The job is (path, whether it is an image, facts of an earlier version)."""
-    path, is_image, known = Path(job[0]), *job[1:]
+def wanted_parts(samples: list[Sample]) -> defaultdict[str, dict[Part, None]]:
+    """Returns the parts of each clip that the samples name, in their order."""
+    parts: defaultdict[str, dict[Part, None]] = defaultdict(dict)
+    for sample in samples:
+        if sample.video is not None and sample.part is not None:
+            parts[sample.video][sample.part] = None
+    return parts
+
+
+@dataclass(frozen=True)
+class _ScanJob:
+    """A file to scan.
+
+    Attributes:
+        known: facts of an unchanged file; None if the file is new or has changed.
+        is_current: whether this version of the scan found these facts, so that only parts are missing.
+        parts: parts of the clip to find.
+    """
+
+    path: str
+    is_image: bool
+    known: FileFacts | None
+    is_current: bool
+    parts: list[Part]
+
+
+def _scan_file(job: _ScanJob, buffer: Any) -> FileFacts:
+    """Scans one file in a worker process."""
+    path, known = Path(job.path), job.known
     if not os.access(path, os.R_OK, effective_ids=True):
         raise ClipError("cannot be read: this user has no permission")
-    signature = stat_signature(job[0])
-    if is_image:
+    signature = stat_signature(job.path)
+    if known is not None and job.is_current:
+        info = known.info
+    elif job.is_image:
         height, width = image_size(path)
         info = ClipInfo(1, 1.0, 0.0, height, width)
     else:
         info = probe(path, known.info if known else None)
-    return FileFacts(known.digest if known else digest_file(path), info, signature)
+    parts = dict(known.parts or {}) if known is not None and job.is_current else {}
+    if job.parts:
+        parts |= probe_parts(path, info, job.parts)
+    return FileFacts(known.digest if known else digest_file(path), info, signature, parts or None)
 
 
 def split_readable(
@@ -191,7 +226,7 @@ def summarize(clip_samples: list[ClipSample], facts: Mapping[str, FileFacts], mo
         stats.num_samples += 1
         if sample is last_sample:  # another sample of the same clip
             continue
-        last_sample, info = sample, facts[sample.clip].info
+        last_sample, info = sample, facts[sample.clip].info_of(sample.part)
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
         num_slower += rate != NATIVE_STRIDE and info.fps < rate - 0.5
         if info.interlaced:
