@@ -64,7 +64,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 class Table:
     """A .jsonl or .csv file in place of the line files, with columns named prompt, video and image.
 
-    Beside a column video, the columns in `PART_COLUMNS` are read too; their values may be missing.
+    If there are clips, the columns in `PART_COLUMNS` are read too; their values may be missing.
     """
 
     name: str
