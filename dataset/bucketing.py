@@ -10,7 +10,17 @@ from itertools import pairwise
 from dataset.file_index import FileFacts, combine_signatures
 from dataset.images import is_image_file
 from dataset.manifest import Sample
-from dataset.video import NATIVE_STRIDE, ClipInfo, FrameSelection, Rate, Resolution, frames_available, stretch
+from dataset.parts import Part
+from dataset.video import (
+    NATIVE_STRIDE,
+    ClipInfo,
+    ClipPart,
+    FrameSelection,
+    Rate,
+    Resolution,
+    frames_available,
+    stretch,
+)
 
 # Images that every bucket would distort by more than this are refused. The user can give them a resolution.
 MAX_STRETCH = 1.0
@@ -94,18 +104,27 @@ def select_clip_samples(
             bucket = policy.buckets[0]
             clip_samples.append(ClipSample(sample, _selection(policy, bucket, 0, bucket.frames), 0))
             continue
-        info = facts[path].info
-        used = images if sample.video and is_image_file(path) else policy
+        is_image = sample.video is not None and is_image_file(path)
+        if is_image and sample.part is not None:
+            errors.append(f"{path} ({sample.place}) is an image, and start, end and crop are for clips.")
+            continue
+        found = (facts[path].parts or {})[sample.part] if sample.part is not None else None
+        if isinstance(found, str):
+            errors.append(f"{path} ({sample.place}) {found}.")
+            continue
+        info = found.info if found is not None else facts[path].info
+        used = images if is_image else policy
         chosen = choose_bucket(info, used if sample.video else replace(used, pad_short_clips=True))
         if chosen is None:
-            errors.append(f"{path} ({sample.place}) {_too_short(info, policy)}.")
+            errors.append(f"{path} ({sample.place}) {_too_short(info, policy, sample.part)}.")
             continue
-        if used is images and stretch(info, chosen) > MAX_STRETCH:
+        if is_image and stretch(info, chosen) > MAX_STRETCH:
             errors.append(f"{path} ({sample.place}) {_other_shape(info, chosen, policy, images)}.")
             continue
         signature = combine_signatures(facts[path].signature for path in sample.files)
         clip_samples += [
-            ClipSample(sample, _selection(used, chosen, *window), signature) for window in windows(info, chosen, used)
+            ClipSample(sample, _of_part(_selection(used, chosen, *window), found, facts[path].info), signature)
+            for window in windows(info, chosen, used)
         ]
     return clip_samples, errors
 
@@ -161,12 +180,24 @@ def _other_shape(info: ClipInfo, nearest: Resolution, clips: SamplingPolicy, ima
     )
 
 
-def _too_short(info: ClipInfo, policy: SamplingPolicy) -> str:
+def _of_part(selection: FrameSelection, found: ClipPart | None, clip: ClipInfo) -> FrameSelection:
+    """Restricts a selection to a part. All frames of a clip are no part of it, so they keep their cache entries."""
+    if found is None:
+        return selection
+    is_whole = (found.frames.first, found.frames.stop) == (0, clip.frames)
+    return replace(selection, frames=None if is_whole else found.frames, crop=found.crop)
+
+
+def _too_short(info: ClipInfo, policy: SamplingPolicy, part: Part | None) -> str:
     count = min(bucket.frames for bucket in policy.buckets)
     length = f"its {info.frames} frames are {info.seconds:.2f} s"
+    if part is not None:
+        end = "the end" if part.end is None else f"{part.end:g} s"
+        length = f"its {info.frames} frames from {part.start:g} s to {end} are {info.seconds:.2f} s"
     if policy.rate == NATIVE_STRIDE:
         return f"is too short: {length}, but a sample has {count} frames; --pad_short_clips repeats the last frame"
     return (
         f"is too short: {length}, but {count} frames at {policy.rate:g} fps take {count / policy.rate:.2f} s; use a "
-        "longer clip, fewer frames in --train_resolution, a higher --fps, or --pad_short_clips"
+        f"longer {'clip' if part is None else 'part'}, fewer frames in --train_resolution, a higher --fps, or "
+        "--pad_short_clips"
     )

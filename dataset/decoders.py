@@ -59,13 +59,16 @@ class Reader(Protocol):
         """
 
 
-def open_reader(path: Path) -> Reader:
+def open_reader(path: Path, info: StreamInfo | None = None) -> Reader:
     """Opens a clip with the decoder that decodes it correctly.
+
+    Args:
+        info: the video stream; read from the file if None.
 
     Raises:
         ClipError: the clip cannot be used.
     """
-    info = read_stream_info(path)
+    info = info or read_stream_info(path)
     if not info.uses_decord:
         return PyavReader(path, info)
     try:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import reduce
 from operator import xor
 from pathlib import Path
+from typing import Any
 
-from dataset.video import ClipInfo
+from dataset.parts import Crop, FrameRange, Part
+from dataset.video import ClipInfo, ClipPart
 from utils.common.filesystem import atomic_write
 
 # Increase it whenever a scan of the same file could give another result than before. An index of an earlier version
@@ -32,11 +34,21 @@ class FileFacts:
         digest: SHA-256 of the content.
         info: length, rate and size; an image counts as a clip of one frame.
         signature: stat signature of the file, taken before it was read.
+        parts: parts of the clip that the data folder names, or an error for each that is not in the clip.
     """
 
     digest: bytes
     info: ClipInfo
     signature: int
+    parts: Mapping[Part, ClipPart | str] | None = None
+
+    def info_of(self, part: Part | None) -> ClipInfo:
+        """Returns length, rate and size of a part that was found, or of the whole clip."""
+        if part is None or self.parts is None:
+            return self.info
+        found = self.parts[part]
+        assert isinstance(found, ClipPart)
+        return found.info
 
 
 def stat_signature(path: str) -> int:
@@ -77,9 +89,9 @@ class FileIndex:
             version = next(file, "").strip()
             for line in file if version in map(str, range(1, INDEX_VERSION + 1)) else []:
                 with suppress(ValueError, TypeError):  # a damaged line: the file is scanned again
-                    name, signature, digest, info = json.loads(line)
+                    name, signature, digest, info, *parts = json.loads(line)
                     shared_info = infos.setdefault(tuple(info), ClipInfo(*info))
-                    self._facts[name] = FileFacts(bytes.fromhex(digest), shared_info, signature)
+                    self._facts[name] = FileFacts(bytes.fromhex(digest), shared_info, signature, _read_parts(*parts))
             if version != str(INDEX_VERSION):
                 self._outdated = set(self._facts)
 
@@ -107,7 +119,7 @@ class FileIndex:
         if not self._changed:
             return
         rows = (
-            json.dumps([name, facts.signature, facts.digest.hex(), astuple(facts.info)])
+            json.dumps([name, facts.signature, facts.digest.hex(), astuple(facts.info), *_written_parts(facts)])
             for name, facts in sorted(self._facts.items())
             if name not in self._outdated
         )
@@ -117,3 +129,21 @@ class FileIndex:
 
     def _name(self, path: str) -> str:
         return str(Path(path).absolute()).removeprefix(self._root)
+
+
+def _written_parts(facts: FileFacts) -> list[list]:
+    """Returns the last field of a file's row, in a list that is empty if no part of the file is known."""
+    parts = [
+        [part, found.frames, astuple(found.info)]
+        for part, found in (facts.parts or {}).items()
+        if isinstance(found, ClipPart)
+    ]
+    return [parts] if parts else []
+
+
+def _read_parts(rows: Iterable[Any] = ()) -> dict[Part, ClipPart] | None:
+    parts = {}
+    for (start, end, crop), (first, stop, pts), info in rows:
+        part = Part(start, end, Crop(*crop) if crop else None)
+        parts[part] = ClipPart(FrameRange(first, stop, (pts[0], pts[1]) if pts else None), ClipInfo(*info), part.crop)
+    return parts or None

@@ -227,7 +227,7 @@ class EncoderSettings:
                     self._pixels_name("video", facts[sample.video], selection, frames=selection.resolution.frames)
                 )
             if self.image_noise is not None and sample.image is not None:
-                image_selection = replace(selection, first=0)
+                image_selection = replace(selection, first=0, frames=None, crop=None)
                 image.append(self._pixels_name("image", facts[sample.image], image_selection, noise=self.image_noise))
             elif self.image_noise is not None and sample.video is not None:
                 image.append(self._pixels_name("image", facts[sample.video], selection, noise=self.image_noise))
@@ -242,9 +242,15 @@ class EncoderSettings:
     def _pixels_name(self, kind: str, facts: FileFacts, selection: FrameSelection, **extra: Any) -> str:
         # the first frame of a clip does not depend on the rate, so changing --fps keeps its image entry
         has_frames = kind == "video" or "condition" in extra
-        window = {"first": selection.first, "rate": selection.rate} if selection.first or has_frames else {}
+        window: dict[str, Any] = (
+            {"first": selection.first, "rate": selection.rate} if selection.first or has_frames else {}
+        )
         if selection.rate == NATIVE_STRIDE and has_frames:
             window["span"] = selection.span
+        if selection.frames is not None:
+            window["part"] = [selection.frames.first, selection.frames.stop]
+        if selection.crop is not None:
+            window["rectangle"] = list(selection.crop)
         if facts.info.pixel_aspect != 1 and selection.mode == "crop":  # stretching does not depend on it
             extra["pixel_aspect"] = facts.info.pixel_aspect
         return _name(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dataset.folder import NO_SETTINGS, DataFolder
+from dataset.parts import PART_COLUMNS, Part
+from dataset.tables import is_file, read_csv, read_jsonl, read_lines, resolve
 from utils.common.errors import UserError
-from utils.common.filesystem import expand_user, unreadable
+from utils.common.filesystem import unreadable
 
 Content = TypeVar("Content")
 
@@ -29,6 +28,7 @@ class Sample:
         video: path of the clip or of an image in its place; None for a validation prompt without a clip.
         image: path of the condition image for i2v; None if the first frame of the clip is used.
         last_image: path of the last frame to give in validation; None if that of the clip is used.
+        part: part of the clip; None for the whole clip.
         folder: the data folder and its settings.
     """
 
@@ -37,6 +37,7 @@ class Sample:
     video: str | None  # a Path takes ten times the memory, which matters for 100,000 samples
     image: str | None
     last_image: str | None = None
+    part: Part | None = None
     folder: DataFolder = NO_SETTINGS
 
     @property
@@ -69,7 +70,10 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Table:
-    """A .jsonl or .csv file in place of the line files, with columns named prompt, video and image."""
+    """A .jsonl or .csv file in place of the line files, with columns named prompt, video and image.
+
+    If there are clips, the columns in `PART_COLUMNS` are read too; their values may be missing.
+    """
 
     name: str
     required: tuple[str, ...] = ("prompt", "video")
@@ -83,11 +87,6 @@ class _Column:
     source: Path
     texts: list[str]
     lines: Sequence[int]
-
-
-def resolve(root: Path, name: str) -> Path:
-    """Returns the path of a file that is named relative to the data folder, absolutely, or with ~."""
-    return root / expand_user(name)
 
 
 def find_table(root: Path, captions: str, metadata: str | None) -> str | None:
@@ -133,8 +132,9 @@ def read_manifest(
         raise UserError(f"{flag} {root}: there is no such folder.")
     errors: list[str] = []
     if table is not None:
-        columns = _read_table(root, table, errors)
+        columns, parts = _read_table(root, table, errors)
     else:
+        parts = None
         files = {"prompt": captions, "video": videos, "image": images, "last_image": last_images}
         columns = _read_line_files(root, {name: file for name, file in files.items() if file}, errors)
     for name, column in columns.items():
@@ -156,10 +156,18 @@ def read_manifest(
             return [None] * len(prompts.texts)
         return (str(resolve(root, text)) for text in columns[name].texts)
 
-    rows = zip(prompts.lines, prompts.texts, paths("video"), paths("image"), paths("last_image"), strict=True)
+    rows = zip(
+        prompts.lines,
+        prompts.texts,
+        paths("video"),
+        paths("image"),
+        paths("last_image"),
+        parts or [None] * len(prompts.texts),
+        strict=True,
+    )
     return [
-        Sample(line, with_id_token(prompt, id_token), video, image, last_image, folder)
-        for line, prompt, video, image, last_image in rows
+        Sample(line, with_id_token(prompt, id_token), video, image, last_image, part, folder)
+        for line, prompt, video, image, last_image, part in rows
     ]
 
 
@@ -178,13 +186,14 @@ def _read_line_files(root: Path, files: dict[str, str], errors: list[str]) -> di
     return columns
 
 
-def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Column]:
+def _read_table(root: Path, table: Table, errors: list[str]) -> tuple[dict[str, _Column], list[Part | None] | None]:
+    """Returns the columns, and the part of each row; None in place of the parts if the table has no such columns."""
     path = resolve(root, table.name)
-    reader = partial(_read_csv, root=root) if path.suffix.lower() == ".csv" else _read_jsonl
+    reader = partial(read_csv, root=root) if path.suffix.lower() == ".csv" else read_jsonl
     num_errors = len(errors)
     rows = _read(path, partial(reader, errors=errors), errors)
     if rows is None or (not rows and len(errors) > num_errors):  # the errors say why there are no rows
-        return {}
+        return {}, None
     if not rows:
         errors.append(f"{path}: the table is empty; it needs one row per sample, and a .csv file needs a header row.")
     present = dict.fromkeys(str(key) for _, row in rows for key in row)
@@ -203,7 +212,15 @@ def _read_table(root: Path, table: Table, errors: list[str]) -> dict[str, _Colum
         ]
         texts = [(line, value.strip()) for line, value in values if isinstance(value, str)]
         columns[name] = _Column(path, [text for _, text in texts], [line for line, _ in texts])
-    return columns
+    if "video" not in columns or not present.keys() & {*PART_COLUMNS}:
+        return columns, None
+    parts: list[Part | None] = []
+    for line, row in rows:
+        try:
+            parts.append(Part.from_row(row))
+        except ValueError as error:
+            errors.append(f"{path}, line {line}: {error}.")
+    return columns, parts
 
 
 def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> Content | None:
@@ -219,88 +236,12 @@ def _read(path: Path, reader: Callable[[Path], Content], errors: list[str]) -> C
     return None
 
 
-def _read_jsonl(path: Path, errors: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Returns (line number, row) for each line that is not empty."""
-    rows = []
-    for number, text in enumerate(read_lines(path), 1):
-        try:
-            row = json.loads(text or "{}", object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:
-            errors.append(f"{path}, line {number}: not valid JSON ({error}).")
-            continue
-        if not isinstance(row, dict):
-            errors.append(f'{path}, line {number}: not a JSON object such as {{"video": "a.mp4", "prompt": "a cat"}}.')
-        elif text:
-            rows.append((number, row))
-    return rows
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object. Raises ValueError if a name occurs twice, of which json would drop the first value."""
-    counts = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"it has {twice[0]!r} twice")
-    return dict(pairs)
-
-
-def _read_csv(path: Path, errors: list[str], root: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Returns (number of the row's last line, row) for each row. The first row of the file names the columns.
-
-    A quote that is not closed would swallow the rows after it. Strict parsing refuses it, unless a later quote closes
-    it by chance. A text of several lines that names files of the data folder is therefore an error.
-    """
-    rows = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, skipinitialspace=True)
-        try:
-            counts = Counter(name.strip() for name in reader.fieldnames or ())
-            errors += [f"{path} has several columns '{name}'." for name, count in counts.items() if count > 1 and name]
-            for row in reader:
-                if any(row.get(None, ())):  # more fields than columns; spreadsheets add empty ones
-                    errors.append(
-                        f"{path}, line {reader.line_num}: the row has more fields than the header; put prompts with a "
-                        "comma in quotes."
-                    )
-                for text in row.values():
-                    if isinstance(text, str) and re.match(r'\s+"', text):  # csv skips spaces only
-                        errors.append(
-                            f"{path}, line {reader.line_num}: a tab or the like before a quote makes the quote "
-                            f"part of the text: {text[:100]!r}; remove it."
-                        )
-                    elif isinstance(text, str) and (line := _swallowed_row(text, root)):
-                        errors.append(
-                            f"{path}, line {reader.line_num}: a quoted text that ends here contains what looks like a "
-                            f"row: {line[:100]!r}. Is a quote before it not closed?"
-                        )
-                rows.append((reader.line_num, {key.strip(): value for key, value in row.items() if key}))
-        except csv.Error as error:
-            errors.append(
-                f"{path}, line {reader.line_num + 1}: not valid CSV from here to line {reader.reader.line_num} "
-                f"({error}). Is a quote not closed? A quote inside a quoted field is written twice."
-            )
-    return rows
-
-
-def _swallowed_row(text: str, root: Path) -> str | None:
-    """Returns the first line of a multi-line text with a comma-separated part that is a file of the data folder."""
-    lines = text.splitlines() if "\n" in text else []
-    names = ((line, part.strip(' "')) for line in lines if "," in line for part in line.split(","))
-    return next((line for line, name in names if name and _is_file(resolve(root, name))), None)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # not a path, such as a caption: too long, or contains a null byte
-        return False
-
-
 def _file_error(path: Path) -> str | None:
     """Returns why a clip or an image cannot be read, or None.
 
     Larger files are not opened: this would take long for many files, and Git LFS pointers have less than 1024 bytes.
     """
-    if not _is_file(path):
+    if not is_file(path):
         return unreadable(path) or f"there is no file {str(path)[:200]}"
     return unreadable(path) if path.stat().st_size < 1024 else None
 
@@ -314,10 +255,3 @@ def _text_error(text: str) -> str | None:
     except UnicodeEncodeError:  # such as the JSON text "\\ud83d"
         return "half of a surrogate pair"
     return None
-
-
-def read_lines(path: Path) -> list[str]:
-    """Returns the stripped lines of a UTF-8 file, without a byte-order mark and without empty lines at the end."""
-    text = path.read_text(encoding="utf-8-sig").rstrip()
-    # splitlines() would also split a caption at a Unicode line separator
-    return [line.strip() for line in text.split("\n")] if text else []

@@ -18,6 +18,8 @@ from dataset.containers import ClipError
 from dataset.file_index import FileFacts, FileIndex, digest_file, stat_signature
 from dataset.images import check_is_still, image_size, is_image_file
 from dataset.manifest import Sample
+from dataset.part_frames import probe_parts
+from dataset.parts import Part
 from dataset.stream_info import DEINTERLACE
 from dataset.video import NATIVE_STRIDE, ClipInfo, Rate, Resolution, cropped, probe, stretch
 from dataset.worker_pool import Failure, run_in_workers
@@ -60,7 +62,10 @@ def scan_and_sample(
     file_errors: dict[str, str] = {}
     for index, part, save_index in indexes:
         found, errors = scan_files(part, index, num_workers, timeout, save_index)
-        facts |= found
+        for path, file in found.items():  # two folders may name different parts of one file
+            facts[path] = (
+                replace(file, parts={**(facts[path].parts or {}), **(file.parts or {})}) if path in facts else file
+            )
         file_errors |= errors
     unusable: list[str] = []
     clips = {sample.video for sample in samples + validation}
@@ -90,20 +95,22 @@ def scan_files(
     Returns:
         Path -> facts of each readable file, and path -> error of each other file.
     """
+    wanted = wanted_parts(samples)
     images = (path for sample in samples for path in (sample.image, sample.last_image) if path is not None)
-    is_image = dict.fromkeys(images, True)
-    is_image |= {sample.video: False for sample in samples if sample.video is not None}
+    is_condition = dict.fromkeys(images, True)
+    is_condition |= {sample.video: False for sample in samples if sample.video is not None}
     facts, errors, new = {}, {}, []
-    for path in is_image:
+    for path in is_condition:
         known, is_current = index.get(path)
-        if known is not None and is_current:
+        missing = [part for part in wanted[path] if known is None or part not in (known.parts or {})]
+        if known is not None and is_current and not missing:
             facts[path] = known
         else:
-            new.append((path, is_image[path], known))
+            new.append(_ScanJob(path, is_condition[path], known, is_current, missing))
     scans = run_in_workers(_scan_file, new, num_workers, timeout)
     last_save = time.monotonic()
     for scan in tqdm(scans, "Scanning files", len(new), unit="file", delay=3, leave=False):
-        path = scan.job[0]
+        path = scan.job.path
         if isinstance(scan.outcome, Failure):
             errors[path] = scan.outcome.reason
             continue
@@ -117,23 +124,52 @@ def scan_files(
     return facts, errors
 
 
-def _scan_file(job: tuple[str, bool, FileFacts | None], buffer: Any) -> FileFacts:
-    """Scans one file in a worker process.
+def wanted_parts(samples: list[Sample]) -> defaultdict[str, dict[Part, None]]:
+    """Returns the parts of each clip that the samples name, in their order."""
+    parts: defaultdict[str, dict[Part, None]] = defaultdict(dict)
+    for sample in samples:
+        if sample.video is not None and sample.part is not None:
+            parts[sample.video][sample.part] = None
+    return parts
 
-    The job is (path, whether it is only listed as a condition image, facts of an earlier version).
+
+@dataclass(frozen=True)
+class _ScanJob:
+    """A file to scan.
+
+    Attributes:
+        is_condition: whether the file is only listed as a condition image.
+        known: facts of an unchanged file; None if the file is new or has changed.
+        is_current: whether this version of the scan found these facts, so that only parts are missing.
+        parts: parts of the clip to find.
     """
-    path, is_condition, known = Path(job[0]), *job[1:]
+
+    path: str
+    is_condition: bool
+    known: FileFacts | None
+    is_current: bool
+    parts: list[Part]
+
+
+def _scan_file(job: _ScanJob, buffer: Any) -> FileFacts:
+    """Scans one file in a worker process."""
+    path, known = Path(job.path), job.known
     if not os.access(path, os.R_OK, effective_ids=True):
         raise ClipError("cannot be read: this user has no permission")
-    signature = stat_signature(job[0])
-    if is_condition or is_image_file(job[0]):
-        if not is_condition:
+    signature = stat_signature(job.path)
+    if known is not None and job.is_current:
+        info = known.info
+    elif job.is_condition or is_image_file(job.path):
+        if not job.is_condition:
             check_is_still(path)
         height, width = image_size(path)
         info = ClipInfo(1, 1.0, 0.0, height, width)
     else:
         info = probe(path, known.info if known else None)
-    return FileFacts(known.digest if known else digest_file(path), info, signature)
+    parts = dict(known.parts or {}) if known is not None and job.is_current else {}
+    if job.parts and not is_image_file(job.path):
+        parts |= probe_parts(path, info, job.parts)
+    return FileFacts(known.digest if known else digest_file(path), info, signature, parts or None)
 
 
 def split_readable(
@@ -217,10 +253,11 @@ def _summarize_clips(clips: list[ClipSample], facts: Mapping[str, FileFacts], mo
     for clip_sample in clips:
         stats_by_bucket[clip_sample.resolution].num_samples += 1
     for clip_sample in _first_samples(clips):
-        info, stats = facts[clip_sample.sample.clip].info, stats_by_bucket[clip_sample.resolution]
+        sample, stats = clip_sample.sample, stats_by_bucket[clip_sample.resolution]
+        info = facts[sample.clip].info_of(sample.part)
         sizes[f"{info.width}x{info.height} at {info.fps:.4g} fps"] += 1
         stats.seconds += info.seconds
-        stats.count(info, clip_sample.resolution, mode, clip_sample.sample.clip)
+        stats.count(info, clip_sample.resolution, mode, sample.clip)
     total_seconds = sum(stats.seconds for stats in stats_by_bucket.values())
     lines = [f"Clips: {_list_sizes(sizes)}; {total_seconds:.0f} s in total"]
     for bucket, stats in stats_by_bucket.items():
@@ -255,7 +292,8 @@ def _condition_images(clip_samples: list[ClipSample], facts: Mapping[str, FileFa
 
 def _clip_notes(clips: list[ClipSample], facts: Mapping[str, FileFacts], rate: Rate) -> list[str]:
     """Returns notes on clips that are interlaced, lack frames or have a low rate."""
-    infos = [(first.sample.clip, facts[first.sample.clip].info) for first in _first_samples(clips)]
+    samples = [first.sample for first in _first_samples(clips)]
+    infos = [(sample.clip, facts[sample.clip].info_of(sample.part)) for sample in samples]
     interlaced = [path for path, info in infos if info.interlaced]
     lossy = [
         f"{path} ({info.lost_frames} of {info.frames + info.lost_frames})" for path, info in infos if info.lost_frames

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from dataset.containers import check_length
+from dataset.containers import ClipError, check_length
 from dataset.decoders import TIE_S, DecordReader, PyavReader, Reader, open_reader
+from dataset.parts import Crop, FrameRange
+from dataset.seeking import open_at
 from dataset.stream_info import StreamInfo, read_stream_info
 
 # Part of the cache keys of images and of clips that decord decodes. Increase it whenever the same file could give
@@ -99,6 +102,8 @@ class FrameSelection:
         first: start, in frames at `rate`; in source frames if the rate is NATIVE_STRIDE.
         span: length, in the same unit as `first`; the number of sample frames unless the rate is NATIVE_STRIDE.
         flipped: whether the frames are mirrored horizontally.
+        frames: part of the clip, whose first frame has time 0 and index 0; None for the whole clip.
+        crop: rectangle of the picture; None for the whole picture.
     """
 
     resolution: Resolution
@@ -107,6 +112,17 @@ class FrameSelection:
     first: int
     span: int
     flipped: bool = False
+    frames: FrameRange | None = None
+    crop: Crop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPart:
+    """A part of a clip as the scan found it; `info` describes the part as if it were a clip of its own."""
+
+    frames: FrameRange
+    info: ClipInfo
+    crop: Crop | None
 
 
 def probe(path: Path, known: ClipInfo | None = None) -> ClipInfo:
@@ -132,17 +148,22 @@ def probe(path: Path, known: ClipInfo | None = None) -> ClipInfo:
     ):  # decord finds out itself if frames of mov are missing
         check_length(path, float(times[-1]), float(times[-1]) / (len(times) - 1))
     height, width = next(reader.read([0])).shape[:2]
-    aspect = shown_pixel_aspect(info)
     return ClipInfo(
         len(times) - 1,
         float(times[-1]),
         float(times[-2]),
-        *((round(height / aspect), width) if info.transposed else (height, round(width * aspect))),
-        aspect,
+        *shown_size(height, width, info),
+        shown_pixel_aspect(info),
         _pixels_version(reader),
         info.interlaced,
         count_lost_frames(times) if info.container in _WITHOUT_FRAME_LIST else 0,
     )
+
+
+def shown_size(height: int, width: int, info: StreamInfo) -> tuple[int, int]:
+    """Returns the size in square pixels of a picture in stored pixels."""
+    aspect = shown_pixel_aspect(info)
+    return (round(height / aspect), width) if info.transposed else (height, round(width * aspect))
 
 
 def _pixels_version(reader: Reader) -> int:
@@ -210,12 +231,30 @@ def decode(path: Path, selection: FrameSelection, out: torch.Tensor | None = Non
     resolution = selection.resolution
     if out is None:
         out = torch.empty(resolution.frames, resolution.height, resolution.width, 3, dtype=torch.uint8)
-    reader = open_reader(path)
-    indices, aspect = choose_frames(reader.times, selection), shown_pixel_aspect(reader.info)
-    for number, frame in enumerate(reader.read(indices)):
-        picture = resize(torch.from_numpy(frame).movedim(-1, 0), resolution, selection.mode, aspect)
-        out[number] = (picture.flip(-1) if selection.flipped else picture).movedim(0, -1)
+    if selection.frames is None:
+        _decode(open_reader(path), 0, selection, out)
+        return out
+    with open_at(path, selection.frames) as opened, suppress(ClipError):
+        if opened is not None:
+            _decode(*opened, selection, out)
+            return out
+    # if a seek does not lead to intact frames, the whole clip does, or says why not
+    _decode(open_reader(path), selection.frames.first, selection, out)
     return out
+
+
+def _decode(reader: Reader, first: int, selection: FrameSelection, out: torch.Tensor) -> None:
+    """Decodes as in `decode`. `first` is the index of the frame of the reader that the selection starts to count at."""
+    times = reader.times[first:]
+    if selection.frames is not None:
+        times = times[: selection.frames.stop - selection.frames.first + 1] - times[0]
+    indices, aspect = [first + index for index in choose_frames(times, selection)], shown_pixel_aspect(reader.info)
+    for number, frame in enumerate(reader.read(indices)):
+        if selection.crop is not None:
+            width, height, x, y = selection.crop
+            frame = frame[y : y + height, x : x + width]
+        picture = resize(torch.from_numpy(frame).movedim(-1, 0), selection.resolution, selection.mode, aspect)
+        out[number] = (picture.flip(-1) if selection.flipped else picture).movedim(0, -1)
 
 
 def shown_pixel_aspect(info: StreamInfo) -> float:

@@ -28,6 +28,7 @@ OWN_OPTIONS = {
     "cli_demo.py": "utils/generation/args.py",
     "utils.commands.average": "utils/commands/average.py",
     "utils.commands.export": "utils/commands/export.py",
+    "utils.commands.prepare_dataset": "utils/commands/prepare_dataset.py",
     "utils.commands.push_to_hub": "utils/commands/push_to_hub.py",
 }
 # Programs of other projects, and their flags that the pages name.

@@ -144,7 +144,8 @@ def show_samples(data: DataArgs, scan: ScanResult, folder: Path) -> None:
 def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]]:
     """Yields one row of `COLUMNS` per sample. `left_out` is the share that is cropped, or the distortion."""
     for clip_sample in scan.samples:
-        selection, info = clip_sample.selection, scan.facts[clip_sample.sample.clip].info
+        selection, part = clip_sample.selection, clip_sample.sample.part
+        info = scan.facts[clip_sample.sample.clip].info_of(part)
         rate = info.fps if selection.rate == NATIVE_STRIDE else selection.rate
         if data.resize_mode == "crop":
             change = f"{cropped(info, selection.resolution):.0%} cut"
@@ -152,6 +153,7 @@ def sample_rows(data: DataArgs, scan: ScanResult) -> Iterator[tuple[object, ...]
             change = f"{stretch(info, selection.resolution):.0%} stretched"
         start_s = selection.first / rate
         end_s = min((selection.first + selection.span) / rate, info.seconds)
+        start_s, end_s = (seconds + (part.start if part else 0) for seconds in (start_s, end_s))
         yield (
             clip_sample.sample.line,
             clip_sample.sample.clip,

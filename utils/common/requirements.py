@@ -10,8 +10,12 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 # Package -> its module, if the names differ.
-_MODULES = {"Pillow": "PIL", "protobuf": "google.protobuf", "imageio-ffmpeg": "imageio_ffmpeg"}
-_OPTIONAL = {"deepspeed", "tensorboard"}  # DDP runs without the first, and --report_to checks the second
+_MODULES = {"Pillow": "PIL", "protobuf": "google.protobuf", "imageio-ffmpeg": "imageio_ffmpeg"} | {
+    "scenedetect-headless": "scenedetect",
+    "ImageHash": "imagehash",
+}
+# DDP runs without the first, --report_to checks the second, and only prepare_dataset needs the others.
+_OPTIONAL = {"deepspeed", "tensorboard", "scenedetect-headless", "ImageHash"}
 _EXIT_CODE = 2  # of a user error
 
 

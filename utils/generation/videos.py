@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.manifest import read_lines, unique
+from dataset.tables import read_lines, unique
 from utils.common.errors import UserError
 from utils.common.filesystem import expand_user, unreadable
 from utils.config.options import add_options, collect, make_parser, require_seed
