@@ -109,7 +109,7 @@ def command_line(options: dict[str, Any]) -> Iterator[str]:
 
 ROWS = {
     "runs": [
-        *(Row(f"{model}, LoRA", partial(quick_start, model)) for model in ("t2v", "i2v", "t2v-1.5", "i2v-1.5")),
+        *(Row(f"{model}, 600 updates", partial(quick_start, model)) for model in ("t2v", "i2v", "t2v-1.5", "i2v-1.5")),
         Row("t2v, all weights, ZeRO-2", full_fine_tuning_zero2),
     ],
     "faults": [

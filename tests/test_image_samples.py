@@ -22,7 +22,8 @@ from dataset.latent_cache import EncoderSettings, LatentCache, SampleKeys
 from dataset.manifest import Sample
 from dataset.precompute import PixelEncoders, RankShard, precompute_clips
 from dataset.sampler import SampleStream
-from dataset.scan import scan_and_sample, summarize
+from dataset.scan import scan_and_sample
+from dataset.summary import summarize
 from dataset.video import NATIVE_STRIDE, ClipInfo, Resolution
 from tests.conftest import FIRST_FRAME, ROOT
 from utils.model.spec import read_spec

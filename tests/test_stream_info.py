@@ -19,7 +19,8 @@ from dataset.file_index import INDEX_FILE, FileIndex
 from dataset.images import image_size
 from dataset.latent_cache import EncoderSettings
 from dataset.manifest import Sample
-from dataset.scan import scan_files, summarize
+from dataset.scan import scan_files
+from dataset.summary import summarize
 from dataset.video import ClipInfo, FrameSelection, Resolution, cropped, decode, probe
 from tests.test_containers import H264, MPEG2, ffmpeg, shown_by_ffmpeg, write_clip
 

@@ -28,7 +28,8 @@ from dataset.bucketing import ClipSample
 from dataset.images import load_image
 from dataset.latent_cache import EncoderSettings, LatentCache
 from dataset.precompute import decode_sample
-from dataset.scan import ScanResult, summarize
+from dataset.scan import ScanResult
+from dataset.summary import summarize
 from dataset.video import NATIVE_STRIDE, cropped, stretch
 from dataset.worker_pool import Failure, run_in_workers
 from utils.common.contact_sheet import THUMBNAILS, contact_sheet, evenly_spaced, strip

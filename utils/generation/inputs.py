@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset.condition_frames import LAST
 from dataset.images import image_size, load_image
-from dataset.scan import REPORTED_CHANGE
+from dataset.summary import REPORTED_CHANGE
 from dataset.video import ClipInfo, FrameSelection, Resolution, decode, frames_available, probe, stretch
 from utils.common.errors import UserError
 from utils.generation.args import PATHS, DemoArgs

@@ -13,7 +13,8 @@ from typing import Any
 from dataset.bucketing import ClipSample
 from dataset.folder import DataFolder
 from dataset.latent_cache import EncoderSettings, LatentCache, SampleKeys
-from dataset.scan import ScanResult, summarize
+from dataset.scan import ScanResult
+from dataset.summary import summarize
 from utils.checkpoint.manager import Progress
 from utils.config.args import Args
 from utils.estimate.context import RunContext
