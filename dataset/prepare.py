@@ -55,11 +55,11 @@ class Clip:
 
     @property
     def start(self) -> float:
-        return self.analysis.times[self.frames.first]
+        return float(self.analysis.times[self.frames.first])
 
     @property
     def end(self) -> float:
-        return self.analysis.times[self.frames.stop]
+        return float(self.analysis.times[self.frames.stop])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -96,7 +96,7 @@ class Dropped:
         """Start and end in seconds."""
         if self.analysis is None or self.frames is None:
             return None
-        return self.analysis.times[self.frames.first], self.analysis.times[self.frames.stop]
+        return float(self.analysis.times[self.frames.first]), float(self.analysis.times[self.frames.stop])
 
 
 def find_sources(raw: Path, out: Path) -> list[str]:
@@ -204,13 +204,13 @@ def _hashes_of(probes: list[Probe], first: int, stop: int) -> np.ndarray:
     return np.array([int(probe.phash, 16) for probe in nearest], np.uint64)
 
 
-def cut_scene(times: tuple[float, ...], first: int, stop: int, lengths: list[int], fps: float) -> list[tuple[int, int]]:
+def cut_scene(times: np.ndarray, first: int, stop: int, lengths: list[int], fps: float) -> list[tuple[int, int]]:
     """Cuts frames [first, stop) into equal ranges, as many as there are samples of the longest length that fits.
 
     Returns an empty list if no length fits.
 
     Args:
-        times: start of each frame and end of the last one.
+        times: as of `Analysis`.
         lengths: numbers of frames of a sample, in increasing order.
     """
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.decoders import open_reader
+from dataset.decoders import Reader, open_reader
 from dataset.file_index import stat_signature
 from dataset.parts import Crop, FrameRange
 from dataset.seeking import presentation_times
@@ -74,29 +74,31 @@ class Analysis:
         signature: stat signature of the file.
         height, width: size in stored pixels, as it is shown.
         pixel_aspect: width divided by height of a pixel as it is shown.
-        times: start of each frame and end of the last one, in seconds from the first.
-        pts: presentation time of each frame, as of `FrameRange`.
+        times: float64 [F + 1], start of each frame and end of the last one, in seconds from the first.
+        pts: int64 [F], presentation time of each frame, as of `FrameRange`.
     """
 
     signature: int
     height: int
     width: int
     pixel_aspect: float
-    times: tuple[float, ...]
-    pts: tuple[int, ...] | None
+    times: np.ndarray
+    pts: np.ndarray | None
     scenes: tuple[Scene, ...]
 
     def frames(self, first: int, stop: int) -> FrameRange:
         """Returns frames [first, stop) as the readers find them."""
-        return FrameRange(first, stop, (self.pts[first], self.pts[stop - 1]) if self.pts else None)
+        pts = None if self.pts is None else (int(self.pts[first]), int(self.pts[stop - 1]))
+        return FrameRange(first, stop, pts)
 
 
 def analyse_to_file(job: tuple[str, Path], buffer: Any) -> bool:
     """Analyses a source in a worker process. The job is (path of the source, file to write)."""
     source, file = job
     analysis = analyse(Path(source))
+    values = {"version": ANALYSIS_VERSION, "source": source, **asdict(analysis)}
     with atomic_write(file) as tmp_path:
-        tmp_path.write_text(json.dumps({"version": ANALYSIS_VERSION, "source": source, **asdict(analysis)}))
+        tmp_path.write_text(json.dumps(values, default=np.ndarray.tolist))
     return True
 
 
@@ -110,7 +112,12 @@ def read_analysis(source: str, file: Path) -> Analysis | None:
                 Scene(**{**scene, "probes": tuple(Probe(**probe) for probe in scene["probes"])})
                 for scene in values.pop("scenes")
             )
-            return Analysis(**values, scenes=scenes)
+            pts = values.pop("pts")
+            return Analysis(
+                **values | {"times": np.array(values["times"])},
+                pts=None if pts is None else np.array(pts),
+                scenes=scenes,
+            )
     return None
 
 
@@ -120,73 +127,90 @@ def analyse(path: Path) -> Analysis:
     Raises:
         ClipError: the source cannot be decoded.
     """
-    import cv2
-    from scenedetect import FrameTimecode
-    from scenedetect.detectors import AdaptiveDetector
-
-    cv2.setNumThreads(1)  # each core has a worker process already
     signature = stat_signature(str(path))
     reader = open_reader(path)
     times = reader.times
-    fps = (len(times) - 1) / float(times[-1])
-    stride = max(round(fps / _CUT_FPS), 1)
-    detector = AdaptiveDetector(min_scene_len=max(round(_MIN_SCENE_S * fps / stride), 1))
+    stride = max(round((len(times) - 1) / float(times[-1]) / _CUT_FPS), 1)
     frames = list(range(0, len(times) - 1, stride))
-    probe_stride = max(round(fps / stride / _PROBES_PER_S), 1)
-    cuts: set[int] = set()
-    black, probes = [], []
-    height = width = 0
-    compared: tuple[int, Any] = 0, None  # the last picture that differs from the one before it
-    for number, picture in enumerate(reader.read(frames)):
-        height, width = picture.shape[:2]
-        small_size = (max(round(width * _CUT_HEIGHT / height), 16), _CUT_HEIGHT)
-        small = cv2.resize(picture, small_size, interpolation=cv2.INTER_AREA)
-        grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-        # between repeated pictures, as of a film on twos, every motion would look like a cut
-        is_repeated = number and cv2.absdiff(grey, compared[1]).mean() < _REPEATED_LEVEL
-        if not is_repeated or number - compared[0] > _MAX_REPEATED_S * fps / stride:
-            found = detector.process_frame(FrameTimecode(number, fps / stride), cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-            cuts.update(timecode.frame_num for timecode in found)
-        if not is_repeated:
-            compared = number, grey
-        black.append(bool(np.percentile(grey, 98) < _BLACK_LEVEL))
-        if number % probe_stride == 0:
-            motion_size = (max(round(width * _MOTION_HEIGHT / height), 8), _MOTION_HEIGHT)
-            bars = find_bars(picture)
-            probes.append(
-                (number, cv2.resize(grey, motion_size, interpolation=cv2.INTER_AREA), bars, _hash(small, bars, height))
-            )
+    cuts, black, probes, size = _compare(reader, frames, (len(times) - 1) / float(times[-1]) / stride)
     starts = [
         number for number in range(len(frames)) if not number or number in cuts or black[number] != black[number - 1]
     ]
     scenes = []
     for start, stop in zip(starts, [*starts[1:], len(frames)], strict=True):
-        inside = [probe for probe in probes if start <= probe[0] < stop]
         end = len(times) - 1 if stop == len(frames) else frames[stop - 1] + 1
+        inside = [probe for probe in probes if start <= probe.number < stop]
         scenes.append(Scene(frames[start], end, black[start], _with_motion(inside, frames)))
     pts = presentation_times(path, reader)
+    aspect = shown_pixel_aspect(reader.info)
     return Analysis(
-        signature,
-        height,
-        width,
-        shown_pixel_aspect(reader.info),
-        tuple(round(float(time), 6) for time in times),
-        tuple(pts) if pts else None,
-        tuple(scenes),
+        signature, *size, aspect, times.round(6), None if pts is None else np.array(pts, np.int64), tuple(scenes)
     )
 
 
-def _with_motion(
-    probes: list[tuple[int, np.ndarray, tuple[int, int, int, int], str]], frames: list[int]
-) -> tuple[Probe, ...]:
-    found = []
-    for position, (number, grey, bars, phash) in enumerate(probes):
+@dataclass(frozen=True)
+class _Picture:
+    """A measured frame: its number among the compared ones, uint8 [h, w], bars of the full picture, and its hash."""
+
+    number: int
+    grey: np.ndarray
+    bars: tuple[int, int, int, int]
+    phash: str
+
+
+def _compare(
+    reader: Reader, frames: list[int], rate: float
+) -> tuple[set[int], list[bool], list[_Picture], tuple[int, int]]:
+    """Compares frames. Returns the numbers of those behind a cut, which are black, the probes, and the picture's size.
+
+    Args:
+        frames: indices of the frames to compare.
+        rate: how many of them are shown per second.
+    """
+    import cv2
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import AdaptiveDetector
+
+    cv2.setNumThreads(1)  # each core has a worker process already
+    detector = AdaptiveDetector(min_scene_len=max(round(_MIN_SCENE_S * rate), 1))
+    cuts: set[int] = set()
+    black, probes, size = [], [], (0, 0)
+    changed: tuple[int, Any] = 0, None  # the last picture that differs from the one before it
+    for number, picture in enumerate(reader.read(frames)):
+        size = picture.shape[:2]
+        small = _scaled(picture, _CUT_HEIGHT)
+        grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+        black.append(bool(np.percentile(grey, 98) < _BLACK_LEVEL))
+        # between repeated pictures, as of a film on twos, every motion would look like a cut
+        is_repeated = number > 0 and cv2.absdiff(grey, changed[1]).mean() < _REPEATED_LEVEL
+        if not is_repeated or number - changed[0] > _MAX_REPEATED_S * rate:
+            found = detector.process_frame(FrameTimecode(number, rate), cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+            cuts.update(timecode.frame_num for timecode in found)
+        if not is_repeated:
+            changed = number, grey
+        if number % max(round(rate / _PROBES_PER_S), 1) == 0:
+            bars = find_bars(picture)
+            probes.append(_Picture(number, _scaled(grey, _MOTION_HEIGHT), bars, _hash(small, bars, size[0])))
+    return cuts, black, probes, size
+
+
+def _scaled(picture: np.ndarray, height: int) -> np.ndarray:
+    import cv2
+
+    width = max(round(picture.shape[1] * height / picture.shape[0]), 8)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _with_motion(pictures: list[_Picture], frames: list[int]) -> tuple[Probe, ...]:
+    """Returns the probes of a scene."""
+    probes = []
+    for position, picture in enumerate(pictures):
         moved = None
         if position:
-            difference = np.abs(grey.astype(np.int16) - probes[position - 1][1])
+            difference = np.abs(picture.grey.astype(np.int16) - pictures[position - 1].grey)
             moved = round(float((difference > _MOTION_LEVEL).mean()), 5)
-        found.append(Probe(frames[number], moved, bars, phash))
-    return tuple(found)
+        probes.append(Probe(frames[picture.number], moved, picture.bars, picture.phash))
+    return tuple(probes)
 
 
 def _hash(small: np.ndarray, bars: tuple[int, int, int, int], height: int) -> str:

@@ -31,11 +31,14 @@ from dataset.bucketing import SamplingPolicy
 from dataset.caption_model import CaptionModel, CaptionSettings, describe_all
 from dataset.file_index import FileIndex
 from dataset.manifest import Table, read_manifest
+from dataset.parts import FrameRange
+from dataset.prepare import Clip, drop_duplicates
 from dataset.scan import scan_and_sample
-from dataset.scenes import find_bars
+from dataset.scenes import Analysis, find_bars
 from dataset.video import Resolution, decode
 from tests.conftest import ROOT
 from tests.test_video import ffmpeg
+from utils.commands import prepare_dataset
 from utils.commands.prepare_dataset import PrepareArgs, prepare
 from utils.common.errors import UserError
 
@@ -77,7 +80,9 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def out(prepared: Path, tmp_path: Path) -> Path:
+def out(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a copy of the result for further runs, which draw no contact sheets."""
+    monkeypatch.setattr(prepare_dataset, "write_sheets", lambda *_: None)
     return shutil.copytree(prepared, tmp_path / "out")
 
 
@@ -133,7 +138,9 @@ def test_second_run_analyses_new_files_only_and_keeps_typed_captions(raw, out, t
 
 
 def test_training_takes_the_result(raw, out, tmp_path):
-    """Captions of each kind; every clip is long enough for a sample; written clips are the parts of the sources."""
+    """Typed prompts win over captions. Each clip gives a sample. Written clips are the parts of the sources."""
+    typed = (out / "metadata.jsonl").read_text().replace('"prompt": ""', '"prompt": "typed"', 1)
+    (out / "metadata.jsonl").write_text(typed)
     (raw / "film.txt").write_text("a film\nof patterns\n")
     (tmp_path / "captions.csv").write_text('video,prompt\ndeep/boxed.mkv,"rules, of cells"\nnone.mp4,x\n')
     options: dict[str, Any] = {"captions": tmp_path / "captions.csv", "caption_prefix": "SKS"}
@@ -142,7 +149,9 @@ def test_training_takes_the_result(raw, out, tmp_path):
         prepare(arguments(raw, tmp_path / "written", write_clips=True, **options))
     finally:
         (raw / "film.txt").unlink()
-    assert [row["prompt"] for row in table(out)] == ["SKS rules, of cells", *["SKS a film of patterns"] * 3]
+    film = ["SKS a film of patterns"] * 3
+    assert [row["prompt"] for row in table(tmp_path / "written")] == ["SKS rules, of cells", *film]
+    assert [row["prompt"] for row in table(out)] == ["typed", *film]
     policy = SamplingPolicy((SIZE,), 8.0, "stretch")
     folders = (out, tmp_path / "written")
     samples = [read_manifest(folder, table=Table("metadata.jsonl")) for folder in folders]
@@ -156,6 +165,20 @@ def test_training_takes_the_result(raw, out, tmp_path):
         differences = torch.cdist(second.flatten(1), first.flatten(1))
         # each frame is that frame of the part; compression changes it less than motion does
         assert differences.argmin(1).tolist() == list(range(9)) and written.selection.frames is None
+
+
+def test_clips_of_one_scene_are_no_duplicates():
+    analysis = Analysis(0, 64, 96, 1.0, np.arange(20.0), None, ())
+    hashes = np.arange(4, dtype=np.uint64)
+
+    def clip(source: str, scene: int, first: int, hashes: np.ndarray = hashes) -> Clip:
+        return Clip(source, analysis, scene, FrameRange(first, first + 2), None, hashes)
+
+    other = hashes ^ np.uint64(2**5 - 1)  # five bits
+    clips = [clip("a", 0, 0), clip("a", 0, 2), clip("a", 1, 4), clip("b", 0, 0), clip("b", 0, 2, other)]
+    kept, dropped = drop_duplicates(clips)
+    assert kept == [clips[0], clips[1], clips[4]]
+    assert [item.reason for item in dropped] == ["is a near-duplicate of a from 0.00 s to 2.00 s"] * 2
 
 
 def test_bars_are_black_rows_and_columns():
