@@ -25,6 +25,7 @@ TABLE, DROPPED = TABLES[0], "dropped.csv"
 _MARKER, _ANALYSES = "prepare.json", "analysis"
 # Columns that name the source of a clip in a file of its own.
 _SOURCE_COLUMNS = ("source", "source_start", "source_end")
+_PART_COLUMNS = ("video", "start", "end")
 # Source, start and end of a clip, as the table states them.
 ClipKey = tuple[Any, ...]
 # Rows of a contact sheet.
@@ -42,7 +43,10 @@ def claim_folder(out: Path, raw: Path) -> Path:
     """
     marker = out / _MARKER
     if marker.is_file():
-        known = json.loads(marker.read_text())["raw"]
+        try:
+            known = json.loads(marker.read_text())["raw"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{marker} is damaged; give a new folder, or remove {out}.") from error
         if known != str(raw.resolve()):
             raise UserError(f"{out} was prepared from {known}; give another folder for {raw}.")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,13 +73,14 @@ def read_prompts(out: Path) -> dict[ClipKey, str]:
     rows = read_jsonl(path, errors) if path.is_file() else []
     if errors:
         raise UserError(errors)
-    return {
-        tuple(
-            row.get(own, row.get(name)) for own, name in zip(_SOURCE_COLUMNS, ("video", "start", "end"), strict=True)
-        ): row["prompt"]
-        for _, row in rows
-        if isinstance(row.get("prompt"), str) and row["prompt"].strip()
-    }
+    prompts = {}
+    for _, row in rows:
+        key = tuple(row.get(own, row.get(name)) for own, name in zip(_SOURCE_COLUMNS, _PART_COLUMNS, strict=True))
+        prompt = row.get("prompt")
+        # a user may have put anything into other rows; they match no clip
+        if isinstance(prompt, str) and prompt.strip() and all(isinstance(value, str | int | float) for value in key):
+            prompts[key] = prompt
+    return prompts
 
 
 def write_table(out: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -63,6 +63,19 @@ def test_part_is_decoded_as_ffmpeg_cuts_it(tmp_path, kind):
         assert opened is not None and opened[1] < frames.first  # the reader starts at a key frame
 
 
+@pytest.mark.parametrize("options", [("-display_rotation", 90), ("-ss", 0.7)], ids=["turned", "edit list"])
+def test_seek_keeps_what_the_container_states(tmp_path, clip, options):
+    """The part equals the one that is read from the start of the clip."""
+    ffmpeg(*options, "-i", clip, "-c", "copy", tmp_path / "stated.mov")
+    (chosen,) = scan(tmp_path, [Sample(1, "", str(tmp_path / "stated.mov"), None, part=Part(1.5, 3.0))]).samples
+    frames = chosen.selection.frames
+    assert frames is not None
+    with open_at(tmp_path / "stated.mov", frames) as opened:
+        assert opened is not None
+    forward = replace(chosen.selection, frames=frames._replace(pts=None))
+    assert torch.equal(*(decode(tmp_path / "stated.mov", selection) for selection in (chosen.selection, forward)))
+
+
 def test_part_without_key_frame_is_read_from_the_start_of_the_clip(tmp_path, clip):
     """Containers mark the frames from which an intra refresh recovers as key frames."""
     refreshed = tmp_path / "refreshed.mp4"
