@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset.bucketing import ClipSample
 from dataset.images import load_image
-from dataset.latent_cache import LatentCache
+from dataset.latent_cache import EncoderSettings, LatentCache
 from dataset.scan import ScanResult, summarize
 from dataset.video import NATIVE_STRIDE, cropped, decode, stretch
 from dataset.worker_pool import Failure, run_in_workers
@@ -33,7 +33,7 @@ from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, flags_in_errors, remove_stale_temporaries
 from utils.config.args import ValidationArgs
 from utils.config.data_args import DataArgs
-from utils.config.options import add_options, collect, make_parser, option
+from utils.config.options import Switch, add_options, collect, make_parser, option
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
@@ -53,7 +53,9 @@ class InspectArgs:
     learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
         None, help="as in training; decides on the sizes that CogVideoX-5b-I2V takes"
     )
-    enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
+    enable_tiling: Switch = option(
+        "auto", help="as in training; part of the keys of the cache entries; auto: as most entries in the cache are"
+    )
     inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
     verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
     prune_cache: bool = option(False, help="remove cache entries that no sample uses with these flags")
@@ -193,11 +195,10 @@ def maintain_cache(
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
-    all_keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
-    all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
-    used = {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
     existing = set(cache.names())
+    choices = (True, False) if options.enable_tiling == "auto" else (options.enable_tiling,)
+    encodings = [encoder_settings(model_dir, spec, tiling, cache, options.variant)[0] for tiling in choices]
+    used = max((used_entries(encoding, data, scan) for encoding in encodings), key=lambda names: len(names & existing))
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
     if options.verify_cache:
         names = sorted(used & existing)
@@ -225,6 +226,13 @@ def maintain_cache(
         print(f"Removed {len(unused)} unused entries")
     elif unused:
         print(f"{len(unused)} entries belong to other flags, data or models; --prune_cache removes them")
+
+
+def used_entries(encoding: EncoderSettings, data: DataArgs, scan: ScanResult) -> set[str]:
+    """Returns the names of all cache entries that training would read with these encoders."""
+    all_keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
+    all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
+    return {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
 
 
 if __name__ == "__main__":

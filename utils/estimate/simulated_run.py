@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import T5Config, T5EncoderModel
 
+from dataset.video import Resolution
 from utils.estimate.context import RunContext
 from utils.estimate.memory_tracker import (
     HOST_PLACEHOLDER,
@@ -198,7 +199,7 @@ def profile_generation(context: RunContext) -> GenerationProfile:
         # classifier-free guidance doubles the batch
         fake_objective(context)(autocast_forward(transformer, context), empty_batch(context, batch_size=2), [0, 1])
         denoising = tracker.peak - transformer_bytes
-    vae = empty_vae(context)
+    vae = empty_vae(context, context.args.system.uses_tiles)
     with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
         vae_bytes = tracker.now
@@ -209,9 +210,14 @@ def profile_generation(context: RunContext) -> GenerationProfile:
         return GenerationProfile(transformer_bytes, vae_bytes, denoising, tracker.peak - vae_bytes)
 
 
-def clip_encoding_peak(context: RunContext) -> int:
-    """Peak bytes of encoding one clip with the VAE."""
-    vae, resolution = empty_vae(context), context.resolution
+def clip_encoding_peak(context: RunContext, tiling: bool) -> int:
+    """Peak bytes of encoding one clip with the VAE, in tiles or as whole pictures."""
+    largest_picture = max(context.args.data.train_resolution, key=lambda size: size.height * size.width)
+    return max(_encoding_peak(context, size, tiling) for size in {context.resolution, largest_picture})
+
+
+def _encoding_peak(context: RunContext, resolution: Resolution, tiling: bool) -> int:
+    vae = empty_vae(context, tiling)
     with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
         tracker.watch_peak()
@@ -278,14 +284,14 @@ def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
     return transformer
 
 
-def empty_vae(context: RunContext) -> AutoencoderKLCogVideoX:
+def empty_vae(context: RunContext, tiling: bool) -> AutoencoderKLCogVideoX:
     """The VAE on the meta device, as `loading.load_vae` loads it for a GPU from half-precision files."""
     with init_empty_weights(include_buffers=True):
         vae = AutoencoderKLCogVideoX.from_config(context.spec.vae).eval()
     torch.nn.Module.to(vae, torch.bfloat16)
     if context.args.system.enable_slicing:
         vae.enable_slicing()
-    if context.args.system.enable_tiling:
+    if tiling:
         vae.enable_tiling()
         vae.blend_v = vae.blend_h = lambda _, tile, extent: tile  # takes the memory of a row, and half of the time
     return vae

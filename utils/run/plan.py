@@ -31,6 +31,7 @@ class RunPlan:
         clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
+        tiling: whether the VAE encodes in tiles, not whole pictures.
         encoders: lines to add to the encoders that the cache knows.
         resume_from: checkpoint to resume from; None for a new run.
         progress: progress at the start of this run.
@@ -48,6 +49,7 @@ class RunPlan:
     prompts: dict[str, str]
     empty_prompt: str
     cache_dir: Path
+    tiling: bool
     encoders: dict[str, str]
     resume_from: Path | None
     progress: Progress
@@ -138,12 +140,11 @@ def make_plan(
     resume_from: Path | None,
     progress: Progress,
     notes: list[str],
+    tiling: bool,
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
-    encoding, encoders = encoder_settings(
-        model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir), args.model.variant
-    )
+    encoding, encoders = encoder_settings(model_dir, spec, tiling, LatentCache(cache_dir), args.model.variant)
     keys = encoding.keys(scan.samples, scan.facts, args.data.flip, args.data.additions)
     validation_keys = encoding.keys(scan.validation, scan.facts, additions=args.data.additions)
     prompts = {encoding.prompt_key(""): ""}
@@ -161,6 +162,7 @@ def make_plan(
         prompts=prompts,
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
+        tiling=tiling,
         encoders=encoders,
         resume_from=resume_from,
         progress=progress,

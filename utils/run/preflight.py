@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from utils.run.checks import (
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
 from utils.run.hub import check_hub
 from utils.run.plan import RunPlan, make_plan
+from utils.run.tiling import choose_tiling
 from utils.training.trainable import compile_error, needs_autocast
 
 # Scanning more clips than this takes minutes, so errors found before are reported first.
@@ -83,7 +85,8 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     scan = scan_samples(report, args, samples, validation, cache_dir)
     if context is None or progress is None or not scan.samples:
         raise UserError(report.errors)
-    plan = make_plan(context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
+    make = partial(make_plan, context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
+    plan = choose_tiling(make, context, this_machine())
     check_cache(report, plan)
     if report.errors:
         raise UserError(report.errors)

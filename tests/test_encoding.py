@@ -1,0 +1,88 @@
+"""How clips and prompts are encoded: tiles or whole pictures, batches, progress and disk space."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from dataset.latent_cache import LatentCache
+from tests.conftest import arguments
+from utils.common.errors import UserError
+from utils.config.args import parse_args
+from utils.estimate import simulated_run
+from utils.estimate.context import Machine, RunContext
+from utils.model import encoders
+from utils.model.spec import read_spec
+from utils.run import preflight as preflight_module
+from utils.run import tiling
+from utils.run.fill_cache import fill_cache
+from utils.run.plan import RunPlan
+from utils.run.preflight import preflight
+
+
+@pytest.fixture
+def plan_on(tiny, data, tmp_path, monkeypatch):
+    """Returns a function: (free GPU memory in GiB or None, options) -> plan, with whole pictures that take 1 GiB."""
+    monkeypatch.setattr(preflight_module, "fit_memory", lambda report, context, resume_from: context)
+    monkeypatch.setattr(tiling, "run_in_subprocess", lambda function, *args: 2**30)
+
+    def plan(gpu_gib: float | None, *options: object) -> RunPlan:
+        monkeypatch.setattr(preflight_module, "this_machine", lambda: Machine(gpu_gib))
+        return preflight(parse_args(arguments(tiny("5b"), data, tmp_path / "out", *options)), 1)
+
+    return plan
+
+
+def test_whole_pictures_are_encoded_where_they_fit_and_the_cache_has_no_tiles(plan_on):
+    tiles, whole = (plan_on(None, "--enable_tiling", value) for value in ("true", "false"))
+    assert tiles.tiling and not whole.tiling and not [note for note in whole.notes if "tiling" in note]
+    first = tiles.keys[0].video[0]
+    assert first not in {name for keys in whole.keys for name in keys.pixels}
+
+    def assert_chosen(expected: RunPlan, reason: str, gpu_gib: float | None, *options: object) -> None:
+        plan = plan_on(gpu_gib, *options)
+        assert (plan.tiling, plan.keys, plan.encoders) == (expected.tiling, expected.keys, expected.encoders)
+        assert plan.args.system.uses_tiles  # in validation
+        assert reason in "".join(plan.notes)
+
+    assert_chosen(tiles, "clips are encoded in tiles, since there is no GPU", None)
+    assert_chosen(tiles, "in tiles, since whole pictures need 2.1 GiB with a margin, and 2.0 GiB are available", 2.0)
+    assert_chosen(whole, "whole, since whole pictures need 2.1 GiB with a margin, and 3.0 GiB are available", 3.0)
+    assert_chosen(tiles, "2.0 GiB are available", 3.0, "--vram_budget_gib", 2)
+    cache = LatentCache(tiles.cache_dir)
+    cache.write(whole.keys[0].video[0], torch.zeros(1))
+    assert_chosen(whole, "whole, as 1 of 8 entries in the latent cache are", None)
+    cache.write(first, torch.zeros(1))
+    assert_chosen(tiles, "in tiles, as 1 of 8 entries in the latent cache are", 3.0)
+    for name in [name for keys in tiles.keys for name in keys.pixels]:
+        cache.write(name, torch.zeros(1))
+    assert_chosen(tiles, "", 3.0)
+    assert not plan_on(3.0).notes  # nothing is to be encoded
+    assert plan_on(3.0, "--enable_tiling", "false").keys == whole.keys
+
+
+def test_gpu_out_of_memory_is_one_sentence_that_names_the_flag(plan_on, monkeypatch):
+    def load(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(encoders, "pixel_encoders", load)
+    processes = Mock(device=torch.device("cpu"), process_index=0, num_processes=1, is_main_process=True)
+    plan = plan_on(None)
+    for in_tiles, advice in ((True, "a smaller --train_resolution"), (False, "Use --enable_tiling true")):
+        with pytest.raises(UserError, match=f"^The GPU ran out of memory while it encoded a clip .*{advice}"):
+            fill_cache(processes, Mock(), replace(plan, tiling=in_tiles))
+
+
+def test_memory_of_encoding_is_that_of_the_largest_picture(tiny, tmp_path):
+    spec = read_spec(tiny("5b"))
+
+    def peak(in_tiles: bool, *sizes: str) -> int:
+        argv = arguments(tiny("5b"), tmp_path, tmp_path, "--train_resolution", *sizes)
+        return simulated_run.clip_encoding_peak(RunContext(parse_args(argv), spec, {}), in_tiles)
+
+    # the first has more tokens
+    assert peak(False, "81x64x64", "9x480x720") == peak(False, "9x480x720") > peak(False, "81x64x64")
+    assert peak(True, "9x480x720") < 0.5 * peak(False, "9x480x720")
