@@ -22,6 +22,7 @@ from dataset.containers import ClipError
 from dataset.file_index import combine_signatures, stat_signature
 from dataset.images import load_image
 from dataset.latent_cache import LatentCache, SampleKeys
+from dataset.progress import ClipBar
 from dataset.video import FrameSelection, decode
 from dataset.worker_pool import Failure, run_in_workers
 
@@ -149,10 +150,7 @@ def precompute_clips(
     largest = max(_numel(job.clip_shape) + _numel(job.image_shape) for job in jobs)
     errors: dict[str, str] = {}
     encode = None
-    with (
-        ExitStack() as stack,
-        tqdm(total=len(jobs), desc="Encoding clips", unit="clip", disable=shard.rank != 0) as bar,
-    ):
+    with ExitStack() as stack, ClipBar(len(jobs), shard.rank, shard.world_size) as bar:
 
         def still_missing() -> Iterator[_Job]:
             for job in jobs:
@@ -164,11 +162,13 @@ def precompute_clips(
         for result in run_in_workers(_decode, still_missing(), min(num_workers, len(jobs)), timeout, largest):
             if isinstance(result.outcome, Failure):
                 errors |= dict.fromkeys(result.job.names, result.outcome.reason)
+                bar.update()
             else:
                 encode = encode or stack.enter_context(load_encoders())  # loaded with the first decoded clip
                 errors |= _encode(cache, encode, result.job, result.buffer, result.outcome)
-            bar.update()
+                bar.encoded()
             beat()
+        bar.print_summary()
     return errors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dataset.latent_cache import LatentCache
+from dataset.progress import ClipBar
 from tests.conftest import arguments
 from utils.common.errors import UserError
 from utils.config.args import parse_args
@@ -18,6 +20,8 @@ from utils.model import encoders
 from utils.model.spec import read_spec
 from utils.run import preflight as preflight_module
 from utils.run import tiling
+from utils.run.cache_size import plan_sizes
+from utils.run.describe import describe
 from utils.run.fill_cache import fill_cache
 from utils.run.plan import RunPlan
 from utils.run.preflight import preflight
@@ -74,6 +78,41 @@ def test_gpu_out_of_memory_is_one_sentence_that_names_the_flag(plan_on, monkeypa
     for in_tiles, advice in ((True, "a smaller --train_resolution"), (False, "Use --enable_tiling true")):
         with pytest.raises(UserError, match=f"^The GPU ran out of memory while it encoded a clip .*{advice}"):
             fill_cache(processes, Mock(), replace(plan, tiling=in_tiles))
+
+
+def test_size_on_disk_and_speed_are_told(tiny, data, tmp_path, capsys):
+    """With all kinds of entries: a clip, three sets of condition frames, prompts."""
+    for name in ("prompts.txt", "videos.txt"):
+        (data / name).write_text((data / name).read_text().splitlines()[0])
+    options = ["--condition_frames", "first", "first_last", "prefix:5"]
+    argv = arguments(tiny("5b-i2v"), data, tmp_path / "out", *options, task="i2v")
+    (tmp_path / "out").mkdir()
+    plan = preflight(parse_args(argv), 1)
+    announced = describe(plan)
+    fill_cache(Mock(device=torch.device("cpu"), process_index=0, num_processes=1), Mock(), plan)
+    cache, sizes = LatentCache(plan.cache_dir), plan_sizes(plan)
+    assert sizes.entries.keys() == set(cache.names()) and len(sizes.entries) == 1 + 3 + 2
+    for name, size in sizes.entries.items():
+        assert size < cache.path(name).stat().st_size < size + 256  # the header of the file
+    moments = 2 * 16 * 8 * 8 * 4  # of one latent frame, in float32; 4 draws of 1, 1 and 2 frames
+    clip, prompt = moments * (3 + 4 * (1 + 1 + 2)), 26 * 32 * 4
+    total = f"{(clip + 2 * prompt) / 2**20:.1f} MiB"
+    parts = f"1 samples of 9x64x64 at {clip / 2**20:.1f} MiB, 2 prompts at {prompt / 2**20:.1f} MiB"
+    assert f"{plan.cache_dir}, {total}: {parts}; {total} are still to be encoded" in announced
+    assert "nothing is to be encoded" in sizes.describe(plan.missing_entries())
+    printed = capsys.readouterr().out
+    assert re.search(r"^Encoded 1 clips in 00:0\d: [\d.]+ clips per minute$", printed, re.MULTILINE)
+
+
+def test_progress_tells_clips_per_minute_of_one_process_and_of_all(capsys):
+    with ClipBar(10, rank=0, world_size=4) as bar:
+        bar._time, bar.start_t = (lambda: 30.0), 0.0
+        for _ in range(5):
+            bar.encoded()
+        assert "5/10 [00:30, 00:30 left, 10.0 clips per minute, 40.0 on 4 processes]" in str(bar)
+        bar.print_summary()
+    expected = "Encoded 5 clips in 00:30 on process 0 of 4: 10.0 clips per minute, 40.0 on 4 processes"
+    assert capsys.readouterr().out.strip() == expected
 
 
 def test_memory_of_encoding_is_that_of_the_largest_picture(tiny, tmp_path):

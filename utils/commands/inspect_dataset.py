@@ -36,6 +36,7 @@ from utils.config.data_args import DataArgs
 from utils.config.options import Switch, add_options, collect, make_parser, option
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
+from utils.run.cache_size import CacheSizes, cache_sizes
 from utils.run.data import find_cache_dir, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import encoder_settings
 
@@ -79,7 +80,7 @@ def main() -> None:
     scan = scan_data(data, samples, validation, cache_dir, save_index=cache_dir.is_dir())
     with flags_in_errors({"--inspect_dir": options.inspect_dir}):
         show_samples(data, scan, options.inspect_dir)
-    if spec is not None and model_dir is not None and cache_dir.is_dir():
+    if spec is not None and model_dir is not None:
         maintain_cache(options, data, scan, LatentCache(cache_dir), model_dir, spec)
 
 
@@ -190,7 +191,7 @@ def _thumbnails(job: tuple[int, ClipSample], buffer: torch.Tensor) -> Image.Imag
 def maintain_cache(
     options: InspectArgs, data: DataArgs, scan: ScanResult, cache: LatentCache, model_dir: Path, spec: ModelSpec
 ) -> None:
-    """Prints how much of the cache the samples use; verifies and prunes it on request.
+    """Prints the size of the cache and how much of it exists; verifies and prunes it on request.
 
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
@@ -198,8 +199,14 @@ def maintain_cache(
     existing = set(cache.names())
     choices = (True, False) if options.enable_tiling == "auto" else (options.enable_tiling,)
     encodings = [encoder_settings(model_dir, spec, tiling, cache, options.variant)[0] for tiling in choices]
-    used = max((used_entries(encoding, data, scan) for encoding in encodings), key=lambda names: len(names & existing))
+    sizes = max(
+        (sizes_of(encoding, data, scan, model_dir, spec, options.variant) for encoding in encodings),
+        key=lambda sizes: len(sizes.entries.keys() & existing),
+    )
+    used = sizes.entries.keys()
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
+    if scan.samples:
+        print(f"  {sizes.describe(used - existing)}")
     if options.verify_cache:
         names = sorted(used & existing)
         with ThreadPoolExecutor() as pool:
@@ -228,11 +235,14 @@ def maintain_cache(
         print(f"{len(unused)} entries belong to other flags, data or models; --prune_cache removes them")
 
 
-def used_entries(encoding: EncoderSettings, data: DataArgs, scan: ScanResult) -> set[str]:
-    """Returns the names of all cache entries that training would read with these encoders."""
-    all_keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
-    all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
-    return {name for keys in all_keys for name in (*keys.pixels, keys.prompt)} | {encoding.prompt_key("")}
+def sizes_of(
+    encoding: EncoderSettings, data: DataArgs, scan: ScanResult, model_dir: Path, spec: ModelSpec, variant: str | None
+) -> CacheSizes:
+    """Returns the sizes of all cache entries that training would read with these encoders."""
+    keys = encoding.keys(scan.samples, scan.facts, data.flip, data.additions)
+    keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
+    prompts = [encoding.prompt_key(""), *(names.prompt for names in keys)]
+    return cache_sizes(spec, model_dir, variant, scan.samples + scan.validation, keys, prompts)
 
 
 if __name__ == "__main__":

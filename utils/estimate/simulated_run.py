@@ -36,6 +36,8 @@ from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
 
 NUM_TIMESTEPS = 1000
+# Frames that the VAE encodes at a time: `num_sample_frames_batch_size` of diffusers, and the first one with them.
+VAE_FRAMES = 9
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,11 @@ def profile_generation(context: RunContext) -> GenerationProfile:
 
 def clip_encoding_peak(context: RunContext, tiling: bool) -> int:
     """Peak bytes of encoding one clip with the VAE, in tiles or as whole pictures."""
-    largest_picture = max(context.args.data.train_resolution, key=lambda size: size.height * size.width)
+    # the VAE encodes few frames at a time, so the size of a picture decides and not the number of tokens
+    largest_picture = max(
+        context.args.data.train_resolution,
+        key=lambda size: min(size.frames, VAE_FRAMES) * size.height * size.width,
+    )
     return max(_encoding_peak(context, size, tiling) for size in {context.resolution, largest_picture})
 
 

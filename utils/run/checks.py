@@ -11,7 +11,6 @@ from urllib.parse import urlparse
 
 import torch
 
-from dataset.condition_frames import latent_frames
 from utils.checkpoint.adapters import init_lora_errors
 from utils.checkpoint.lora_reader import read_lora
 from utils.checkpoint.manager import checkpoint_bytes
@@ -19,7 +18,6 @@ from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
 from utils.common.units import GIB
 from utils.config.args import Args
-from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.model.spec import ModelSpec
 from utils.run.plan import RunPlan
 from utils.training.metrics import TRACKERS
@@ -139,17 +137,13 @@ def _wandb_can_log() -> bool:
         return False
 
 
-def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
-    """Raises UserError if the missing entries of the latent cache, or the next checkpoint, do not fit their disks."""
-    prompt_size = plan.spec.max_text_seq_length * plan.spec.transformer["text_embed_dim"]
-    sizes = dict.fromkeys(plan.prompts, prompt_size)
-    for clip_sample, keys in zip(plan.samples + plan.validation, plan.keys + plan.validation_keys, strict=True):
-        frames, height, width = plan.spec.latent_size(clip_sample.resolution)
-        moments = 2 * plan.spec.latent_channels * height * width
-        sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
-        for addition, names in keys.additions.items():
-            sizes |= dict.fromkeys(names, moments * IMAGE_NOISE_DRAWS * latent_frames(addition))
-    cache_size = 4 * sum(sizes[name] for name in missing)  # float32 at most
+def check_disk_space(plan: RunPlan, missing: set[str], sizes: dict[str, int]) -> None:
+    """Raises UserError if the missing entries of the latent cache, or the next checkpoint, do not fit their disks.
+
+    Args:
+        sizes: entry name -> bytes.
+    """
+    cache_size = sum(sizes[name] for name in missing)
     needs = [("the latent cache", "--cache_dir", plan.cache_dir, cache_size)]
     if not (plan.args.data.precompute_only or plan.is_finished):
         num_trained = count_trained(plan.spec.transformer, plan.args)

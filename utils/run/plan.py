@@ -31,6 +31,7 @@ class RunPlan:
         clip_summary: log lines about the clips and buckets.
         keys, validation_keys: cache entries of `samples` and `validation`, in the same order.
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
+        cache_summary: size of the latent cache and of its parts.
         tiling: whether the VAE encodes in tiles, not whole pictures.
         encoders: lines to add to the encoders that the cache knows.
         resume_from: checkpoint to resume from; None for a new run.
@@ -49,6 +50,7 @@ class RunPlan:
     prompts: dict[str, str]
     empty_prompt: str
     cache_dir: Path
+    cache_summary: str
     tiling: bool
     encoders: dict[str, str]
     resume_from: Path | None
@@ -162,6 +164,7 @@ def make_plan(
         prompts=prompts,
         empty_prompt=encoding.prompt_key(""),
         cache_dir=cache_dir,
+        cache_summary="",
         tiling=tiling,
         encoders=encoders,
         resume_from=resume_from,

@@ -28,6 +28,7 @@ from utils.model import loading
 from utils.model.encoders import prompt_notes
 from utils.model.positions import choose_positions
 from utils.model.spec import LEARNED_POSITIONS, ModelSpec, read_objective, read_spec
+from utils.run.cache_size import plan_sizes
 from utils.run.checks import (
     check_disk_space,
     check_init_lora,
@@ -86,8 +87,7 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
     if context is None or progress is None or not scan.samples:
         raise UserError(report.errors)
     make = partial(make_plan, context, model.folder, scan, cache_dir, resume_from, progress, report.notes)
-    plan = choose_tiling(make, context, this_machine())
-    check_cache(report, plan)
+    plan = check_cache(report, *choose_tiling(make, context, this_machine()))
     if report.errors:
         raise UserError(report.errors)
     return plan
@@ -258,8 +258,14 @@ def scan_samples(
     return scan
 
 
-def check_cache(report: CheckReport, plan: RunPlan) -> None:
-    """Checks that the missing cache entries can be written, and that they and a checkpoint fit the disk."""
-    if missing := plan.missing_entries():
+def check_cache(report: CheckReport, plan: RunPlan, missing: set[str]) -> RunPlan:
+    """Checks that the missing cache entries can be written, and that they and a checkpoint fit the disk.
+
+    Returns:
+        The plan with a summary of the size of the cache.
+    """
+    if missing:
         report.run(check_writable, plan.cache_dir, "--cache_dir")
-    report.run(check_disk_space, plan, missing)
+    sizes = plan_sizes(plan)
+    report.run(check_disk_space, plan, missing, sizes.entries)
+    return replace(plan, cache_summary=sizes.describe(missing))

@@ -15,8 +15,8 @@ from utils.estimate.simulated_run import clip_encoding_peak
 from utils.run.plan import RunPlan
 
 
-def choose_tiling(make: Callable[[bool], RunPlan], context: RunContext, machine: Machine) -> RunPlan:
-    """Returns the plan of a run that encodes in tiles, or of one that encodes whole pictures.
+def choose_tiling(make: Callable[[bool], RunPlan], context: RunContext, machine: Machine) -> tuple[RunPlan, set[str]]:
+    """Returns the plan of a run that encodes in tiles or whole pictures, and the entries that its cache lacks.
 
     If clips are still to be encoded, a note of the plan tells what `auto` has chosen and why.
 
@@ -24,14 +24,14 @@ def choose_tiling(make: Callable[[bool], RunPlan], context: RunContext, machine:
         make: whether to encode in tiles -> plan.
     """
     choice = context.args.system.enable_tiling
-    if choice != "auto":
-        return make(choice)
-    tiles = make(True)
-    num_entries, num_tiled = count_clip_entries(tiles)
-    if num_tiled == num_entries:
-        return tiles
+    tiles = make(choice is not False)
+    missing = tiles.missing_entries()
+    num_entries, num_tiled = count_clip_entries(tiles, missing)
+    if choice != "auto" or num_tiled == num_entries:
+        return tiles, missing
     whole = make(False)
-    _, num_whole = count_clip_entries(whole)
+    missing_whole = whole.missing_entries()
+    _, num_whole = count_clip_entries(whole, missing_whole)
     if num_tiled or num_whole:
         in_tiles = num_tiled >= num_whole
         reason = f"as {max(num_tiled, num_whole)} of {num_entries} entries in the latent cache are"
@@ -43,13 +43,12 @@ def choose_tiling(make: Callable[[bool], RunPlan], context: RunContext, machine:
         limit_gib = min(machine.gpu_gib, budget) if isinstance(budget, float) else machine.gpu_gib
         in_tiles = needed_gib > limit_gib
         reason = f"since whole pictures need {needed_gib:.1f} GiB with a margin, and {limit_gib:.1f} GiB are available"
-    plan = tiles if in_tiles else whole
+    plan, missing = (tiles, missing) if in_tiles else (whole, missing_whole)
     plan.notes.append(f"--enable_tiling auto: clips are encoded {'in tiles' if in_tiles else 'whole'}, {reason}.")
-    return plan
+    return plan, missing
 
 
-def count_clip_entries(plan: RunPlan) -> tuple[int, int]:
+def count_clip_entries(plan: RunPlan, missing: set[str]) -> tuple[int, int]:
     """Returns the number of entries that the VAE encodes, and of those that the cache holds."""
-    missing = plan.missing_entries()
     names = {name for keys in plan.keys + plan.validation_keys for name in keys.pixels}
     return len(names), len(names - missing)
