@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from dataset.clip_writer import ClipBar
 from dataset.latent_cache import LatentCache
-from dataset.progress import ClipBar
+from dataset.precompute import PixelEncoders
 from tests.conftest import arguments
+from tests.test_latent_cache import fill, keys_of, scan
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.estimate import simulated_run
@@ -113,6 +117,27 @@ def test_progress_tells_clips_per_minute_of_one_process_and_of_all(capsys):
         bar.print_summary()
     expected = "Encoded 5 clips in 00:30 on process 0 of 4: 10.0 clips per minute, 40.0 on 4 processes"
     assert capsys.readouterr().out.strip() == expected
+
+
+def test_clip_is_written_while_a_gpu_encodes_the_next_one(data, tmp_path):
+    scanned, cache = scan(data), LatentCache(tmp_path / "cache")
+    keys, moments, written = keys_of(scanned, image_noise=None), [], []
+
+    @contextmanager
+    def unfinished():
+        def video(pixels):
+            moments.append(torch.tensor([torch.nan]))
+            written.append(len(list(cache.names())))
+            return moments[-1]
+
+        def mark():
+            return partial(moments[-1].fill_, len(moments))
+
+        yield PixelEncoders(video, lambda pixels, seed: torch.zeros(0), mark)
+
+    assert fill(cache, scanned.samples, keys, unfinished) == {}
+    assert written == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert sorted(cache.read(names.video[0]).item() for names in keys) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_memory_of_encoding_is_that_of_the_largest_picture(tiny, tmp_path):

@@ -29,7 +29,7 @@ from utils.estimate.memory_tracker import (
     storage_size,
 )
 from utils.model.conditioning import rotary_table
-from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_PASS, encode_by_layers
+from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_BATCH, PROMPTS_PER_PASS, encode_by_layers
 from utils.model.positions import set_learned_positions
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.step import DenoisingObjective
@@ -258,13 +258,13 @@ def reuse_equal_calls(module: torch.nn.Module, tracker: MemoryTracker) -> None:
 
 
 def prompt_encoding_peak(context: RunContext) -> int:
-    """Peak bytes of encoding prompts with T5: one by one on the GPU, or many of them offloaded layer by layer."""
+    """Peak bytes of encoding prompts with T5: a batch on the GPU, or many of them offloaded layer by layer."""
     if not context.args.memory.offload_text_encoder:
         encoder = empty_text_encoder(context)
         with simulation(context) as tracker, torch.no_grad():
             give_fake_weights(encoder)
             tracker.watch_peak()
-            encoder(torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64))
+            encoder(torch.zeros(PROMPTS_PER_BATCH, context.spec.max_text_seq_length, dtype=torch.int64))
             return tracker.peak
     one, two = (_offloaded_encoding_peak(context, prompts) for prompts in (1, 2))
     return one + (PROMPTS_PER_PASS - 1) * (two - one)

@@ -1,10 +1,14 @@
-"""The progress of encoding clips: clips per minute and the time left, of one process and of all."""
+"""Writes the entries of encoded clips, and shows the progress of a process and of all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+from dataset.latent_cache import LatentCache
 
 
 class ClipBar(tqdm):
@@ -47,3 +51,42 @@ class ClipBar(tqdm):
         speed = self._speed(60 * self.num_encoded / elapsed)
         by = f" on process 0 of {self.world_size}" if self.world_size > 1 else ""
         self.write(f"Encoded {self.num_encoded} clips in {self.format_interval(elapsed)}{by}: {speed}")
+
+
+class ClipWriter:
+    """Writes the entries of one job after another.
+
+    Attributes:
+        errors: entry name -> error, for each entry that is not finite.
+    """
+
+    def __init__(self, cache: LatentCache, bar: ClipBar) -> None:
+        self.cache, self.bar = cache, bar
+        self.errors: dict[str, str] = {}
+        self.moments: dict[str, torch.Tensor] | None = None
+        self.wait: Callable[[], None] | None = None
+
+    def add(self, moments: dict[str, torch.Tensor], wait: Callable[[], None] | None) -> None:
+        """Writes moments at once. With `wait`, writes those of the job before, while a GPU computes these.
+
+        Args:
+            wait: waits for the moments.
+        """
+        self.finish()
+        self.moments, self.wait = moments, wait
+        if wait is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes what is left."""
+        if self.moments is None:
+            return
+        if self.wait is not None:
+            self.wait()
+        for name, tensor in self.moments.items():
+            if tensor.isfinite().all():
+                self.cache.write(name, tensor)
+            else:
+                self.errors[name] = "has latents that are not finite"
+        self.moments = None
+        self.bar.encoded()
