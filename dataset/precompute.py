@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dataset.bucketing import ClipSample
 from dataset.condition_frames import select_frames
 from dataset.containers import ClipError
+from dataset.entry_writer import ClipBar, ClipWriter
 from dataset.file_index import combine_signatures, stat_signature
 from dataset.images import load_image
 from dataset.latent_cache import LatentCache, SampleKeys
@@ -37,10 +38,13 @@ class PixelEncoders:
         video: uint8 [F, H, W, C] -> moments [2C, F, H, W], with C, F, H, W of the latent.
         image: frames uint8 [F, H, W, C] of a condition and a seed for the image noise -> moments [K, 2C, F, H, W] of K
             noise draws.
+        mark: returns a function that waits for all moments returned so far. None if moments are complete when they are
+            returned, otherwise a GPU still computes them.
     """
 
     video: Callable[[torch.Tensor], torch.Tensor]
     image: Callable[[torch.Tensor, int], torch.Tensor]
+    mark: Callable[[], Callable[[], None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,10 +153,7 @@ def precompute_clips(
     largest = max(_numel(job.clip_shape) + _numel(job.image_shape) for job in jobs)
     errors: dict[str, str] = {}
     encode = None
-    with (
-        ExitStack() as stack,
-        tqdm(total=len(jobs), desc="Encoding clips", unit="clip", disable=shard.rank != 0) as bar,
-    ):
+    with ExitStack() as stack, ClipBar(len(jobs), shard.rank, shard.world_size) as bar:
 
         def still_missing() -> Iterator[_Job]:
             for job in jobs:
@@ -161,15 +162,20 @@ def precompute_clips(
                 else:
                     yield job
 
+        writer = ClipWriter(cache, bar)
         for result in run_in_workers(_decode, still_missing(), min(num_workers, len(jobs)), timeout, largest):
             if isinstance(result.outcome, Failure):
                 errors |= dict.fromkeys(result.job.names, result.outcome.reason)
+                bar.update()
             else:
                 encode = encode or stack.enter_context(load_encoders())  # loaded with the first decoded clip
-                errors |= _encode(cache, encode, result.job, result.buffer, result.outcome)
-            bar.update()
+                moments, failed = _encode(encode, result.job, result.buffer, result.outcome)
+                errors |= failed
+                writer.add(moments, encode.mark() if encode.mark else None)
             beat()
-    return errors
+        writer.finish()
+        bar.print_summary()
+    return errors | writer.errors
 
 
 def _decode(job: _Job, buffer: torch.Tensor) -> str:
@@ -227,9 +233,9 @@ def _split_buffer(job: _Job, buffer: torch.Tensor) -> tuple[torch.Tensor | None,
 
 
 def _encode(
-    cache: LatentCache, encode: PixelEncoders, job: _Job, buffer: torch.Tensor, image_error: str
-) -> dict[str, str]:
-    """Encodes a decoded job and writes its entries. Returns entry name -> error for those that cannot be encoded."""
+    encode: PixelEncoders, job: _Job, buffer: torch.Tensor, image_error: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Encodes a decoded job. Returns entry name -> moments, and entry name -> error for those without an image."""
     pixels, image = _split_buffer(job, buffer)
     if image is None and pixels is not None:
         image = pixels[0]
@@ -243,12 +249,7 @@ def _encode(
     for addition, name in job.additions.items():
         if pixels is not None:
             moments[name] = encode.image(select_frames(pixels, addition), _noise_seed(name))
-    for name, tensor in moments.items():
-        if tensor.isfinite().all():
-            cache.write(name, tensor)
-        else:
-            errors[name] = "has latents that are not finite"
-    return errors
+    return moments, errors
 
 
 def _noise_seed(name: str) -> int:

@@ -135,5 +135,6 @@ def test_inspect_dataset_shows_samples_and_removes_damaged_entries(tiny, mixed, 
     inspect += ["--inspect_dir", tmp_path / "seen", "--verify_cache"]
     result = run_warm(list(map(str, inspect)), environment(None), cwd=str(ROOT), timeout=120)
     assert "11 samples in" in result.stdout and "1 entries were damaged" in result.stdout and not damaged.exists()
+    assert "; nothing is to be encoded" in result.stdout
     assert len((tmp_path / "seen" / "samples.csv").read_text().splitlines()) == 12
     assert (tmp_path / "seen" / "contact_sheet.png").stat().st_size > 10_000

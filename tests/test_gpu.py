@@ -20,13 +20,16 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from dataset.latent_cache import LatentCache
 from tests.conftest import ROOT, arguments, command, environment, generate, patch_programs, read_metrics
 from tests.golden_losses import FOLDER as GOLDEN
 from tests.gradients import Model, compute_gradients, flatten, prepare_model
 from tests.test_deepspeed import tiny_template
+from tests.test_latent_cache import fill, keys_of, scan
 from utils.checkpoint.manager import PROGRESS_FILE
 from utils.estimate.context import Machine
 from utils.memory import activation_offloading, cpu_offload_adam, pinned_memory
+from utils.model import encoders
 from utils.model.loading import load_transformer
 from utils.run import preflight
 from utils.training import loss as loss_module
@@ -172,6 +175,33 @@ def test_copies_on_slow_streams(tiny, tmp_path, monkeypatch, stream):
         [after - weight for after, weight in zip(group, before, strict=True)] for group in (parameters, references)
     ]
     assert deviation(*changes) < 1e-3
+
+
+def test_entries_with_slow_copies_are_those_of_the_cpu(tiny, data, tmp_path, monkeypatch):
+    """Moments are copied to the host while the next clip is encoded, and clips to the GPU meanwhile."""
+    scanned = scan(data)
+    keys, model = keys_of(scanned), tiny("5b-i2v")
+    to_device, to_host = encoders.to_device, encoders.to_host
+
+    def slow_to_device(values, device, stream):
+        with torch.cuda.stream(stream):
+            pause()
+        return to_device(values, device, stream)
+
+    def slow_to_host(moments, stream):
+        pause()
+        return to_host(moments, stream)
+
+    entries: list[list[torch.Tensor]] = []
+    for device in ("cpu", DEVICE):
+        cache = LatentCache(tmp_path / device / str(len(entries)))
+        load = partial(encoders.pixel_encoders, model, torch.device(device), True, True)
+        assert fill(cache, scanned.samples, keys, load) == {}
+        entries.append([cache.read(name) for names in keys for name in names.pixels])
+        monkeypatch.setattr(encoders, "to_device", slow_to_device)
+        monkeypatch.setattr(encoders, "to_host", slow_to_host)
+    for expected, actual in zip(*entries, strict=True):
+        assert deviation([actual], [expected]) < 5e-3
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,8 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny, tmp_path):
     for name, text in prompts.items():
         expected, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=26)
         torch.testing.assert_close(cache.read(name), expected[0], rtol=0, atol=1e-5)
+    batch = encoders.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, 26, PROMPTS)  # as on a GPU
+    torch.testing.assert_close(batch, torch.stack([cache.read(name) for name in prompts]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -80,7 +80,9 @@ def test_transformer_inputs_match_the_pipeline(tiny, variant, sample, size):
         moments = encoders.encode_video(pipeline.vae, pixels[None])[None]
         noise = torch.randn(1, spec.latent_channels, 1, height, width, generator=torch.Generator().manual_seed(3))
         image_latents = to_image_latents(sample_moments(moments, noise), spec, clip.shape[1])
-    embedding = encoders.encode_prompt(pipeline.tokenizer, pipeline.text_encoder, spec.max_text_seq_length, prompt)
+    embedding = encoders.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, spec.max_text_seq_length, [prompt])[
+        0
+    ]
     predict_velocity(
         pipeline.transformer, spec, noisy, theirs["timestep"], embedding[None], image_latents, torch.float32
     )

@@ -154,7 +154,10 @@ def _run_script(argv: Sequence[str], environment: dict[str, str]) -> NoReturn:
     sys.argv, sys.path[0] = list(argv[is_module:]), str(Path.cwd() if is_module else Path(argv[0]).parent)
     code = 0
     try:
-        (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
+        if is_module:  # the types of dataclasses are looked up in sys.modules["__main__"]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

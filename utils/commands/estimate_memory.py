@@ -23,7 +23,7 @@ from utils.config.args import parse_args
 from utils.config.deepspeed_config import resolve_template
 from utils.config.options import add_options, collect, make_parser, option, require_positive
 from utils.estimate.context import RunContext, this_machine
-from utils.estimate.prediction import describe_generation, describe_prediction, predict
+from utils.estimate.prediction import describe_encoding, describe_generation, describe_prediction, predict
 from utils.estimate.settings_search import fit_to_budget
 from utils.model.loading import text_encoder_config
 from utils.model.published_configs import PUBLISHED, published_spec, published_text_encoder
@@ -58,7 +58,8 @@ def main() -> None:
         args, note = fit_to_budget(context, this_machine(), {})
         context = replace(context, args=args)
         print(note)
-    print("\n".join([*describe_prediction(predict(context), context), *describe_generation(context)]))
+    described = describe_prediction(predict(context), context)
+    print("\n".join([*described, *describe_encoding(context), *describe_generation(context)]))
 
 
 def make_context(train_flags: list[str], zero: str | None, num_processes: int) -> RunContext:

@@ -37,9 +37,10 @@ from utils.common.errors import CheckReport, UserError, exit_on_user_error
 from utils.common.filesystem import check_writable, flags_in_errors, remove_stale_temporaries
 from utils.config.args import ValidationArgs
 from utils.config.data_args import DataArgs
-from utils.config.options import add_options, collect, make_parser, option
+from utils.config.options import Switch, add_options, collect, make_parser, option
 from utils.model import loading
 from utils.model.spec import ModelSpec, read_spec
+from utils.run.cache_size import CacheSizes, cache_sizes
 from utils.run.data import find_cache_dirs, read_training_samples, read_validation_samples, scan_data
 from utils.run.plan import encoder_settings
 
@@ -57,7 +58,9 @@ class InspectArgs:
     learned_positions: Literal["keep", "interpolate", "drop"] | None = option(
         None, help="as in training; decides on the sizes that CogVideoX-5b-I2V takes"
     )
-    enable_tiling: bool = option(True, help="as in training; part of the keys of the cache entries")
+    enable_tiling: Switch = option(
+        "auto", help="as in training; part of the keys of the cache entries; auto: as most entries in the cache are"
+    )
     inspect_dir: Path = option(Path("inspect"), help="output folder for samples.csv and contact_sheet.png")
     verify_cache: bool = option(False, help="read every cache entry of these samples and remove damaged ones")
     prune_cache: bool = option(False, help="remove cache entries that no sample uses with these flags")
@@ -83,12 +86,11 @@ def main() -> None:
         show_samples(data, scan, options.inspect_dir)
     if spec is None or model_dir is None:
         return
-    caches = [LatentCache(cache_dir) for cache_dir in dict.fromkeys(cache_dirs.values()) if cache_dir.is_dir()]
+    caches = [LatentCache(cache_dir) for cache_dir in dict.fromkeys(cache_dirs.values())]
     existing = {name for cache in caches for name in cache.names()}  # data folders share entries
     for cache in caches:
         part = [clip_sample for clip_sample in scan.samples if cache_dirs[clip_sample.sample.folder] == cache.folder]
-        encoding, _ = encoder_settings(model_dir, spec, options.enable_tiling, cache, options.variant)
-        maintain_cache(options, data, replace(scan, samples=part), cache, encoding, existing)
+        maintain_cache(options, data, replace(scan, samples=part), cache, model_dir, spec, existing)
 
 
 def parse(argv: list[str]) -> tuple[DataArgs, ValidationArgs, InspectArgs]:
@@ -201,10 +203,11 @@ def maintain_cache(
     data: DataArgs,
     scan: ScanResult,
     cache: LatentCache,
-    encoding: EncoderSettings,
+    model_dir: Path,
+    spec: ModelSpec,
     existing: set[str],
 ) -> None:
-    """Prints how much of a latent cache the samples use; verifies and prunes it on request.
+    """Prints the size of the cache and how much of it exists; verifies and prunes it on request.
 
     Args:
         scan: with the samples of the data folders of this cache.
@@ -213,12 +216,16 @@ def maintain_cache(
     Raises:
         UserError: pruning is requested, but some lines of the data are unusable, so their entries are unknown.
     """
-    all_keys = []
-    for folder, part in groupby(scan.samples, lambda clip_sample: clip_sample.sample.folder):
-        all_keys += encoding.keys(list(part), scan.facts, folder.flip, data.additions)
-    all_keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
-    used = {name for keys in all_keys for name in keys.all} | {encoding.prompt_key("")}
+    choices = (True, False) if options.enable_tiling == "auto" else (options.enable_tiling,)
+    encodings = [encoder_settings(model_dir, spec, tiling, cache, options.variant)[0] for tiling in choices]
+    sizes = max(
+        (sizes_of(encoding, data, scan, model_dir, spec, options.variant) for encoding in encodings),
+        key=lambda sizes: len(sizes.entries.keys() & existing),
+    )
+    used = sizes.entries.keys()
     print(f"Latent cache {cache.folder}: {len(used & existing)} of {len(used)} entries exist")
+    if scan.samples:
+        print(f"  {sizes.describe(used - existing)}")
     if options.verify_cache:
         names = sorted(filter(cache.has, used & existing))
         with ThreadPoolExecutor() as pool:
@@ -245,6 +252,18 @@ def maintain_cache(
         print(f"Removed {len(unused)} unused entries")
     elif unused:
         print(f"{len(unused)} entries belong to other flags, data or models; --prune_cache removes them")
+
+
+def sizes_of(
+    encoding: EncoderSettings, data: DataArgs, scan: ScanResult, model_dir: Path, spec: ModelSpec, variant: str | None
+) -> CacheSizes:
+    """Returns the sizes of all cache entries that training would read with these encoders."""
+    keys = []
+    for folder, part in groupby(scan.samples, lambda clip_sample: clip_sample.sample.folder):
+        keys += encoding.keys(list(part), scan.facts, folder.flip, data.additions)
+    keys += encoding.keys(scan.validation, scan.facts, additions=data.additions)
+    prompts = [encoding.prompt_key(""), *(names.prompt for names in keys)]
+    return cache_sizes(spec, model_dir, variant, scan.samples + scan.validation, keys, prompts)
 
 
 if __name__ == "__main__":

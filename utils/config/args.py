@@ -18,6 +18,7 @@ from dataset.condition_frames import FIRST
 from utils.config.data_args import DataArgs
 from utils.config.memory_args import MemoryArgs
 from utils.config.options import (
+    Switch,
     add_options,
     collect,
     make_parser,
@@ -134,7 +135,16 @@ class SystemArgs:
     pin_memory: bool = option(True, help="use pinned host memory for faster copies to the GPU")
     nccl_timeout: int = option(1800, help="seconds that processes wait for each other")
     enable_slicing: bool = option(True, help="VAE: process one sample of a batch at a time")
-    enable_tiling: bool = option(True, help="VAE: process one tile of the picture at a time; uses far less memory")
+    enable_tiling: Switch = option(
+        "auto",
+        help="VAE: process one tile of the picture at a time; uses far less memory; auto: encode whole pictures where "
+        "the GPU has the memory, unless the latent cache holds these clips in tiles",
+    )
+
+    @property
+    def uses_tiles(self) -> bool:
+        """Whether the VAE works in tiles. `auto` does, except for encoding clips where it chooses whole pictures."""
+        return self.enable_tiling is not False
 
     def errors(self) -> Iterator[str]:
         yield from require_positive(self, "nccl_timeout")

@@ -20,6 +20,7 @@ from utils.common.filesystem import expand_user
 
 Group = TypeVar("Group")
 Budget = float | Literal["auto"]
+Switch = bool | Literal["auto"]
 
 # Timesteps of every published model.
 NUM_TIMESTEPS = 1000
@@ -115,6 +116,16 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def parse_switch(text: str) -> Switch:
+    """Parses auto, true or false; the latter two in any case."""
+    if text == "auto":
+        return "auto"
+    try:
+        return parse_bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of auto, true and false") from None
+
+
 def parse_written(written_type: Any, text: str) -> Any:
     """Parses a value of a type with a `parse` method, whose ValueError is the message."""
     try:
@@ -138,6 +149,8 @@ def _argparse_keywords(annotation: Any, aliases: dict[str, str] | None = None) -
     for union, word, metavar in ((Rate, NATIVE_STRIDE, "FPS"), (Budget, "auto", "GIB")):
         if set(typing.get_args(union)) <= set(typing.get_args(annotation)):
             return {"type": partial(parse_number_or, word), "metavar": f"{metavar}|{word}"}
+    if set(typing.get_args(Switch)) <= set(typing.get_args(annotation)):
+        return {"type": parse_switch, "nargs": "?", "const": True, "metavar": "auto|true|false"}
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # X | None
         annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
     if annotation is bool:

@@ -85,7 +85,8 @@ def non_training_peaks(context: RunContext) -> NonTrainingPeaks:
     if context.args.validation.do_validation:
         profile = profile_generation(context)
         generating = profile.vae + max(profile.denoising, profile.decoding)
-    return NonTrainingPeaks(max(clip_encoding_peak(context), prompt_encoding_peak(context)), generating)
+    clips = clip_encoding_peak(context, context.args.system.uses_tiles)
+    return NonTrainingPeaks(max(clips, prompt_encoding_peak(context)), generating)
 
 
 def combine(context: RunContext, updates: UpdateProfile, other: NonTrainingPeaks) -> Prediction:
@@ -173,6 +174,17 @@ def zero_terms(
     # float32 masters, gradients and Adam's states, and a buffer of the weights or gradients in their dtype
     host = (16 + itemsize) * trained * offloads["optimizer"] + itemsize * updates.weights * offloads["param"]
     return terms, host
+
+
+def describe_encoding(context: RunContext) -> list[str]:
+    """Returns a log line on the GPU memory that decides what `--enable_tiling auto` chooses."""
+    if context.args.system.enable_tiling != "auto":
+        return []
+    peak = clip_encoding_peak(context, tiling=False)
+    return [
+        f"GPU memory of encoding clips without tiles: {peak / GIB:.1f} GiB; --enable_tiling auto does so where "
+        f"{required_gib(peak):.1f} GiB are free"
+    ]
 
 
 def describe_generation(context: RunContext) -> list[str]:

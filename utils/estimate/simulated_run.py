@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import T5Config, T5EncoderModel
 
+from dataset.video import Resolution
 from utils.estimate.context import RunContext
 from utils.estimate.memory_tracker import (
     HOST_PLACEHOLDER,
@@ -28,13 +29,15 @@ from utils.estimate.memory_tracker import (
     storage_size,
 )
 from utils.model.conditioning import rotary_table
-from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_PASS, encode_by_layers
+from utils.model.encoders import IMAGE_NOISE_DRAWS, PROMPTS_PER_BATCH, PROMPTS_PER_PASS, encode_by_layers
 from utils.model.positions import set_learned_positions
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.step import DenoisingObjective
 from utils.training.trainable import compute_dtype, make_trainable, trained_parameters, uses_autocast, weight_dtype
 
 NUM_TIMESTEPS = 1000
+# Frames that the VAE encodes at a time: `num_sample_frames_batch_size` of diffusers, and the first one with them.
+VAE_FRAMES = 9
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def profile_generation(context: RunContext) -> GenerationProfile:
         # classifier-free guidance doubles the batch
         fake_objective(context)(autocast_forward(transformer, context), empty_batch(context, batch_size=2), [0, 1])
         denoising = tracker.peak - transformer_bytes
-    vae = empty_vae(context)
+    vae = empty_vae(context, context.args.system.uses_tiles)
     with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
         vae_bytes = tracker.now
@@ -209,9 +212,18 @@ def profile_generation(context: RunContext) -> GenerationProfile:
         return GenerationProfile(transformer_bytes, vae_bytes, denoising, tracker.peak - vae_bytes)
 
 
-def clip_encoding_peak(context: RunContext) -> int:
-    """Peak bytes of encoding one clip with the VAE."""
-    vae, resolution = empty_vae(context), context.resolution
+def clip_encoding_peak(context: RunContext, tiling: bool) -> int:
+    """Peak bytes of encoding one clip with the VAE, in tiles or as whole pictures."""
+    # the VAE encodes few frames at a time, so the size of a picture decides and not the number of tokens
+    largest_picture = max(
+        context.args.data.train_resolution,
+        key=lambda size: min(size.frames, VAE_FRAMES) * size.height * size.width,
+    )
+    return max(_encoding_peak(context, size, tiling) for size in {context.resolution, largest_picture})
+
+
+def _encoding_peak(context: RunContext, resolution: Resolution, tiling: bool) -> int:
+    vae = empty_vae(context, tiling)
     with simulation(context) as tracker, torch.no_grad():
         give_fake_weights(vae)
         tracker.watch_peak()
@@ -246,13 +258,13 @@ def reuse_equal_calls(module: torch.nn.Module, tracker: MemoryTracker) -> None:
 
 
 def prompt_encoding_peak(context: RunContext) -> int:
-    """Peak bytes of encoding prompts with T5: one by one on the GPU, or many of them offloaded layer by layer."""
+    """Peak bytes of encoding prompts with T5: a batch on the GPU, or many of them offloaded layer by layer."""
     if not context.args.memory.offload_text_encoder:
         encoder = empty_text_encoder(context)
         with simulation(context) as tracker, torch.no_grad():
             give_fake_weights(encoder)
             tracker.watch_peak()
-            encoder(torch.zeros(1, context.spec.max_text_seq_length, dtype=torch.int64))
+            encoder(torch.zeros(PROMPTS_PER_BATCH, context.spec.max_text_seq_length, dtype=torch.int64))
             return tracker.peak
     one, two = (_offloaded_encoding_peak(context, prompts) for prompts in (1, 2))
     return one + (PROMPTS_PER_PASS - 1) * (two - one)
@@ -278,14 +290,14 @@ def empty_transformer(context: RunContext) -> CogVideoXTransformer3DModel:
     return transformer
 
 
-def empty_vae(context: RunContext) -> AutoencoderKLCogVideoX:
+def empty_vae(context: RunContext, tiling: bool) -> AutoencoderKLCogVideoX:
     """The VAE on the meta device, as `loading.load_vae` loads it for a GPU from half-precision files."""
     with init_empty_weights(include_buffers=True):
         vae = AutoencoderKLCogVideoX.from_config(context.spec.vae).eval()
     torch.nn.Module.to(vae, torch.bfloat16)
     if context.args.system.enable_slicing:
         vae.enable_slicing()
-    if context.args.system.enable_tiling:
+    if tiling:
         vae.enable_tiling()
         vae.blend_v = vae.blend_h = lambda _, tile, extent: tile  # takes the memory of a row, and half of the time
     return vae

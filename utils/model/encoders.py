@@ -28,6 +28,9 @@ MAX_PLAIN_PROMPTS = 2000
 MAX_UNKNOWN_SHARE = 0.2
 # Number of prompts that pass the layers of an offloaded text encoder together. Each takes 2 to 4 MiB of GPU memory.
 PROMPTS_PER_PASS = 128
+# Number of prompts that a text encoder on a GPU encodes together, which takes 0.2 GiB more than one prompt. On a CPU it
+# encodes them one by one, so that the bytes of an entry do not depend on other prompts.
+PROMPTS_PER_BATCH = 8
 # Each condition image is encoded under several draws of noise, log sigma ~ N(mean, std). A training step picks one.
 IMAGE_NOISE_DRAWS, LOG_SIGMA_MEAN, LOG_SIGMA_STD = 4, -3.0, 0.5
 # Part of the cache key of a condition image; changing the text invalidates existing caches.
@@ -39,20 +42,43 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
+def to_device(values: torch.Tensor, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """Copies a host tensor to the device. On a stream of its own, the copy does not wait for the VAE to finish."""
+    if stream is None:
+        return values.to(device)
+    with torch.cuda.stream(stream):
+        copied = values.pin_memory().to(device, non_blocking=True)
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    copied.record_stream(current)
+    return copied
+
+
+def to_host(moments: torch.Tensor, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """Copies moments to host memory. With a stream, the host must wait before it reads them."""
+    if stream is None:
+        return moments.cpu()
+    return torch.empty_like(moments, device="cpu", pin_memory=True).copy_(moments, non_blocking=True)
+
+
 @torch.no_grad()
-def encode_video(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+def encode_video(
+    vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, stream: torch.cuda.Stream | None = None
+) -> torch.Tensor:
     """Encodes pixels uint8 [F, H, W, 3] to moments [2C, F', H', W'] on the CPU, in the VAE's dtype."""
-    return _moments(vae, to_model_range(pixels.to(vae.device)))
+    return to_host(_moments(vae, to_model_range(to_device(pixels, vae.device, stream))), stream)
 
 
 def _moments(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
-    """Encodes frames float32 [F, H, W, 3] in [-1, 1] to moments [2C, F', H', W'] on the CPU."""
-    clip = frames.to(vae.device, vae.dtype).movedim(-1, 0).contiguous()[None]  # [F, H, W, 3] -> [1, 3, F, H, W]
-    return vae.encode(clip).latent_dist.parameters[0].cpu()
+    """Encodes frames float32 [F, H, W, 3] in [-1, 1] to moments [2C, F', H', W'], both on the VAE's device."""
+    clip = frames.to(vae.dtype).movedim(-1, 0).contiguous()[None]  # [F, H, W, 3] -> [1, 3, F, H, W]
+    return vae.encode(clip).latent_dist.parameters[0]
 
 
 @torch.no_grad()
-def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+def encode_image(
+    vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int, stream: torch.cuda.Stream | None = None
+) -> torch.Tensor:
     """Encodes the frames of a condition, usually one, under several draws of pixel noise.
 
     The noise, log sigma ~ N(-3, 0.5), keeps the model from copying the image into every frame (CogVideoX,
@@ -69,8 +95,9 @@ def encode_image(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor, seed: int) -
     frames, moments = to_model_range(pixels), []
     for _ in range(IMAGE_NOISE_DRAWS):
         sigma = torch.exp(torch.randn((), generator=generator) * LOG_SIGMA_STD + LOG_SIGMA_MEAN)
-        moments.append(_moments(vae, frames + sigma * torch.randn(frames.shape, generator=generator)))
-    return torch.stack(moments)
+        noisy = frames + sigma * torch.randn(frames.shape, generator=generator)
+        moments.append(_moments(vae, to_device(noisy, vae.device, stream)))
+    return to_host(torch.stack(moments), stream)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, max_length: int, prompt: str) -> torch.Tensor:
@@ -81,14 +108,16 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, max_length: int, prompt: str) -
 
 
 @torch.no_grad()
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int, prompt: str
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int, prompts: list[str]
 ) -> torch.Tensor:
-    """Encodes a prompt to an embedding [S, D] on the CPU, in the text encoder's dtype.
+    """Encodes prompts to embeddings [B, S, D] on the CPU, in the text encoder's dtype.
 
-    Padding counts as text, as in the pipelines' `_get_t5_prompt_embeds`.
+    Padding counts as text, as in the pipelines' `_get_t5_prompt_embeds`. All prompts of a batch are equally long
+    therefore, and they affect one another by rounding only.
     """
-    return text_encoder(tokenize(tokenizer, max_length, prompt).to(text_encoder.device))[0][0].cpu()
+    token_ids = torch.cat([tokenize(tokenizer, max_length, prompt) for prompt in prompts])
+    return text_encoder(token_ids.to(text_encoder.device))[0].cpu()
 
 
 @torch.no_grad()
@@ -98,7 +127,7 @@ def encode_by_layers(
     """Encodes prompts with a text encoder in host memory: all of them by one layer, then by the next one.
 
     Each layer is copied to the device once. Each prompt passes a layer by itself, which gives the bits of
-    `encode_prompt`.
+    `encode_prompts` with one prompt.
 
     Args:
         token_ids: [1, S] per prompt, in host memory.
@@ -125,7 +154,7 @@ def encode_by_layers(
 def prompt_encoder(
     model_dir: Path, device: torch.device, max_length: int, offload: bool, variant: str | None = None
 ) -> Iterator[EncodePrompts]:
-    """Yields a function that encodes prompts with a checkpoint's text encoder, as `encode_prompt` does.
+    """Yields a function that encodes prompts with a checkpoint's text encoder, as `encode_prompts` does.
 
     Args:
         max_length: number of tokens per prompt.
@@ -136,9 +165,9 @@ def prompt_encoder(
     tokenizer = loading.load_tokenizer(model_dir)
 
     def encode(prompts: list[str], beat: Callable[[], None]) -> Iterator[torch.Tensor]:
-        if not offload:
-            for prompt in prompts:
-                yield encode_prompt(tokenizer, text_encoder, max_length, prompt)
+        batch_size = PROMPTS_PER_BATCH if device.type == "cuda" else 1
+        for start in range(0, 0 if offload else len(prompts), batch_size):
+            yield from encode_prompts(tokenizer, text_encoder, max_length, prompts[start : start + batch_size])
         for start in range(0, len(prompts) if offload else 0, PROMPTS_PER_PASS):
             token_ids = [tokenize(tokenizer, max_length, text) for text in prompts[start : start + PROMPTS_PER_PASS]]
             for embedding in encode_by_layers(text_encoder, token_ids, device, beat):
@@ -152,10 +181,19 @@ def prompt_encoder(
 def pixel_encoders(
     model_dir: Path, device: torch.device, slicing: bool, tiling: bool, variant: str | None = None
 ) -> Iterator[PixelEncoders]:
-    """Yields functions that encode clips and condition images with a checkpoint's VAE."""
+    """Yields functions that encode clips and condition images with a checkpoint's VAE.
+
+    On a GPU they return moments that are still being computed, so that the host can prepare the next clip.
+    """
     vae = loading.load_vae(model_dir, device, slicing, tiling, variant=variant)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with loading.released(vae):
-        yield PixelEncoders(partial(encode_video, vae), partial(encode_image, vae))
+        yield PixelEncoders(
+            partial(encode_video, vae, stream=stream),
+            partial(encode_image, vae, stream=stream),
+            # the current stream computes the moments and copies them to the host
+            None if stream is None else lambda: torch.cuda.current_stream(device).record_event().synchronize,
+        )
 
 
 def prompt_notes(model_dir: Path, prompts: Iterable[str], max_length: int) -> list[str]:

@@ -12,7 +12,6 @@ from urllib.parse import urlparse
 
 import torch
 
-from dataset.condition_frames import latent_frames
 from utils.checkpoint.adapters import init_lora_errors
 from utils.checkpoint.lora_reader import read_lora
 from utils.checkpoint.manager import checkpoint_bytes
@@ -20,7 +19,6 @@ from utils.common.errors import UserError
 from utils.common.filesystem import nearest_existing
 from utils.common.units import GIB
 from utils.config.args import Args
-from utils.model.encoders import IMAGE_NOISE_DRAWS
 from utils.model.spec import ModelSpec
 from utils.run.plan import RunPlan
 from utils.training.metrics import TRACKERS
@@ -140,20 +138,15 @@ def _wandb_can_log() -> bool:
         return False
 
 
-def check_disk_space(plan: RunPlan, missing: set[str]) -> None:
-    """Raises UserError if the missing entries of the latent cache, or the next checkpoint, do not fit their disks."""
-    prompt_size = plan.spec.max_text_seq_length * plan.spec.transformer["text_embed_dim"]
-    sizes = dict.fromkeys(plan.prompts, prompt_size)
-    for clip_sample, keys in zip(plan.samples + plan.validation, plan.keys + plan.validation_keys, strict=True):
-        frames, height, width = plan.spec.latent_size(clip_sample.resolution)
-        moments = 2 * plan.spec.latent_channels * height * width
-        sizes |= dict.fromkeys(keys.video, moments * frames) | dict.fromkeys(keys.image, moments * IMAGE_NOISE_DRAWS)
-        for addition, names in keys.additions.items():
-            sizes |= dict.fromkeys(names, moments * IMAGE_NOISE_DRAWS * latent_frames(addition))
-    cache_sizes: Counter[Path] = Counter()
-    cache = plan.cache
+def check_disk_space(plan: RunPlan, missing: set[str], sizes: dict[str, int]) -> None:
+    """Raises UserError if the missing entries of the latent cache, or the next checkpoint, do not fit their disks.
+
+    Args:
+        sizes: entry name -> bytes.
+    """
+    cache, cache_sizes = plan.cache, Counter[Path]()
     for name in missing:
-        cache_sizes[cache.folder_of(name)] += 4 * sizes[name]  # float32 at most
+        cache_sizes[cache.folder_of(name)] += sizes[name]
     needs = [("the latent cache", "--cache_dir", folder, size) for folder, size in cache_sizes.items()]
     if not (plan.args.data.precompute_only or plan.is_finished):
         num_trained = count_trained(plan.spec.transformer, plan.args)

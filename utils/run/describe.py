@@ -38,7 +38,7 @@ def describe(plan: RunPlan) -> str:
         lines.append(f"Sample: {resolution}, {video_tokens} video and {text_tokens} text tokens")
     lines += [
         f"Validation: {len(plan.validation)} prompts" if plan.validation else "Validation: off",
-        f"Latent cache: {', '.join(map(str, plan.encoders))}",
+        f"Latent cache: {', '.join(map(str, plan.encoders))}, {plan.cache_summary}",
         *bucket_notes(plan),
     ]
     if plan.unusable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -16,6 +17,13 @@ from utils.model import encoders
 from utils.run.plan import RunPlan
 
 BAD_SAMPLES_FILE = "bad_samples.txt"
+# Whether clips are encoded in tiles -> error.
+OUT_OF_MEMORY = {
+    True: "The GPU ran out of memory while it encoded a clip in tiles. Free some of its memory, or use fewer frames or "
+    "a smaller --train_resolution. Entries already encoded are kept.",
+    False: "The GPU ran out of memory while it encoded a clip as whole pictures. Use --enable_tiling true, which takes "
+    "less memory and encodes all clips anew, or free some memory: entries already encoded are kept.",
+}
 
 
 def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPlan) -> RunPlan:
@@ -25,7 +33,8 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
         The plan without unusable samples.
 
     Raises:
-        UserError: some samples are unusable, and --skip_bad_samples is off. All other samples are encoded by then.
+        UserError: some samples are unusable, and --skip_bad_samples is off. All other samples are encoded by then. Or
+            the GPU runs out of memory while a clip is encoded.
     """
     args, device = plan.args, processes.device
     cache, shard = plan.cache, RankShard(processes.process_index, processes.num_processes)
@@ -46,20 +55,23 @@ def fill_cache(processes: PartialState, heartbeat: HeartbeatBarrier, plan: RunPl
         plan.model_dir,
         device,
         args.system.enable_slicing,
-        args.system.enable_tiling,
+        plan.tiling,
         args.model.variant,
     )
     failed = precompute_prompts(cache, plan.prompts, load_prompt_encoder, shard, heartbeat.beat)
-    failed |= precompute_clips(
-        cache,
-        plan.samples + plan.validation,
-        plan.keys + plan.validation_keys,
-        load_pixel_encoders,
-        shard,
-        args.system.num_workers,
-        args.data.clip_timeout,
-        heartbeat.beat,
-    )
+    try:
+        failed |= precompute_clips(
+            cache,
+            plan.samples + plan.validation,
+            plan.keys + plan.validation_keys,
+            load_pixel_encoders,
+            shard,
+            args.system.num_workers,
+            args.data.clip_timeout,
+            heartbeat.beat,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(OUT_OF_MEMORY[plan.tiling], on_every_rank=False) from error
     heartbeat.done("cache")
     heartbeat.wait_for_everyone("cache")
     for rank_failed in gather_object([failed]):

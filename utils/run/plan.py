@@ -36,6 +36,8 @@ class RunPlan:
         prompts: entry name -> text of every prompt of the run, the empty prompt included.
         cache_dirs: latent cache of each data folder. New entries of the validation folder are in the first one.
         elsewhere: folder of each entry that is not in the first latent cache.
+        cache_summary: size of the latent cache and of its parts.
+        tiling: whether the VAE encodes in tiles, not whole pictures.
         encoders: latent cache -> lines to add to the encoders that it knows.
         resume_from: checkpoint to resume from; None for a new run.
         progress: progress at the start of this run.
@@ -54,6 +56,8 @@ class RunPlan:
     empty_prompt: str
     cache_dirs: dict[DataFolder, Path]
     elsewhere: dict[str, Path]
+    cache_summary: str
+    tiling: bool
     encoders: dict[Path, dict[str, str]]
     resume_from: Path | None
     progress: Progress
@@ -169,6 +173,7 @@ def make_plan(
     resume_from: Path | None,
     progress: Progress,
     notes: list[str],
+    tiling: bool,
 ) -> RunPlan:
     """Returns the plan of a checked run, with the names of its cache entries."""
     args, spec = context.args, context.spec
@@ -176,7 +181,7 @@ def make_plan(
     encodings, encoders = {}, {}
     for cache_dir in caches:
         encodings[cache_dir], encoders[cache_dir] = encoder_settings(
-            model_dir, spec, args.system.enable_tiling, LatentCache(cache_dir), args.model.variant
+            model_dir, spec, tiling, LatentCache(cache_dir), args.model.variant
         )
     main = encodings[caches[0]]
     keys: list[SampleKeys] = []
@@ -209,6 +214,8 @@ def make_plan(
         empty_prompt=main.prompt_key(""),
         cache_dirs=cache_dirs,
         elsewhere=elsewhere,
+        cache_summary="",
+        tiling=tiling,
         encoders=encoders,
         resume_from=resume_from,
         progress=progress,

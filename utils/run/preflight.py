@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from utils.model import loading
 from utils.model.encoders import prompt_notes
 from utils.model.positions import choose_positions
 from utils.model.spec import LEARNED_POSITIONS, ModelSpec, read_objective, read_spec
+from utils.run.cache_size import plan_sizes
 from utils.run.checks import (
     check_disk_space,
     check_init_lora,
@@ -39,6 +41,7 @@ from utils.run.checks import (
 from utils.run.data import find_cache_dirs, read_training_samples, read_validation_samples, scan_data
 from utils.run.hub import check_hub
 from utils.run.plan import RunPlan, make_plan
+from utils.run.tiling import choose_tiling
 from utils.training.trainable import compile_error, needs_autocast
 
 # Scanning more clips than this takes minutes, so errors found before are reported first.
@@ -87,8 +90,8 @@ def preflight(args: Args, num_processes: int) -> RunPlan:
         report.notes += model.spec.frames_notes(1)
     if context is None or progress is None or not scan.samples:
         raise UserError(report.errors)
-    plan = make_plan(context, model.folder, scan, cache_dirs, resume_from, progress, report.notes)
-    check_cache(report, plan)
+    make = partial(make_plan, context, model.folder, scan, cache_dirs, resume_from, progress, report.notes)
+    plan = check_cache(report, *choose_tiling(make, context, this_machine()))
     if report.errors:
         raise UserError(report.errors)
     return plan
@@ -263,9 +266,14 @@ def scan_samples(
     return scan
 
 
-def check_cache(report: CheckReport, plan: RunPlan) -> None:
-    """Checks that the missing cache entries can be written, and that they and a checkpoint fit the disk."""
-    missing, cache = plan.missing_entries(), plan.cache
-    for cache_dir in sorted({cache.folder_of(name) for name in missing}):
+def check_cache(report: CheckReport, plan: RunPlan, missing: set[str]) -> RunPlan:
+    """Checks that the missing cache entries can be written, and that they and a checkpoint fit the disk.
+
+    Returns:
+        The plan with a summary of the size of the cache.
+    """
+    for cache_dir in sorted({plan.cache.folder_of(name) for name in missing}):
         report.run(check_writable, cache_dir, "--cache_dir")
-    report.run(check_disk_space, plan, missing)
+    sizes = plan_sizes(plan)
+    report.run(check_disk_space, plan, missing, sizes.entries)
+    return replace(plan, cache_summary=sizes.describe(missing))

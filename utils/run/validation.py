@@ -203,9 +203,7 @@ def load_pipeline(
     video_folder(plan, step).mkdir(parents=True, exist_ok=True)
     system, variant = plan.args.system, plan.args.model.variant
     dtype = compute_dtype(plan.args)  # the pipelines pass latents to the VAE in the dtype of the prompt embeddings
-    vae = loading.load_vae(
-        plan.model_dir, accelerator.device, system.enable_slicing, system.enable_tiling, dtype, variant
-    )
+    vae = loading.load_vae(plan.model_dir, accelerator.device, system.enable_slicing, system.uses_tiles, dtype, variant)
     pipeline = loading.PIPELINES[plan.spec.task](
         tokenizer=None,
         text_encoder=None,
