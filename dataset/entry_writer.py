@@ -43,14 +43,14 @@ class ClipBar(tqdm):
         self.num_encoded += 1
         self.update()
 
-    def print_summary(self) -> None:
-        """Prints one line, on the first process if it has encoded clips."""
+    def summary(self) -> str:
+        """Returns a line for the log; an empty string on other processes, or if this one has encoded no clip."""
         if self.disable or not self.num_encoded:
-            return
+            return ""
         elapsed = self.format_dict["elapsed"]
         speed = self._speed(60 * self.num_encoded / elapsed)
         by = f" on process 0 of {self.world_size}" if self.world_size > 1 else ""
-        self.write(f"Encoded {self.num_encoded} clips in {self.format_interval(elapsed)}{by}: {speed}")
+        return f"Encoded {self.num_encoded} clips in {self.format_interval(elapsed)}{by}: {speed}"
 
 
 class ClipWriter:

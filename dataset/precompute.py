@@ -174,7 +174,9 @@ def precompute_clips(
                 writer.add(moments, encode.mark() if encode.mark else None)
             beat()
         writer.finish()
-        bar.print_summary()
+        summary = bar.summary()
+    if summary:
+        print(summary)
     return errors | writer.errors
 
 

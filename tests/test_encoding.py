@@ -108,15 +108,14 @@ def test_size_on_disk_and_speed_are_told(tiny, data, tmp_path, capsys):
     assert re.search(r"^Encoded 1 clips in 00:0\d: [\d.]+ clips per minute$", printed, re.MULTILINE)
 
 
-def test_progress_tells_clips_per_minute_of_one_process_and_of_all(capsys):
+def test_progress_tells_clips_per_minute_of_one_process_and_of_all():
     with ClipBar(10, rank=0, world_size=4) as bar:
         bar._time, bar.start_t = (lambda: 30.0), 0.0
         for _ in range(5):
             bar.encoded()
         assert "5/10 [00:30, 00:30 left, 10.0 clips per minute, 40.0 on 4 processes]" in str(bar)
-        bar.print_summary()
-    expected = "Encoded 5 clips in 00:30 on process 0 of 4: 10.0 clips per minute, 40.0 on 4 processes"
-    assert capsys.readouterr().out.strip() == expected
+        expected = "Encoded 5 clips in 00:30 on process 0 of 4: 10.0 clips per minute, 40.0 on 4 processes"
+        assert bar.summary() == expected
 
 
 def test_clip_is_written_while_a_gpu_encodes_the_next_one(data, tmp_path):
