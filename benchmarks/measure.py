@@ -32,7 +32,7 @@ from utils.common.gpus import peak_tflops
 from utils.common.units import GIB
 from utils.estimate.context import RunContext
 from utils.estimate.simulated_run import autocast_forward, empty_batch, fake_objective
-from utils.model.encoders import encode_video
+from utils.model.encoders import encode_video, to_model_range
 from utils.training.optimizer import clip, make_optimizer
 from utils.training.profiling import kernel_table
 from utils.training.throughput import work_per_update
@@ -144,25 +144,36 @@ def measure_attention(name: str) -> Iterator[Result]:
 
 
 def measure_vae(name: str) -> Iterator[Result]:
-    """Yields clips per minute, from pixels on the host to moments on the host."""
+    """Yields clips per minute, from pixels on the host to moments on the host.
+
+    The modes are `tiles`; `whole` pictures; whole pictures in a `batch` of two clips, in the layout `channels_last` or
+    with a `compiled` encoder; and whole pictures with `overlap` of copies, as when the latent cache is filled.
+    """
     model, mode = name.split("/")
     spec, _ = load_spec(MODELS[model])
+    layout = torch.channels_last_3d if mode == "channels_last" else torch.contiguous_format
     with random_weights(DTYPE):
         vae = AutoencoderKLCogVideoX.from_config(spec.vae).eval().requires_grad_(False)
-    size, count = spec.native, 2 if mode == "batch" else 1
-    if mode in ("tiles", "batch"):
+    for weight in vae.parameters():
+        if weight.dim() == 5:
+            weight.data = weight.data.contiguous(memory_format=layout)
+    if mode == "tiles":
         vae.enable_tiling()
     if mode == "compiled":
         vae.encoder.compile()
-    pixels = torch.randint(256, (size.frames, size.height, size.width, 3), dtype=torch.uint8)
-    clips = torch.randn(count, 3, size.frames, size.height, size.width, device=DEVICE, dtype=DTYPE)
+    size, count = spec.native, {"batch": 2, "overlap": 4}.get(mode, 1)
+    clips = torch.randint(256, (count, size.frames, size.height, size.width, 3), dtype=torch.uint8)
+    stream = torch.cuda.Stream() if DEVICE.type == "cuda" else None
 
     @torch.no_grad()
     def encode() -> None:
-        if count == 1:
-            encode_video(vae, pixels)
+        if mode == "overlap":
+            moments = [encode_video(vae, clip, stream) for clip in clips]
+            synchronize()
+            assert len(moments) == count
         else:
-            vae.encode(clips).latent_dist.parameters.cpu()
+            frames = to_model_range(clips.to(DEVICE)).to(DTYPE).movedim(-1, 1)  # [B, 3, F, H, W]
+            vae.encode(frames.contiguous(memory_format=layout)).latent_dist.parameters.cpu()
 
     reset_memory()
     first, *seconds = timed(encode)

@@ -64,9 +64,8 @@ def groups(rehearse: bool) -> Iterator[Group]:
     if rehearse:
         yield Group(("tests",), 150, (*pytest, "--rehearse", "-k", "slow_streams"))
         rows = [f"row/{row.name}" for row in TINY_ROWS]
-        yield Group(
-            (*rows, "lever/tiny-lora", "attention/tiny/flash", "vae/tiny/tiles", "vae/tiny/batch", "t5/tiny/1"), 150
-        )
+        vae = [f"vae/tiny/{mode}" for mode in ("tiles", "batch", "channels_last", "overlap")]
+        yield Group((*rows, "lever/tiny-lora", "attention/tiny/flash", *vae, "t5/tiny/1"), 150)
         return
     yield Group(("tests",), 100, (*pytest, *parallel))
     measured = [row.name for row in ROWS if row.zero is None]
@@ -82,7 +81,8 @@ def groups(rehearse: bool) -> Iterator[Group]:
     yield from (Group((f"lever/{name}",), 60) for name in SFT_LEVERS)
     kernels = [f"attention/{model}/{name}" for model in ("5b", "1.5", "2b") for name in ("cudnn", "flash", "efficient")]
     yield Group(tuple(kernels), 60)
-    yield Group(("vae/5b/tiles", "vae/5b/whole", "vae/5b/batch", "vae/1.5/tiles", "t5/5b/1", "t5/5b/8"), 90)
+    yield Group(tuple(f"vae/5b/{mode}" for mode in ("tiles", "whole", "overlap", "batch", "channels_last")), 90)
+    yield Group(("vae/1.5/tiles", "vae/1.5/whole", "t5/5b/1", "t5/5b/8"), 90)
     yield Group(("vae/5b/compiled",), 180)
 
 

@@ -2,6 +2,8 @@
 
     python -m benchmarks.pre_encoding FOLDER [--clip CLIP.mp4]
 
+The VAE itself is measured on a GPU, in clips per minute: bash benchmarks/on_gpu.sh vae/
+
 Creates FOLDER. CLIP has at least 49 frames of 480x720; ffmpeg draws one by default. Each figure is printed and saved
 as soon as it is measured.
 """

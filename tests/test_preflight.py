@@ -54,6 +54,7 @@ def errors_of(*args) -> list[str]:
         ("2b", ["--target_modules", "to_q", "to_x"], "--target_modules to_x: it must name linear layers"),
         ("5b", ["--target_modules", "proj"], "--target_modules proj: it must name linear layers"),
         ("2b", ["--pin_memory", "yes"], "--pin_memory: 'yes' is neither true nor false"),
+        ("2b", ["--enable_tiling", "yes"], "--enable_tiling: 'yes' is none of auto, true and false"),
         ("2b", ["--rank", "0"], "--rank is 0; it must be above 0"),
         ("2b", ["--learning_rate", "nan"], "--learning_rate is nan"),
         ("2b", ["--batchsize", "2"], "unrecognized arguments: --batchsize"),
@@ -326,8 +327,10 @@ def test_decoders_are_at_least_one_and_at_most_one_per_core(tiny, data, tmp_path
 
 def test_boolean_flags(tiny, data, tmp_path):
     for text, value in (("False", False), ("false", False), ("TRUE", True), ("true", True)):
-        args = parse_args(arguments(tiny("2b"), data, tmp_path, "--pin_memory", text))
-        assert args.system.pin_memory is value
+        args = parse_args(arguments(tiny("2b"), data, tmp_path, "--pin_memory", text, "--enable_tiling", text))
+        assert args.system.pin_memory is value and args.system.enable_tiling is value
+    assert parse_args(arguments(tiny("2b"), data, tmp_path, "--enable_tiling")).system.enable_tiling is True
+    assert parse_args(arguments(tiny("2b"), data, tmp_path, "--enable_tiling", "auto")).system.enable_tiling == "auto"
 
 
 def test_gradient_checkpointing_accepts_booleans(tiny, data, tmp_path):
