@@ -70,7 +70,9 @@ def test_mean_of_checkpoints_loads_and_is_published_as_a_checkpoint(
 ):
     out = run(*options)
     lines = [(1, 0.5), (2, 0.25), (4, 0.1)]
-    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "held_out_loss": v}) + "\n" for s, v in lines))
+    (out / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": v, "held_out_loss": v}) + "\n" for s, v in lines)
+    )
     (out / "validation" / "step-2").mkdir(parents=True)  # made by a checkpoint, and not by the mean
     (out / "validation" / "step-2" / "prompts.json").write_text('{"000.mp4": "x"}')
     (out / "validation" / "step-2" / "000.mp4").touch()
@@ -82,7 +84,7 @@ def test_mean_of_checkpoints_loads_and_is_published_as_a_checkpoint(
         ["1", "0.50000"],
         ["2", "0.25000", "best"],
     ]
-    folder = out / "average-10-1-2"
+    folder = out / "average-1-2-10"
     assert {file.name for file in folder.glob("*.safetensors")} == {
         file.format(folder.name) for file in files if "/" not in file
     }
@@ -103,8 +105,18 @@ def test_mean_of_checkpoints_loads_and_is_published_as_a_checkpoint(
     push_to_hub.main()
     published = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix == ".safetensors"}
     assert published <= hub.files.keys() and "samples/000.mp4" not in hub.files
-    card = hub.files["README.md"].decode()
+    card, curves = hub.files["README.md"].decode(), hub.files["loss.svg"]
     assert "The weights are the mean of those after 1, 2 and 10 updates." in card and "\n10 updates on" in card
+    assert ("ComfyUI/models/loras" in card) == (COMFYUI in files)
+    moved = folder.rename(folder.parent.parent / "mean")  # another run's losses are beside it
+    (moved.parent / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n')
+    monkeypatch.setattr("sys.argv", ["push_to_hub", "--checkpoint", str(moved), "--name", "kitten"])
+    push_to_hub.main()
+    assert hub.files["loss.svg"] == curves
+    weights = next(moved.rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"--checkpoint {weights} cannot be read as safetensors .* is it complete"):
+        push_to_hub.main()
 
 
 def test_checkpoints_that_cannot_be_averaged_are_refused(tiny, data, run, average_of, capsys):
@@ -121,6 +133,7 @@ def test_checkpoints_that_cannot_be_averaged_are_refused(tiny, data, run, averag
         ([one, out], "is not the folder checkpoint-N"),
         ([out / "logs"], "holds no checkpoint-N"),
         ([one, two, "--output_path", ten], "already exists"),
+        ([one, two, "--output_path", out / "checkpoint-99"], "is the name of a checkpoint"),
         ([one, out / "mean"], "mean is the mean of the checkpoints 1, 2; give those"),
     ):
         with pytest.raises(UserError, match=message):

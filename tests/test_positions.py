@@ -17,7 +17,8 @@ from torch.nn.functional import grid_sample
 
 from dataset.decoders import open_reader
 from tests.conftest import FIRST_FRAME, arguments, generate, succeed
-from utils.checkpoint.export import TRANSFORMER_CONFIG
+from utils.checkpoint.export import TRANSFORMER_CONFIG, TransformerWeights, export_comfyui
+from utils.checkpoint.stored_weights import read_safetensors
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.generation.args import DemoArgs
@@ -86,7 +87,9 @@ def test_dropped_positions_equal_those_of_diffusers(tiny, tmp_path):
 
 
 def test_fine_tuned_transformers_state_their_positions(tiny, tmp_path):
-    """In their config, or, for the output of zero_to_fp32.py, in that of the checkpoint or by the missing table."""
+    """In their config, in a ComfyUI file's metadata, or, for the output of zero_to_fp32.py, in the checkpoint's config or
+    by the missing table.
+    """
     model = tiny("5b-i2v")
 
     def positions_of(folder: Path, requested: str | None = None) -> str | None:
@@ -102,6 +105,10 @@ def test_fine_tuned_transformers_state_their_positions(tiny, tmp_path):
         transformer.save_pretrained(folder / "transformer")
         save_file(transformer.state_dict(), folder / "model.safetensors")
         assert positions_of(folder / "transformer") == expected
+        weights = read_safetensors([folder / "model.safetensors"])
+        comfyui = tmp_path / f"{choice}.safetensors"
+        export_comfyui(TransformerWeights(weights, folder / "transformer" / "config.json", ""), comfyui, torch.float32)
+        assert positions_of(comfyui) == expected
         (folder / "transformer").rename(tmp_path / "done")
         assert positions_of(folder) == ("keep" if choice == "interpolate" else expected)
         (tmp_path / "done" / "config.json").rename(tmp_path / TRANSFORMER_CONFIG)

@@ -26,6 +26,7 @@ from utils.checkpoint.saved_weights import lora_name
 from utils.checkpoint.stored_weights import StoredTensor
 from utils.common.errors import UserError
 from utils.common.filesystem import apply_umask, unreadable_in
+from utils.training.metrics import METRICS_FILE
 
 # Options that all checkpoints of a run share; the states of the optimizer are not averaged.
 SHARED_OPTIONS = (*(option for option in FIXED_OPTIONS if option[0] != "memory"), ("training", "seed"))
@@ -98,7 +99,7 @@ def write_average(checkpoints: list[Path], records: list[RunRecord], folder: Pat
     Args:
         records: what the checkpoints say about their run.
         folder: new folder. It gets the LoRA in the formats of the newest checkpoint, or transformer/ in `dtype`, and
-            args.json and progress.json of the newest checkpoint.
+            args.json, progress.json and the metrics of the newest checkpoint.
 
     Returns:
         the number of tensors.
@@ -123,6 +124,8 @@ def write_average(checkpoints: list[Path], records: list[RunRecord], folder: Pat
             count = len(weights)
         shutil.copyfile(newest / ARGS_FILE, tmp_dir / ARGS_FILE)
         progress = json.loads((newest / PROGRESS_FILE).read_text())
+        if (newest.parent / METRICS_FILE).is_file():  # the card of a published mean shows the curves of its run
+            shutil.copyfile(newest.parent / METRICS_FILE, tmp_dir / METRICS_FILE)
         progress[AVERAGE_OF] = sorted(record.step for record in records)
         (tmp_dir / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
         tmp_dir.rename(folder)
@@ -166,20 +169,28 @@ def mean(weights: list[dict[str, StoredTensor]], checkpoints: list[Path]) -> Map
     """Returns name -> float32 mean, which is computed when it is read.
 
     Raises:
-        UserError: a checkpoint has other names or shapes than the first one.
+        UserError: a checkpoint has other names or shapes than the first one; when read, a value is not finite.
     """
     shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in weights]
     for checkpoint, other in zip(checkpoints, shapes, strict=True):
         if different := shapes[0].items() ^ other.items():
             raise UserError(f"{checkpoint} differs from {checkpoints[0]} in its tensors, such as {min(different)[0]}.")
     return {
-        name: StoredTensor(shape, partial(_read_mean, [tensors[name] for tensors in weights]))
+        name: StoredTensor(
+            shape,
+            partial(
+                _read_mean, name, {path: tensors[name] for path, tensors in zip(checkpoints, weights, strict=True)}
+            ),
+        )
         for name, shape in shapes[0].items()
     }
 
 
-def _read_mean(tensors: list[StoredTensor]) -> torch.Tensor:
-    total = tensors[0].read().float()
-    for tensor in tensors[1:]:
-        total = total + tensor.read()
+def _read_mean(name: str, tensors: dict[Path, StoredTensor]) -> torch.Tensor:
+    total = torch.zeros(())
+    for checkpoint, tensor in tensors.items():
+        value = tensor.read().float()
+        if not value.isfinite().all():
+            raise UserError(f"{checkpoint}: {name} holds values that are not finite.")
+        total = total + value
     return total / len(tensors)

@@ -26,6 +26,7 @@ from utils.checkpoint.layer_names import to_comfyui
 from utils.checkpoint.stored_weights import StoredTensor, read_safetensors, read_zero, zero_folder
 from utils.common.errors import UserError
 from utils.common.filesystem import apply_umask, atomic_write, unreadable_in
+from utils.model.spec import LEARNED, LEARNED_POSITIONS
 from utils.model.weight_files import check_shapes, read_config
 
 TRANSFORMER_CONFIG = "transformer_config.json"  # in a ZeRO checkpoint, next to DeepSpeed's files
@@ -131,8 +132,12 @@ def export_comfyui(weights: TransformerWeights, file: Path, dtype: torch.dtype) 
     Raises:
         UserError: names or shapes do not match the config, or a value is not finite in `dtype`.
     """
-    tensors = _comfyui_tensors(weights.tensors, weights.checked_config())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    config = weights.checked_config()
+    tensors, metadata = _comfyui_tensors(weights.tensors, config), {"format": "pt"}
+    is_5b_i2v = config["in_channels"] == 2 * config["out_channels"] and config["patch_size_t"] is None
+    if choice := config.get(LEARNED_POSITIONS) or ("drop" if is_5b_i2v and not config[LEARNED] else None):
+        metadata["learned_positions"] = choice
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + torch.Size(tensor.shape).numel() * dtype.itemsize

@@ -84,7 +84,13 @@ def trained_positions(transformer: Path | None, loras: Sequence[Path], spec: Mod
     for lora, text in stated.items():
         return text, f"--lora_path {lora}"
     config = spec.transformer
-    if transformer is not None and not transformer.is_file():
+    if transformer is not None and transformer.is_file():
+        stated_in_file = None
+        with suppress(UserError):
+            _, metadata = open_weights(transformer, "--transformer_path")
+            stated_in_file = metadata.get("learned_positions")
+        return stated_in_file, f"--transformer_path {transformer}"
+    if transformer is not None:
         with suppress(UserError, OSError, ValueError):
             folder = find_transformer(transformer)
             config_file = (folder.parent / TRANSFORMER_CONFIG) if is_merged(folder) else folder / "config.json"

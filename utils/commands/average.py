@@ -6,6 +6,7 @@ python -m utils.commands.average outputs/t2v-lora        # the table of all chec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,12 @@ def main() -> None:
     if len(checkpoints) == 1:
         raise UserError("A mean needs at least two checkpoints.")
     records = check_same_run(checkpoints)
-    name = "-".join(["average", *(str(record.step) for record in records)])
+    name = "-".join(["average", *map(str, sorted(record.step for record in records))])
     target = args.output_path or checkpoints[0].parent / name
     if target.exists():
         raise UserError(f"--output_path {target} already exists; give another folder.")
+    if re.fullmatch(r"checkpoint-\d+", target.name):
+        raise UserError(f"--output_path {target}: this is the name of a checkpoint, which the run would resume from.")
     check_writable(target.parent, "--output_path")
     print_losses(checkpoints)
     with flags_in_errors({"--output_path": target.parent}):

@@ -127,6 +127,7 @@ def merged_weights(args: ExportArgs) -> tuple[TransformerWeights, torch.dtype]:
     scales = scales_for(args.merge_lora, args.lora_scale, "--merge_lora")
     loras = [read_lora(path, "--merge_lora", config) for path in args.merge_lora]
     for lora, scale in zip(loras, scales, strict=True):
+        lora.check_finite()
         print(f"LoRA: {len(lora.adapters)} layers, scale {scale:g}, {lora.file}")
         for note in lora.notes:
             print(f"Note: {note}")

@@ -53,14 +53,17 @@ def videos_of(args: DemoArgs) -> list[Video]:
     """Returns the videos, each with its prompt, seed and output file.
 
     Raises:
-        UserError: lists all errors of the prompt file, or the seeds of --num_videos that are too large.
+        UserError: lists all errors of the prompt file, or --num_videos leads to a seed that is too large.
     """
     if args.is_single:
         return [Video(**vars(args) | {"output_path": args.output_path or Path("output.mp4")})]
     folder = args.output_path or Path("videos")
     prompts = [Video(**vars(args))] if args.prompt_file is None else read_prompt_file(args, args.prompt_file)
+    largest = max(video.seed for video in prompts) + args.num_videos - 1
+    if errors := list(require_seed(largest)):
+        raise UserError([f"--num_videos {args.num_videos}: {error}" for error in errors])
     names = [f"{number:03d}" for number in range(len(prompts))]
-    videos = [
+    return [
         replace(
             video,
             **ONE_VIDEO
@@ -72,9 +75,6 @@ def videos_of(args: DemoArgs) -> list[Video]:
         for name, video in zip(names, prompts, strict=True)
         for number in range(args.num_videos)
     ]
-    if errors := [error for video in videos for error in require_seed(video.seed)]:
-        raise UserError([f"--num_videos {args.num_videos}: {error}" for error in errors])
-    return videos
 
 
 def read_prompt_file(args: DemoArgs, file: Path) -> list[Video]:

@@ -12,7 +12,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, WEIGHTS_FILE
+from utils.checkpoint.lora_reader import COMFYUI_SUFFIX, WEIGHTS_FILE, read_lora
+from utils.checkpoint.stored_weights import open_weights
 from utils.common.errors import UserError
 from utils.run.model_card import CURVES_FILE, SAMPLES, loss_curves, model_card, read_publication
 
@@ -86,9 +87,10 @@ def push(checkpoint: Path, name: str, private: bool, flag: str = "--push_to_hub"
         private: whether a new repository is private; an existing one stays as it is.
 
     Raises:
-        UserError: the checkpoint has no weights that users load, or the upload fails.
+        UserError: the checkpoint has no weights that users load, they are damaged, or the upload fails.
     """
     run, weights = read_publication(checkpoint), find_weights(checkpoint)
+    check_complete(weights)
     files: dict[str, Path | bytes] = dict(weights)
     files |= {f"{SAMPLES}/{video.name}": video for video in run.samples}
     if run.losses:
@@ -127,6 +129,15 @@ def find_weights(checkpoint: Path) -> dict[str, Path]:
             f"python -m utils.commands.export --checkpoint {checkpoint}"
         )
     return files
+
+
+def check_complete(weights: dict[str, Path]) -> None:
+    """Raises UserError if a file is cut short, or if a value of a LoRA is not finite."""
+    for path, file in weights.items():
+        if path == file.name:
+            read_lora(file, "--checkpoint").check_finite()
+        elif file.suffix == ".safetensors":
+            open_weights(file, "--checkpoint")
 
 
 def _first_line(error: Exception) -> str:

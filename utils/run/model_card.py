@@ -95,7 +95,7 @@ def read_publication(checkpoint: Path) -> Publication:
         args = json.loads((checkpoint / ARGS_FILE).read_text())
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
         step, average_of = progress["step"], progress.get(AVERAGE_OF, [])
-        lines = [line for line in read_metrics(checkpoint.parent) if line["step"] <= step]
+        lines = [line for line in read_metrics(checkpoint if average_of else checkpoint.parent) if line["step"] <= step]
         return Publication(
             checkpoint,
             args,
@@ -213,7 +213,8 @@ def _usage(run: Publication, name: str, base: str, files: list[str]) -> list[str
         parts.append(
             "diffusers takes the size of the base only; for others, use `cli_demo.py` of the training toolkit."
         )
-    return parts + [f"ComfyUI: copy `{file}` to `ComfyUI/models/loras`." for file in comfyui]
+    folder = "loras" if run.is_lora else "diffusion_models"
+    return parts + [f"ComfyUI: copy `{file}` to `ComfyUI/models/{folder}`." for file in comfyui]
 
 
 def _samples(run: Publication) -> list[str]:
