@@ -87,8 +87,9 @@ def test_dropped_positions_equal_those_of_diffusers(tiny, tmp_path):
 
 
 def test_fine_tuned_transformers_state_their_positions(tiny, tmp_path):
-    """In their config, in a ComfyUI file's metadata, or, for the output of zero_to_fp32.py, in the checkpoint's config or
-    by the missing table.
+    """In their config or the metadata of a file for ComfyUI.
+
+    For the output of zero_to_fp32.py, in the config of the checkpoint or by the missing table.
     """
     model = tiny("5b-i2v")
 
