@@ -123,8 +123,15 @@ def missing_videos(
     return [
         (video, resolution, record)
         for video, resolution, record in found
-        if video.output_path is None or not is_made(record, video.output_path, defaults)
+        if video.output_path is None
+        or not (is_made(record, video.output_path, defaults) and all(path.is_file() for path in beside(video)))
     ]
+
+
+def beside(video: DemoArgs) -> list[Path]:
+    """Returns the files beside a video: its record, and the picture of a comparison."""
+    assert video.output_path is not None
+    return [video.output_path.with_suffix(suffix) for suffix in (".json", *((".png",) if video.compare else ()))]
 
 
 def make_videos(args: DemoArgs, jobs: list[tuple[Video, Resolution]], model_dir: Path, spec: ModelSpec) -> None:
@@ -169,10 +176,11 @@ def make_video(
         frames = generate(pipeline, video, spec, resolution, embeddings)
     with flags_in_errors({"--output_path": output.parent}):
         output.parent.mkdir(parents=True, exist_ok=True)
-        loading.write_video(frames, output, video.fps or spec.fps, json.dumps(record, ensure_ascii=False))
         save_record(record, output)
         if video.compare:
             save_picture(compared, output.with_suffix(".png"))
+        # last, since a video that exists counts as made
+        loading.write_video(frames, output, video.fps or spec.fps, json.dumps(record, ensure_ascii=False))
     print(f"{output}: {len(frames)} frames in {time.perf_counter() - started:.1f} s")
 
 

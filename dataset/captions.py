@@ -76,8 +76,9 @@ def read_captions(sources: Sequence[str], raw: Path, table: Path | None) -> tupl
     notes = []
     if table is not None:
         listed = _read_caption_table(table, raw)
-        unknown = [name for name in listed if name not in {*sources}]
-        captions |= {name: text for name, text in listed.items() if name not in unknown}
+        known = listed.keys() & {*sources}
+        unknown = [name for name in listed if name not in known]
+        captions |= {name: text for name, text in listed.items() if name in known}
         if unknown:
             notes.append(
                 f"Note: {len(unknown)} of {len(listed)} rows of {table} name no video of {raw}, such as {unknown[0]}."

@@ -98,7 +98,7 @@ def test_quick_start_teaches_the_concept(tmp_path):
     """Runs the quick start like a user, through a link, but with fewer steps and measured clips."""
     link = tmp_path / "start.sh"
     link.symlink_to(ROOT / "examples" / "quickstart.sh")
-    succeed(str(link), QUICKSTART_DIR=tmp_path / "out", QUICKSTART_STEPS=100, QUICKSTART_CLIPS=10)
+    succeed(str(link), QUICKSTART_DIR=tmp_path / "out", QUICKSTART_STEPS=100, QUICKSTART_CLIPS=6)
     shares = json.loads((tmp_path / "out" / "table.json").read_text())
     known, token, all_three = shares["known"], shares["SKS"], "colour, shape and direction"
     assert known["before"]["colour and ground"] >= 0.9 and known["before"][all_three] >= 0.8

@@ -122,7 +122,8 @@ def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch
     shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
     (folder / "001-8.mp4").write_bytes(videos[3].read_bytes()[:-500])  # as if the program was killed
     output = generate(*flags, "--num_videos", 2)
-    assert output.count("exists, made with the same settings") == 3 and "001-8.mp4: 9 frames" in output
+    assert output.count("exists, made with the same settings") == 2 and "001-8.mp4: 9 frames" in output
+    assert videos[0].with_suffix(".json").is_file()  # it was missing, so the video was made again
     monkeypatch.setattr(loading, "load_transformer", None)
     assert generate(*flags, "--num_videos", 2).count("exists, made with the same settings") == 4
     videos[0].write_bytes(b"")  # as if the process that writes it has failed; the sheet says so

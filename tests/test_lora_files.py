@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 
+from examples.tiny_configs import VARIANTS
 from tests import comfyui_reader
 from tests.conftest import LFS_POINTER, arguments, generate
 from tests.loras import load_base, load_lora, predict
-from utils.checkpoint.lora_reader import WEIGHTS_FILE, read_lora
+from utils.checkpoint.lora_reader import TRAINED_ON, WEIGHTS_FILE, Lora, kind_of, read_lora
 from utils.common.errors import UserError
 from utils.config.args import parse_args
 from utils.model import loading
+from utils.model.spec import read_spec
 from utils.training.trainable import make_trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -213,6 +216,22 @@ def test_lora_for_image_to_video_names_the_base_that_it_needs(trained, tiny, var
     with pytest.raises(UserError, match=r"was trained for image to video, with 32 input channels; .* has 16") as caught:
         generate(*flags)
     assert len(caught.value.errors) == 1 and caught.value.errors[0].endswith(f"such as THUDM/{base}.")
+
+
+def test_lora_states_the_kind_of_its_base(tiny, tmp_path):
+    """The layers of all kinds may have the same shapes."""
+    configs = {variant: read_spec(tiny(variant)).transformer for variant in VARIANTS}
+    for variant, (base, config) in product(VARIANTS, configs.items()):
+        lora = Lora(tmp_path, "--lora_path", {}, {TRAINED_ON: kind_of(configs[variant])}, [])
+        if kind_of(configs[variant]) == kind_of(config):
+            lora.check_fits(config)
+            assert not lora.notes
+        elif base == f"{variant}-i2v" or (variant, base) == ("2b", "5b-i2v"):
+            lora.check_fits(config)
+            assert "was trained on CogVideoX" in lora.notes[0] and "text to video, and" in lora.notes[0]
+        else:
+            with pytest.raises(UserError, match=r"was trained on CogVideoX.* Give its base as --model_path, such as"):
+                lora.check_fits(config)
 
 
 def test_strength_of_merged_files_of_kohya_is_that_of_the_layers(tmp_path):

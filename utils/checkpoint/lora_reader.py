@@ -28,6 +28,14 @@ COMFYUI_SUFFIX = "-comfyui.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # of diffusers: config of the adapters, in the file's metadata
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _MAX_NAMES = 3
+TRAINED_ON = "trained_on"  # of our LoRAs: kind of the base
+# Kind -> a base of this kind.
+_BASES = {
+    "CogVideoX, text to video": "CogVideoX-5b",
+    "CogVideoX, image to video": "CogVideoX-5b-I2V",
+    "CogVideoX1.5, text to video": "CogVideoX1.5-5B",
+    "CogVideoX1.5, image to video": "CogVideoX1.5-5B-I2V",
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Lora:
         """Checks that the adapters fit the layers of a transformer with this config. Reads no weights.
 
         Raises:
-            UserError: one does not, or the LoRA is one for image to video and the transformer is not.
+            UserError: one does not, or the LoRA was trained on a base of another kind.
         """
         channels, image_channels = config["in_channels"], 2 * config["out_channels"]
         if channels != image_channels and (base := self._image_to_video_base(config)):
@@ -115,6 +123,7 @@ class Lora:
                 f"transformer has {channels}, for text to video. Give the base that it was trained on as --model_path, "
                 f"such as THUDM/{base}."
             )
+        self._check_kind(kind_of(config))
         layers = linear_layers(config)
         wrong = []
         for name, adapter in self.adapters.items():
@@ -130,6 +139,22 @@ class Lora:
                 f"such as that of {wrong[0]}. Was it trained on another checkpoint?"
             )
 
+    def _check_kind(self, kind: str) -> None:
+        """Checks the kind of the base, if the file states one. Adapters of all kinds may have the same shapes.
+
+        A LoRA for text to video may be used on a model for image to video of the same version, with a note.
+
+        Raises:
+            UserError: the kinds do not agree.
+        """
+        stated = self.metadata.get(TRAINED_ON, kind)
+        if stated == kind or stated not in _BASES:
+            return
+        subject = f"{self.flag} {self.file} was trained on {stated}, and this transformer is {kind}"
+        if stated.replace("text", "image") != kind:
+            raise UserError(f"{subject}. Give its base as --model_path, such as THUDM/{_BASES[stated]}.")
+        self.notes.append(f"{subject}.")
+
     def _image_to_video_base(self, config: dict[str, Any]) -> str | None:
         """Returns the name of the base, if the file shows that it is one for image to video; None otherwise."""
         if "learned_positions" in self.metadata:  # only this model has them
@@ -139,6 +164,12 @@ class Lora:
         if projection is not None and projection.a.shape[1] == 2 * config["out_channels"] * pixels:
             return "CogVideoX1.5-5B-I2V"
         return None
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Returns the version and task of a transformer with this config."""
+    version = "CogVideoX1.5" if config["patch_size_t"] is not None else "CogVideoX"
+    return f"{version}, {'image' if config['in_channels'] == 2 * config['out_channels'] else 'text'} to video"
 
 
 def lora_in(folder: Path) -> Path | None:

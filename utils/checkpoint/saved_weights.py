@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from utils.checkpoint.average_files import EMA, copy_config, save_adapters, save_transformer
 from utils.checkpoint.export import TRANSFORMER_CONFIG, TransformerWeights, export
 from utils.checkpoint.lora_files import lora_paths, save_lora
+from utils.checkpoint.lora_reader import TRAINED_ON, kind_of
 from utils.checkpoint.stored_weights import read_zero
 from utils.config.args import Args
 from utils.model.loading import DTYPES
@@ -42,7 +43,7 @@ def save_weights(
         else:
             state = {key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(transformer).items()}
             save_file(state, folder / TRAINING_STATE / ADAPTERS_AS_TRAINED)
-        _write_lora(state, args, folder, name)
+        _write_lora(state, transformer, args, folder, name)
     elif not uses_deepspeed:
         transformer.save_pretrained(folder / "transformer")
 
@@ -66,14 +67,17 @@ def save_average(
             if uses_deepspeed
             else save_adapters(average, transformer, checkpoint / TRAINING_STATE)
         )
-        _write_lora(state, args, folder, f"{name}-{EMA}")
+        _write_lora(state, transformer, args, folder, f"{name}-{EMA}")
     elif not uses_deepspeed:
         save_transformer(average, transformer, checkpoint)
 
 
-def _write_lora(state: dict[str, torch.Tensor], args: Args, folder: Path, name: str) -> None:
-    positions = args.model.learned_positions
-    stated = {} if positions is None else {"learned_positions": positions}
+def _write_lora(
+    state: dict[str, torch.Tensor], transformer: CogVideoXTransformer3DModel, args: Args, folder: Path, name: str
+) -> None:
+    stated = {TRAINED_ON: kind_of(transformer.config)}
+    if args.model.learned_positions is not None:
+        stated["learned_positions"] = args.model.learned_positions
     save_lora(state, lora_config(args), lora_paths(folder, args.checkpoint.lora_format, name), stated)
 
 
