@@ -25,7 +25,7 @@ from utils.run.preflight import fill_in_defaults
 @pytest.fixture
 def no_margin(monkeypatch):
     """Removes the safety margin, and lowers the sizes from which tensors are offloaded and chunked."""
-    monkeypatch.setattr(low_bit_adam, "CHUNK", 32 * BLOCK)
+    monkeypatch.setattr(low_bit_adam, "CHUNK", 16 * BLOCK)
     monkeypatch.setattr(prediction, "CONTEXT_GIB", 0.0)
     monkeypatch.setattr(prediction, "MARGIN", 1.0)
     monkeypatch.setattr(activation_offloading, "MIN_OFFLOAD_BYTES", 1)
