@@ -188,6 +188,7 @@ def test_batches_of_the_largest_model_need_no_shared_memory(tmp_path, size):
     assert (result.returncode, result.stdout) == (0, "41\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_run_needs_no_shared_memory(tiny, data, tmp_path):
     """Trains on batches of 1.7 MiB with a /dev/shm of 1 MiB."""
     check = (

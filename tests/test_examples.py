@@ -24,6 +24,7 @@ def vae(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_standardized_vae_reconstructs_the_same():
     torch.manual_seed(0)
     vae, clip = train_vae.build(), train_vae.draw_batch(0, 1, 9, 64)
@@ -88,6 +89,7 @@ def test_tokenizer_knows_caption_words_and_any_id_token(vae, tmp_path):
     assert len(tokenizer("SKS " + CONCEPT[0].caption).input_ids) <= 18  # the smallest text length of the models
 
 
+@pytest.mark.slow
 def test_shipped_vae_reconstructs_held_out_clips():
     shipped = AutoencoderKLCogVideoX.from_pretrained(ROOT / "examples" / "tiny" / "t2v" / "vae", dtype=torch.float32)
     assert train_vae.psnr(shipped, 8) > 27  # dB

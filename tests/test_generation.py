@@ -82,6 +82,7 @@ def test_video_equals_that_of_the_diffusers_pipeline(tiny, tmp_path, written):
     np.testing.assert_array_equal(written["a.mp4"], np.stack([np.asarray(frame) for frame in expected]))
 
 
+@pytest.mark.slow
 def test_prompt_file_makes_each_video_once_and_again(tiny, tmp_path, monkeypatch):
     shutil.copy(FIRST_FRAME, tmp_path / "frame.png")
     lines: list[dict[str, Any]] = [

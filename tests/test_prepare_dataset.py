@@ -137,6 +137,7 @@ def test_second_run_analyses_new_files_only_and_keeps_typed_captions(raw, out, t
         prepare(arguments(more, out))
 
 
+@pytest.mark.slow
 def test_training_takes_the_result(raw, out, tmp_path):
     """Typed prompts win over captions. Each clip gives a sample. Written clips are the parts of the sources."""
     typed = (out / "metadata.jsonl").read_text().replace('"prompt": ""', '"prompt": "typed"', 1)
@@ -275,6 +276,7 @@ def test_captions_equal_those_of_the_pipeline(caption_model):
         assert answer["generated_text"].split() == caption.split() and caption
 
 
+@pytest.mark.slow
 def test_captions_are_generated_once_and_again_for_another_instruction(raw, out, caption_model, capsys):
     options: dict[str, Any] = {"caption_model": caption_model, "caption_frames": 2, "caption_max_tokens": 5}
     prepare(arguments(raw, out, **options))
