@@ -113,8 +113,8 @@ def encode_prompts(
 ) -> torch.Tensor:
     """Encodes prompts to embeddings [B, S, D] on the CPU, in the text encoder's dtype.
 
-    Padding counts as text, as in the pipelines' `_get_t5_prompt_embeds`. All prompts of a batch are equally long
-    therefore, and they affect one another by rounding only.
+    Padding counts as text, as in the pipelines' `_get_t5_prompt_embeds`. All prompts therefore have the same length,
+    and the batch size changes the embeddings by rounding only.
     """
     token_ids = torch.cat([tokenize(tokenizer, max_length, prompt) for prompt in prompts])
     return text_encoder(token_ids.to(text_encoder.device))[0].cpu()
